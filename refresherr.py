@@ -1,0 +1,4079 @@
+#!/usr/bin/env python3
+"""Refresherr finds the dead symlinks of a media library, remembers them, and has them repaired.
+
+Plex and Jellyfin libraries are often made of symlinks into a cloud mount (Real-Debrid through
+rclone or zurg).  Files vanish there, links die, playback fails.  Refresherr walks the library,
+judges every link, keeps the history in SQLite and repairs what is broken.
+
+The promise, above speed and features: it never harms a healthy link.  An outage of the mount is
+never read as breakage, nothing outside its own database changes without ``--apply``, and every
+change to a link is journalled first.
+
+The sections, bottom-up; each uses only those above it:
+
+    Constants and errors    exit codes, states, the one exception family
+    Text and time           escaping, redaction, durations, timestamps, path prefixes
+    Terminal                messages, progress, colour
+    Configuration           one table of settings -> one frozen Config
+    Mounts                  what is mounted where
+    Database                connection, migrations, the public functions of the schema document
+    Names                   what a path says about the show or movie behind it
+    Scan: the worker        a process that walks and judges, and cannot be hung by a mount
+    Scan: the record        verdicts -> states, guards, rows, events
+    Statistics              what the database knows, for people and for Prometheus
+    Doctor                  is this installation fit for work?
+    Command line            one table of commands, main()
+
+Use as a library: ``import refresherr``; the functions of the Database section keep the promises
+of the schema document (``get_connection``, ``record_symlink``, ``enqueue_action`` ...).
+"""
+
+from __future__ import annotations
+
+import argparse
+import configparser
+import contextlib
+import dataclasses
+import datetime
+import errno
+import json
+import logging
+import marshal
+import os
+import re
+import select
+import shutil
+import signal
+import sqlite3
+import stat
+import sys
+import threading
+import time
+import warnings
+from collections import Counter, deque
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    TextIO,
+    Tuple,
+    Type,
+    Union,
+)
+from urllib.parse import quote
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+# ---------------------------------------------------------------------------------------------
+# Constants and errors
+# ---------------------------------------------------------------------------------------------
+
+__version__ = "1.0.0"
+SCHEMA_VERSION = 3
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_PARTIAL = 3
+EXIT_REFUSED = 4
+EXIT_LOCKED = 5
+EXIT_BROKEN = 10
+EXIT_INTERRUPTED = 130
+
+EXIT_WORDS = {
+    EXIT_OK: "ok",
+    EXIT_FAILED: "error",
+    EXIT_USAGE: "error",
+    EXIT_PARTIAL: "partial",
+    EXIT_REFUSED: "refused",
+    EXIT_LOCKED: "locked",
+    EXIT_BROKEN: "ok",
+    EXIT_INTERRUPTED: "interrupted",
+}
+
+OK, BROKEN, UNREACHABLE, MISSING = "ok", "broken", "unreachable", "missing"
+STATUSES = (OK, BROKEN, UNREACHABLE, MISSING)
+
+JsonObject = Dict[str, Any]
+
+
+class RefresherrError(Exception):
+    """Something the person at the NAS must know: one line, and the exit status it leads to."""
+
+    exit_code = EXIT_FAILED
+
+
+class UsageError(RefresherrError):
+    """The command line asks for something that cannot be."""
+
+    exit_code = EXIT_USAGE
+
+
+class ConfigError(UsageError):
+    """The configuration is wrong; the message names the file, the section and the key."""
+
+
+class DatabaseError(RefresherrError):
+    """The database cannot be opened, read or written."""
+
+
+class LockedError(RefresherrError):
+    """Another run holds the lock."""
+
+    exit_code = EXIT_LOCKED
+
+
+# ---------------------------------------------------------------------------------------------
+# Text and time
+# ---------------------------------------------------------------------------------------------
+
+_SECRET_QUERY = re.compile(r"(?i)([?&;](?:[a-z_-]*token|api_?key|access_key)=)[^&#\s'\"]*")
+_USERINFO = re.compile(r"(?i)\b(https?://)[^/\s@'\"]+@")
+_TOKEN_PARAMETER = re.compile(r"(?i)(?<=[?&])(?:token|api_?key)=[^&#]*(?:&|(?=#)|$)")
+_DURATION_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def escape(text: str) -> str:
+    """Return `text` fit for a terminal: no control, surrogate, bidirectional or newline character.
+
+    A byte that is not UTF-8 (a lone surrogate, PEP 383) shows as \\xNN, as it stands on the disk.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else _escape_char(char) for char in text)
+
+
+def _escape_char(char: str) -> str:
+    code = ord(char)
+    if 0xDC80 <= code <= 0xDCFF:
+        code -= 0xDC00
+    if code < 0x100:
+        return {9: "\\t", 10: "\\n", 13: "\\r"}.get(code, f"\\x{code:02x}")
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def redact(text: str) -> str:
+    """Return `text` with the tokens, keys and passwords of any URL in it replaced by ***."""
+    return _USERINFO.sub(r"\1***@", _SECRET_QUERY.sub(r"\1***", text))
+
+
+def strip_secrets(url: str) -> str:
+    """Return `url` without its token or key parameter and without user and password."""
+    bare = _TOKEN_PARAMETER.sub("", url)
+    return _USERINFO.sub(r"\1", bare.rstrip("?&") if bare != url else bare)
+
+
+def plural(count: int, noun: str) -> str:
+    """Return '1 link', '12,345 links'."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def parse_duration(text: str) -> float:
+    """Return seconds: '90', '15m', '6h', '2d'.  ValueError otherwise."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw]?)", text.strip().lower())
+    if not match:
+        raise ValueError("write a duration such as 90, 30s, 15m, 6h or 2d")
+    return float(match.group(1)) * _DURATION_UNITS[match.group(2)]
+
+
+def format_duration(seconds: float) -> str:
+    """Return the two largest units: '3d 4h', '2m 5s', '0.4s'."""
+    if seconds < 10:
+        return f"{seconds:.1f}s"
+    parts = []
+    rest = int(seconds)
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
+        if rest >= size:
+            parts.append(f"{rest // size}{unit}")
+            rest %= size
+    return " ".join(parts[:2])
+
+
+def parse_percent(text: str) -> float:
+    """Return a share between 0 and 1 from '20%' or '20'.  ValueError otherwise."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", text.strip())
+    if not match or float(match.group(1)) > 100 or (not match.group(2) and "." in text):
+        raise ValueError("write a percentage between 0% and 100%, such as 20%")
+    return float(match.group(1)) / 100
+
+
+def parse_bool(text: str) -> bool:
+    """Return the truth of yes/no, true/false, on/off, 1/0.  ValueError otherwise."""
+    word = text.strip().lower()
+    if word in ("yes", "true", "on", "1"):
+        return True
+    if word in ("no", "false", "off", "0"):
+        return False
+    raise ValueError("write yes or no")
+
+
+def utc_now() -> str:
+    """Return now as ISO 8601 in UTC, whole seconds: '2026-11-22T13:29:00+00:00'."""
+    return format_time(time.time())
+
+
+def format_time(epoch: float) -> str:
+    """Return a Unix time as ISO 8601 in UTC."""
+    moment = datetime.datetime.fromtimestamp(int(epoch), datetime.timezone.utc)
+    return moment.isoformat()
+
+
+def parse_time(value: Union[str, int, float, None]) -> Optional[float]:
+    """Return a Unix time from what the editions of this database wrote, None if it is no time.
+
+    They wrote ISO 8601 with and without a zone (then UTC), and Unix times as numbers or text.
+    """
+    if value is None or isinstance(value, (int, float)):
+        return value
+    text = str(value).strip()
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    try:
+        moment = datetime.datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError:
+        return None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=datetime.timezone.utc)
+    return moment.timestamp()
+
+
+def is_under(path: str, prefix: str) -> bool:
+    """Tell whether `path` is `prefix` or lies beneath it; whole components only."""
+    prefix = prefix.rstrip("/")
+    return path == prefix or path.startswith(prefix + "/")
+
+
+def ancestors(path: str) -> Iterator[str]:
+    """Yield an absolute path, then its parent, up to '/'."""
+    while path and path != "/":
+        yield path
+        path = path.rpartition("/")[0]
+    yield "/"
+
+
+def find_ancestor(path: str, collection: Iterable[str]) -> Optional[str]:
+    """Return the longest member of a set or dict of paths that `path` is or lies beneath."""
+    return next((parent for parent in ancestors(path) if parent in collection), None)
+
+
+def escape_message(text: str) -> str:
+    """Return a message fit for the terminal and the log: one line, escaped, no secret in it."""
+    return escape(redact(text))
+
+
+# ---------------------------------------------------------------------------------------------
+# Terminal
+# ---------------------------------------------------------------------------------------------
+
+log = logging.getLogger("refresherr")
+
+
+class Terminal:
+    """Where output goes: data to stdout, messages and progress to stderr.
+
+    `colour` and `progress` hold only where the streams are terminals that understand them.
+    """
+
+    _CODES = {"red": "31", "green": "32", "yellow": "33", "bold": "1", "dim": "2"}
+
+    def __init__(
+        self, out: TextIO, err: TextIO, *, colour: bool = False, progress: bool = False
+    ) -> None:
+        self.out = out
+        self.err = err
+        self.colour = colour and out.isatty()
+        self._progress = progress and err.isatty()
+        self._drawn = 0
+        self._next_draw = 0.0
+
+    def paint(self, text: str, *styles: str) -> str:
+        """Return `text` in colour where colour is wanted."""
+        if not self.colour or not styles:
+            return text
+        return f"\x1b[{';'.join(self._CODES[style] for style in styles)}m{text}\x1b[0m"
+
+    def line(self, text: str = "") -> None:
+        """Print a line of data.  The caller has escaped what is foreign in it."""
+        self.clear()
+        print(text, file=self.out)
+
+    def progress(self, text: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """Draw a line that replaces itself, ten times a second at the most."""
+        if not self._progress or clock() < self._next_draw:
+            return
+        self._next_draw = clock() + 0.1
+        text = escape(text)[: max(20, shutil.get_terminal_size().columns - 1)]
+        self.err.write("\r" + text.ljust(self._drawn))
+        self.err.flush()
+        self._drawn = len(text)
+
+    def clear(self) -> None:
+        """Wipe the progress line."""
+        if self._drawn:
+            self.err.write("\r" + " " * self._drawn + "\r")
+            self.err.flush()
+            self._drawn = 0
+
+
+class TerminalHandler(logging.Handler):
+    """Shows log records on stderr, escaped and redacted, one line each."""
+
+    def __init__(self, terminal: Terminal, tracebacks: bool) -> None:
+        super().__init__()
+        self._terminal = terminal
+        self._tracebacks = tracebacks
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._terminal.clear()
+        text = escape_message(record.getMessage())
+        if record.levelno >= logging.WARNING:
+            text = f"{record.levelname.lower()}: {text}"
+        try:
+            print(f"refresherr: {text}", file=self._terminal.err)
+            if record.exc_info and self._tracebacks:
+                trace = logging.Formatter().formatException(record.exc_info)
+                print("\n".join(map(escape_message, trace.splitlines())), file=self._terminal.err)
+        except (OSError, ValueError):
+            pass  # stderr is gone: nobody is left to be told
+
+
+# ---------------------------------------------------------------------------------------------
+# Configuration
+# ---------------------------------------------------------------------------------------------
+# One dataclass a section; each field carries its parser, its help and its sample.  From these
+# tables come the defaults, the checks, the environment names and `config sample`.
+
+
+def parse_text(text: str) -> str:
+    """Return the text, stripped; empty is an error."""
+    if not text.strip():
+        raise ValueError("must not be empty")
+    return text.strip()
+
+
+def parse_path(text: str) -> str:
+    """Return an absolute path, ~ expanded, not resolved."""
+    return os.path.abspath(os.path.expanduser(parse_text(text)))
+
+
+def parse_url(text: str) -> str:
+    """Return an http or https URL without a trailing slash."""
+    url = parse_text(text).rstrip("/")
+    if not re.match(r"(?i)https?://[^/\s]+", url) or re.search(r"\s", url):
+        raise ValueError("write a URL that begins with http:// or https://")
+    return url
+
+
+def parse_count(text: str) -> int:
+    """Return a whole number from 0."""
+    if not re.fullmatch(r"\d+", text.strip()):
+        raise ValueError("write a whole number")
+    return int(text)
+
+
+def parse_workers(text: str) -> int:
+    """Return a number of workers; 0 stands for auto."""
+    if text.strip().lower() == "auto":
+        return 0
+    count = parse_count(text)
+    if not 1 <= count <= 256:
+        raise ValueError("write auto or a number from 1 to 256")
+    return count
+
+
+def parse_list(text: str) -> Tuple[str, ...]:
+    """Return the items of a list, one a line or comma-separated."""
+    parts = text.splitlines() if "\n" in text.strip() else text.split(",")
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def parse_paths(text: str) -> Tuple[str, ...]:
+    """Return absolute paths, one a line or comma-separated.
+
+    A comma separates only where another path begins: folders are called 'Movies, HD'.
+    """
+    parts = re.split(r"\n|,\s*(?=[/~])", text)
+    return tuple(parse_path(part.strip(" ,")) for part in parts if part.strip(" ,"))
+
+
+def parse_map(text: str) -> Tuple[Tuple[str, str], ...]:
+    """Return (path prefix, value) pairs from lines of 'prefix => value'; the environment uses '='."""
+    pairs = []
+    for part in re.split(r"\n|,\s*(?=[/~])", text):
+        if not part.strip(" ,"):
+            continue
+        left, arrow, right = part.strip(" ,").partition("=>" if "=>" in part else "=")
+        if not arrow or not left.strip() or not right.strip():
+            raise ValueError(f"write 'prefix => value', not {part.strip()!r}")
+        pairs.append((parse_path(left), right.strip().rstrip("/") or "/"))
+    return tuple(pairs)
+
+
+def parse_choice(*choices: str) -> Callable[[str], str]:
+    """Return a parser that accepts one of `choices`."""
+
+    def parse(text: str) -> str:
+        word = text.strip().lower()
+        if word not in choices:
+            raise ValueError("write " + ", ".join(choices[:-1]) + f" or {choices[-1]}")
+        return word
+
+    return parse
+
+
+def setting(
+    default: Any,
+    parse: Callable[[str], Any],
+    doc: str,
+    sample: str = "",
+    env: str = "",
+    secret: bool = False,
+) -> Any:
+    """Describe one setting: a dataclass field with what the tables need in its metadata.
+
+    `env` is the container edition's name.  A secret may also come from the file that the key
+    with `_file` behind it names, and is never shown.
+    """
+    metadata = {"parse": parse, "doc": doc, "sample": sample, "env": env, "secret": secret}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class MainSettings:
+    """Where Refresherr keeps its own things, and whether it may change others'."""
+
+    data_dir: str = setting(
+        "/data", parse_path, "Where the database lives.", sample="/data", env="DATA_DIR"
+    )
+    apply: bool = setting(
+        False, parse_bool, "Change links and servers without --apply. -n still wins.", sample="no"
+    )
+    log_level: str = setting(
+        "info",
+        parse_choice("debug", "info", "warning", "error"),
+        "How much is said on stderr.",
+        sample="info",
+        env="LOG_LEVEL",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanSettings:
+    """What is walked, and what protects it from an outage."""
+
+    roots: Tuple[str, ...] = setting(
+        (),
+        parse_paths,
+        "The library directories, one a line.",
+        sample="\n/opt/media/tv\n/opt/media/movies",
+        env="SCAN_ROOTS",
+    )
+    mount_checks: Tuple[str, ...] = setting(
+        (),
+        parse_paths,
+        "Mount points that must be mounted and not empty, or files that must be readable.",
+        sample="\n/mnt/remote/realdebrid",
+    )
+    ignore: Tuple[str, ...] = setting(
+        (),
+        parse_list,
+        "Skip paths that contain this; with *, ? or [ a glob on the name.",
+        sample="\ncinesync\n@eaDir",
+        env="IGNORE_SUBSTR",
+    )
+    workers: int = setting(
+        0, parse_workers, "How many look-ups run at once on a slow mount.", sample="auto"
+    )
+    stat_timeout: float = setting(
+        30.0, parse_duration, "A target that has not answered by then is unreachable.", sample="30s"
+    )
+    max_new_broken: float = setting(
+        0.20,
+        parse_percent,
+        "More than this share of a mount's good links gone at once is taken for an outage.",
+        sample="20%",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class InstanceSettings:
+    """One Sonarr or Radarr."""
+
+    url: str = setting(
+        "", parse_url, "With the URL base, if one is set.", sample="http://{kind}:{port}"
+    )
+    api_key: str = setting(
+        "", parse_text, "Settings > General > API key.", sample="0123456789abcdef", secret=True
+    )
+    roots: Tuple[str, ...] = setting(
+        (),
+        parse_paths,
+        "The directories of links that this server owns.",
+        sample="/opt/media/{folder}",
+    )
+    path_map: Tuple[Tuple[str, str], ...] = setting(
+        (),
+        parse_map,
+        "A path here => the same path as the server sees it.",
+        sample="/opt/media/{folder} => /{folder}",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RelaySettings:
+    """The relay URL of the container edition."""
+
+    base: str = setting(
+        "", parse_url, "The relay's address.", sample="http://research-relay:5050", env="RELAY_BASE"
+    )
+    token: str = setting(
+        "", parse_text, "The relay's token.", sample="...", env="RELAY_TOKEN", secret=True
+    )
+    routes: Tuple[Tuple[str, str], ...] = setting(
+        (),
+        parse_map,
+        "A path prefix => the relay's name for the instance.",
+        sample="\n/opt/media/doc => radarr_doc",
+        env="ROUTE_MAP",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RepairSettings:
+    """When a broken link is repaired, and how often."""
+
+    min_age: float = setting(600.0, parse_duration, "Broken for at least this long.", sample="10m")
+    cooldown: float = setting(21600.0, parse_duration, "Between two attempts.", sample="6h")
+    max_attempts: int = setting(3, parse_count, "Then the link needs attention.", sample="3")
+    season_threshold: int = setting(
+        2,
+        parse_count,
+        "So many broken episodes of a season become one season search (relay).",
+        sample="2",
+        env="SEASON_SEARCH_THRESHOLD",
+    )
+    limit: int = setting(
+        25, parse_count, "Actions queued in one run.", sample="25", env="QUEUE_LIMIT"
+    )
+    max: int = setting(25, parse_count, "Actions sent in one run.", sample="25", env="ACTIONS_MAX")
+    timeout: float = setting(
+        20.0, parse_duration, "For one request.", sample="20s", env="ACTIONS_TIMEOUT"
+    )
+    unmonitored: bool = setting(
+        True, parse_bool, "Repair what the server does not monitor, too.", sample="yes"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CinesyncSettings:
+    """Relinking to CineSync's copies."""
+
+    base: str = setting(
+        "",
+        parse_path,
+        "CineSync's own tree of links.",
+        sample="/opt/media/cinesync/CineSync",
+        env="CINESYNC_BASE",
+    )
+    roots: Tuple[str, ...] = setting(
+        (),
+        parse_paths,
+        "Where broken links may be replaced.",
+        sample="/opt/media/tv, /opt/media/movies",
+        env="CINESYNC_REPAIR_ROOTS",
+    )
+    allowed_targets: Tuple[str, ...] = setting(
+        (),
+        parse_paths,
+        "A replaced link must point below one of these.",
+        sample="/mnt/remote",
+        env="CINESYNC_ALLOWED_TARGET_PREFIXES",
+    )
+    limit: int = setting(
+        200, parse_count, "Links tried in one run.", sample="200", env="CINESYNC_LIMIT"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class NotifySettings:
+    """Who is told about a run."""
+
+    discord: str = setting(
+        "", parse_url, "Webhook.", sample="https://...", env="DISCORD_WEBHOOK", secret=True
+    )
+    ntfy: str = setting("", parse_url, "Topic.", sample="https://ntfy.sh/topic", secret=True)
+    ntfy_token: str = setting("", parse_text, "Access token.", sample="...", secret=True)
+    apprise: str = setting("", parse_url, "", sample="http://apprise:8000/notify/KEY", secret=True)
+    webhook: str = setting("", parse_url, "Gets JSON.", sample="https://...", secret=True)
+    healthchecks: str = setting("", parse_url, "", sample="https://hc-ping.com/UUID", secret=True)
+    uptime_kuma: str = setting(
+        "", parse_url, "", sample="https://kuma.example/api/push/TOKEN", secret=True
+    )
+    when: str = setting(
+        "changes", parse_choice("changes", "failures", "always"), "", sample="changes"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PlexSettings:
+    """Plex is told about the directories that changed."""
+
+    url: str = setting("", parse_url, "", sample="http://plex:32400")
+    token: str = setting("", parse_text, "", sample="...", secret=True)
+    path_map: Tuple[Tuple[str, str], ...] = setting(
+        (), parse_map, "A path here => as the server sees it.", sample="/opt/media => /data"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class JellyfinSettings:
+    """Jellyfin or Emby, likewise."""
+
+    url: str = setting("", parse_url, "", sample="http://{kind}:8096")
+    api_key: str = setting("", parse_text, "", sample="...", secret=True)
+    path_map: Tuple[Tuple[str, str], ...] = setting(
+        (), parse_map, "A path here => as the server sees it.", sample="/opt/media => /data"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Instance:
+    """A configured Sonarr or Radarr; `name` is 'sonarr_tv' for the section [sonarr tv]."""
+
+    kind: str
+    name: str
+    settings: InstanceSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that is configured: built once, from file, environment and flags."""
+
+    refresherr: MainSettings = MainSettings()
+    scan: ScanSettings = ScanSettings()
+    relay: RelaySettings = RelaySettings()
+    repair: RepairSettings = RepairSettings()
+    cinesync: CinesyncSettings = CinesyncSettings()
+    notify: NotifySettings = NotifySettings()
+    plex: PlexSettings = PlexSettings()
+    jellyfin: JellyfinSettings = JellyfinSettings()
+    emby: JellyfinSettings = JellyfinSettings()
+    instances: Tuple[Instance, ...] = ()
+    file: str = ""
+    warnings: Tuple[str, ...] = ()
+
+
+SECTIONS: Dict[str, Type[Any]] = {
+    "refresherr": MainSettings,
+    "scan": ScanSettings,
+    "relay": RelaySettings,
+    "repair": RepairSettings,
+    "cinesync": CinesyncSettings,
+    "notify": NotifySettings,
+    "plex": PlexSettings,
+    "jellyfin": JellyfinSettings,
+    "emby": JellyfinSettings,
+}
+INSTANCE_KINDS = ("sonarr", "radarr")
+_INSTANCE_ENV = re.compile(r"(SONARR|RADARR)_(.+)_(URL|API)")
+Values = Dict[str, Dict[str, str]]
+
+
+def find_config_file(
+    explicit: Optional[str], environ: Mapping[str, str], program: str
+) -> Optional[str]:
+    """Return the config file to read, None without one.  ConfigError if a named one is absent."""
+    named = explicit or environ.get("REFRESHERR_CONFIG")
+    if named:
+        return os.path.abspath(os.path.expanduser(named))
+    home = environ.get("XDG_CONFIG_HOME") or os.path.join(environ.get("HOME", "/"), ".config")
+    places = (
+        environ.get("CONFIG_FILE") or "",
+        os.path.join(os.path.dirname(os.path.abspath(program)), "refresherr.ini"),
+        os.path.join(home, "refresherr", "refresherr.ini"),
+        "/etc/refresherr.ini",
+    )
+    return next((place for place in places if place and os.path.isfile(place)), None)
+
+
+def load_config(
+    file: Optional[str], environ: Mapping[str, str], flags: Mapping[Tuple[str, str], Any]
+) -> Config:
+    """Build the Config: flags win over the environment, that over the file, that over defaults.
+
+    `flags` maps (section, key) to a parsed value.  Raises ConfigError, one line.
+    """
+    values, warnings = _read_config_file(file) if file else ({}, [])
+    _merge_environment(values, environ)
+    parts: Dict[str, Any] = {}
+    instances = []
+    for section, texts in sorted(values.items()):
+        kind = section.split()[0]
+        if kind in INSTANCE_KINDS:
+            settings = _parse_section(section, InstanceSettings, texts)
+            instances.append(Instance(kind, "_".join(section.split()), settings))
+        else:
+            parts[section] = _parse_section(section, SECTIONS[section], texts)
+    for (section, key), value in flags.items():
+        current = parts.get(section, SECTIONS[section]())
+        parts[section] = dataclasses.replace(current, **{key: value})
+    config = Config(instances=tuple(instances), file=file or "", warnings=tuple(warnings), **parts)
+    _check_config(config)
+    return config
+
+
+def _read_config_file(file: str) -> Tuple[Values, List[str]]:
+    parser = configparser.ConfigParser(
+        interpolation=None, default_section="\0", empty_lines_in_values=False
+    )
+    try:
+        with open(file, encoding="utf-8-sig") as stream:
+            mode = os.fstat(stream.fileno()).st_mode
+            parser.read_file(stream, file)
+    except OSError as exc:
+        raise ConfigError(f"cannot read the config file {file}: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"{file} is not UTF-8 text; save it as UTF-8") from exc
+    except configparser.Error as exc:
+        raise ConfigError(f"{file}: {' '.join(str(exc.message).split())}") from exc
+    values: Values = {}
+    for title in parser.sections():
+        section = _section_name(title, file)
+        if section in values:
+            raise ConfigError(f"{file}: the section [{title}] stands twice")
+        keys = _known_keys(section)
+        for key in parser[title]:
+            if key not in keys:
+                hint = _nearest(key, keys)
+                raise ConfigError(f"{file}: [{title}] has no setting {key!r}{hint}")
+        values[section] = dict(parser[title])
+    warnings = []
+    if mode & 0o077 and any(_holds_secret(section, keys) for section, keys in values.items()):
+        warnings.append(f"others can read the secrets in {file}; run: chmod 600 {file}")
+    return values, warnings
+
+
+def _section_name(title: str, file: str) -> str:
+    words = title.lower().split()
+    if len(words) == 2 and words[0] in INSTANCE_KINDS:
+        return " ".join(words)
+    if len(words) == 1 and words[0] in SECTIONS:
+        return words[0]
+    if words and words[0] in INSTANCE_KINDS:
+        raise ConfigError(f"{file}: give the server a one-word name, such as [{words[0]} main]")
+    raise ConfigError(f"{file}: unknown section [{title}]{_nearest(title.lower(), SECTIONS)}")
+
+
+def _fields(section: str) -> Tuple[Any, ...]:
+    return dataclasses.fields(SECTIONS.get(section, InstanceSettings))
+
+
+def _known_keys(section: str) -> List[str]:
+    keys = [field.name for field in _fields(section)]
+    return keys + [f"{field.name}_file" for field in _fields(section) if field.metadata["secret"]]
+
+
+def _holds_secret(section: str, values: Mapping[str, str]) -> bool:
+    return any(field.metadata["secret"] and values.get(field.name) for field in _fields(section))
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _merge_environment(values: Values, environ: Mapping[str, str]) -> None:
+    """Lay the environment over the file's values: REFRESHERR_SECTION_KEY and the old names."""
+    for section in SECTIONS:
+        for field in _fields(section):
+            middle = "" if section == "refresherr" else f"{section.upper()}_"
+            name = f"REFRESHERR_{middle}{field.name.upper()}"
+            text = environ.get(name) or environ.get(field.metadata["env"] or name)
+            if text:
+                values.setdefault(section, {})[field.name] = text
+                values[section].pop(f"{field.name}_file", None)
+    dry_run = environ.get("DRYRUN")
+    if dry_run:
+        try:
+            wanted = not parse_bool(dry_run)
+        except ValueError as exc:
+            raise ConfigError(f"environment: DRYRUN: {exc}") from exc
+        # A dry run that anybody asked for outranks an apply that anybody asked for.
+        if not wanted or not environ.get("REFRESHERR_APPLY"):
+            values.setdefault("refresherr", {})["apply"] = "yes" if wanted else "no"
+    for name, text in sorted(environ.items()):
+        match = _INSTANCE_ENV.fullmatch(name)
+        if match and text:
+            section = f"{match.group(1).lower()} {match.group(2).lower()}"
+            key = "url" if match.group(3) == "URL" else "api_key"
+            values.setdefault(section, {})[key] = text
+
+
+def _parse_section(section: str, table: Type[Any], texts: Mapping[str, str]) -> Any:
+    parsed = {}
+    for field in dataclasses.fields(table):
+        text = texts.get(field.name)
+        if field.metadata["secret"] and not text and texts.get(f"{field.name}_file"):
+            text = _read_secret(section, f"{field.name}_file", texts[f"{field.name}_file"])
+        if text is None or not text.strip():
+            continue
+        try:
+            parsed[field.name] = field.metadata["parse"](text)
+        except ValueError as exc:
+            shown = "" if field.metadata["secret"] else f" ({text.strip()!r})"
+            raise ConfigError(f"config: [{section}] {field.name}{shown}: {exc}") from exc
+    return table(**parsed)
+
+
+def _read_secret(section: str, key: str, file: str) -> str:
+    try:
+        with open(os.path.expanduser(file.strip()), encoding="utf-8") as stream:
+            return stream.read().strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "not UTF-8 text"
+        raise ConfigError(f"config: [{section}] {key}: cannot read {file}: {reason}") from exc
+
+
+def _check_config(config: Config) -> None:
+    for instance in config.instances:
+        if not instance.settings.url:
+            raise ConfigError(f"config: {instance.name} has no url")
+    if config.scan.stat_timeout <= 0:
+        raise ConfigError("config: [scan] stat_timeout: must be more than 0")
+    base = config.cinesync.base
+    for root in config.cinesync.roots if base else ():
+        if is_under(base, root):
+            raise ConfigError(
+                f"config: [cinesync] base {base} lies inside the repair root {root}; "
+                "Refresherr would repair CineSync's own links"
+            )
+
+
+def config_to_json(config: Config) -> JsonObject:
+    """Return the effective settings; every secret shows as '***'."""
+
+    def shown(settings: Any) -> JsonObject:
+        result: JsonObject = {}
+        for field in dataclasses.fields(settings):
+            value = getattr(settings, field.name)
+            if field.metadata["secret"]:
+                value = "***" if value else ""
+            elif field.metadata["parse"] is parse_map:
+                value = dict(value)
+            elif isinstance(value, tuple):
+                value = list(value)
+            elif isinstance(value, str):
+                value = redact(value)
+            result[field.name] = value
+        return result
+
+    settings = {section: shown(getattr(config, section)) for section in SECTIONS}
+    for instance in config.instances:
+        settings[instance.name] = shown(instance.settings)
+    return {"file": config.file or None, "settings": settings}
+
+
+_SAMPLE_HEAD = """\
+; Refresherr's settings.  Take the # away from what you want to change.
+; Durations: 90, 30s, 15m, 6h, 2d.  Lists: one item a line, or with commas.
+; In place of a secret, KEY_file names a file that holds it (api_key_file, token_file).
+"""
+
+
+def format_sample_config() -> str:
+    """Return a config file with every setting in it, commented out, made from the tables."""
+    lines = [_SAMPLE_HEAD]
+    sections: List[Tuple[str, Type[Any], Dict[str, str]]] = [
+        ("refresherr", MainSettings, {}),
+        ("scan", ScanSettings, {}),
+        ("sonarr tv", InstanceSettings, {"kind": "sonarr", "port": "8989", "folder": "tv"}),
+        ("radarr movies", InstanceSettings, {"kind": "radarr", "port": "7878", "folder": "movies"}),
+    ]
+    sections += [
+        (name, table, {"kind": name})
+        for name, table in SECTIONS.items()
+        if name not in ("refresherr", "scan")
+    ]
+    for title, table, words in sections:
+        lines.append(f"; {' '.join((table.__doc__ or '').split())}")
+        lines.append(f"#[{title}]")
+        for field in dataclasses.fields(table):
+            sample = field.metadata["sample"].format(**words) if words else field.metadata["sample"]
+            if field.metadata["doc"]:
+                lines.append(f"; {field.metadata['doc']}")
+            lines.append(
+                f"#{field.name} = {sample}".replace("\n", "\n#    ").replace("= \n", "=\n")
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------
+# Mounts
+# ---------------------------------------------------------------------------------------------
+
+# WAL needs shared memory between all processes of one host (sqlite.org/wal.html); these are, or
+# may be, shared with another host, and trying WAL does not tell.
+_NETWORK_TYPES = re.compile(
+    r"nfs\d*|cifs|smb\w*|9p|fuse\..*|afs|ceph|lustre|gfs2?|ocfs2|davfs|glusterfs"
+)
+_OCTAL_ESCAPE = re.compile(r"\\([0-7]{3})")
+
+
+def is_network_type(fs_type: str) -> bool:
+    """Tell whether a file system type is remote: slow to ask, unsafe for WAL."""
+    return _NETWORK_TYPES.fullmatch(fs_type) is not None
+
+
+def parse_mountinfo(text: str) -> Dict[str, str]:
+    """Return {mount point: file system type} from /proc/self/mountinfo (proc(5), 3.5).
+
+    Mounts stack: of several on one mount point the last line is the visible one.
+    """
+    mounts = {}
+    for line in text.splitlines():
+        left, _, right = line.partition(" - ")
+        fields = left.split(" ")
+        if len(fields) >= 5 and right:
+            point = _OCTAL_ESCAPE.sub(lambda match: chr(int(match.group(1), 8)), fields[4])
+            mounts[point] = right.split(" ")[0]
+    return mounts
+
+
+def read_mounts() -> Dict[str, str]:
+    """Return {mount point: file system type} of this process; {'/': 'unknown'} without procfs."""
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as stream:
+            return parse_mountinfo(stream.read()) or {"/": "unknown"}
+    except OSError:
+        return {"/": "unknown"}
+
+
+def mount_of(path: str, mounts: Mapping[str, str]) -> Tuple[str, str]:
+    """Return (mount point, type) of an absolute, resolved path: the longest prefix wins."""
+    point = find_ancestor(path, mounts) or "/"
+    return point, mounts.get(point, "unknown")
+
+
+# ---------------------------------------------------------------------------------------------
+# Database
+# ---------------------------------------------------------------------------------------------
+
+BUSY_TIMEOUT = 60.0  # seconds a writer waits for another before "database is locked"
+_LOOKUP = 500  # paths in one SELECT; SQLite before 3.32 binds 999 parameters at the most
+
+_write_lock = threading.Lock()
+
+_V1_TABLES = """
+CREATE TABLE IF NOT EXISTS schema_version (
+    id INTEGER PRIMARY KEY, version INTEGER, applied_utc TEXT);
+CREATE TABLE IF NOT EXISTS symlinks (
+    path TEXT PRIMARY KEY, last_target TEXT, status TEXT, last_status TEXT,
+    first_seen_utc TEXT, last_seen_utc TEXT);
+CREATE TABLE IF NOT EXISTS actions (
+    id INTEGER PRIMARY KEY, url TEXT, status TEXT, reason TEXT, related_path TEXT,
+    created_utc TEXT, fired_utc TEXT, last_error TEXT);
+CREATE INDEX IF NOT EXISTS idx_actions_status ON actions(status);
+CREATE INDEX IF NOT EXISTS idx_actions_related_path ON actions(related_path);
+CREATE TABLE IF NOT EXISTS movies (
+    id INTEGER PRIMARY KEY, instance TEXT, radarr_id INTEGER, title TEXT, year INTEGER,
+    imdb_id TEXT, tmdb_id INTEGER, monitored INTEGER, added_utc TEXT, poster_url TEXT,
+    fanart_url TEXT);
+CREATE INDEX IF NOT EXISTS ix_movies_instance ON movies(instance);
+CREATE UNIQUE INDEX IF NOT EXISTS uq_movies_instance_radarr ON movies(instance, radarr_id);
+CREATE TABLE IF NOT EXISTS movie_files (
+    id INTEGER PRIMARY KEY, instance TEXT, radarr_movie_id INTEGER, radarr_file_id INTEGER,
+    quality TEXT, resolution INTEGER, video_codec TEXT, audio_codec TEXT, size_bytes INTEGER,
+    original_path TEXT, symlink_path TEXT);
+CREATE INDEX IF NOT EXISTS ix_movie_files_inst_mid ON movie_files(instance, radarr_movie_id);
+CREATE TABLE IF NOT EXISTS series (
+    id INTEGER PRIMARY KEY, instance TEXT, sonarr_id INTEGER, title TEXT, imdb_id TEXT,
+    tvdb_id INTEGER, tmdb_id INTEGER, monitored INTEGER, poster_url TEXT, fanart_url TEXT);
+CREATE INDEX IF NOT EXISTS ix_series_instance ON series(instance);
+CREATE UNIQUE INDEX IF NOT EXISTS uq_series_instance_sid ON series(instance, sonarr_id);
+CREATE TABLE IF NOT EXISTS episode_files (
+    id INTEGER PRIMARY KEY, instance TEXT, sonarr_series_id INTEGER, sonarr_file_id INTEGER,
+    season_number INTEGER, quality TEXT, resolution INTEGER, release_group TEXT,
+    size_bytes INTEGER, original_path TEXT, symlink_path TEXT);
+CREATE INDEX IF NOT EXISTS ix_episode_files_inst_sid ON episode_files(instance, sonarr_series_id);
+CREATE TABLE IF NOT EXISTS events (
+    id INTEGER PRIMARY KEY, ts INTEGER, path TEXT, target TEXT, kind TEXT, name TEXT,
+    action TEXT, status TEXT);
+CREATE TABLE IF NOT EXISTS cinesync_items (
+    id INTEGER PRIMARY KEY, tmdb_id INTEGER, show_title TEXT, show_norm TEXT, year INTEGER,
+    season INTEGER, episode INTEGER, path TEXT UNIQUE, target_ok INTEGER,
+    resolution_rank INTEGER, first_seen_utc INTEGER, last_seen_utc INTEGER);
+CREATE TABLE IF NOT EXISTS cinesync_runs (
+    run_id INTEGER PRIMARY KEY, started_utc INTEGER, finished_utc INTEGER, dry_run INTEGER,
+    repair_roots TEXT, cinesync_base TEXT, allowed_prefixes TEXT, indexed_count INTEGER,
+    checked_broken INTEGER, candidate_found INTEGER, resolved_target_ok INTEGER,
+    replaced INTEGER, skipped INTEGER, errors INTEGER)
+"""
+
+# runs.summary is the JSON of the command's result; finished_utc and exit_code stay NULL while it
+# runs, and for ever if it was killed.  link_changes is the journal: a row stands there, 'planned',
+# before a link is touched.
+_V3_TABLES = """
+CREATE TABLE IF NOT EXISTS runs (
+    run_id INTEGER PRIMARY KEY, command TEXT NOT NULL, started_utc TEXT NOT NULL,
+    finished_utc TEXT, exit_code INTEGER, summary TEXT);
+CREATE TABLE IF NOT EXISTS mounts (
+    mount_point TEXT PRIMARY KEY, fs_type TEXT NOT NULL, good_targets INTEGER NOT NULL,
+    first_seen_utc TEXT NOT NULL, last_seen_utc TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS link_changes (
+    change_id INTEGER PRIMARY KEY, run_id INTEGER NOT NULL, path TEXT NOT NULL,
+    old_target TEXT NOT NULL, new_target TEXT NOT NULL, state TEXT NOT NULL,
+    changed_utc TEXT NOT NULL, reason TEXT);
+CREATE INDEX IF NOT EXISTS ix_link_changes_run ON link_changes(run_id);
+CREATE INDEX IF NOT EXISTS ix_symlinks_not_ok ON symlinks(status, path) WHERE status <> 'ok';
+CREATE INDEX IF NOT EXISTS ix_events_ts ON events(ts)
+"""
+_V3_COLUMNS = (
+    ("symlinks", "broken_since_utc", "TEXT"),
+    ("symlinks", "error", "TEXT"),
+    ("actions", "attempts", "INTEGER DEFAULT 0"),
+    ("actions", "next_attempt_utc", "TEXT"),
+    ("actions", "progress", "TEXT"),
+)
+
+
+def default_db_path() -> str:
+    """Return the schema document's location: $DATA_DIR/symlinks.db, /data without it."""
+    return os.path.join(os.environ.get("DATA_DIR") or "/data", "symlinks.db")
+
+
+def to_db(text: str) -> Union[str, bytes]:
+    """Return `text` as SQLite can hold it: a name that is not UTF-8 goes in as its bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(text)
+    return text
+
+
+def from_db(value: Union[str, bytes, None]) -> str:
+    """Return the text that `to_db` was given; '' for NULL."""
+    return os.fsdecode(value) if isinstance(value, bytes) else value or ""
+
+
+def explain_database_error(exc: sqlite3.Error, path: str) -> DatabaseError:
+    """Return the one line that says what is wrong with the database and what to do."""
+    text = str(exc)
+    advice = {
+        "unable to open": "check that the directory exists and is writable, or use --data-dir",
+        "readonly": "make the file and its directory writable for this user, or use --data-dir",
+        "disk is full": "free some space there and run the command again; nothing is lost",
+        "disk I/O": "check the disk; `db check` tells whether the database is whole",
+        "locked": "another program keeps it busy; try again later",
+        "malformed": "restore a backup, or start anew with `db nuke --yes`",
+        "not a database": "it is no SQLite file; move it away, or name another with --db",
+    }
+    what = next((hint for part, hint in advice.items() if part in text), "run `db check`")
+    return DatabaseError(f"database {path}: {text}; {what}")
+
+
+def get_connection(db_path: Optional[str] = None) -> sqlite3.Connection:
+    """Open the database, creating file and directory (0600, 0700), and return a connection.
+
+    Rows read as `row["url"]`; every statement commits by itself unless a transaction is begun.
+    The schema is not touched: that is `initialize_schema`.  Raises DatabaseError.
+    """
+    path = db_path or default_db_path()
+    if sqlite3.sqlite_version_info < (3, 24):
+        raise DatabaseError(f"SQLite {sqlite3.sqlite_version} is too old; 3.24 is needed")
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    except OSError as exc:
+        hint = "it is a directory; " if exc.errno == errno.EISDIR else ""
+        raise DatabaseError(
+            f"cannot open the database {path}: {exc.strerror}; {hint}"
+            "name a writable place with --data-dir DIR"
+        ) from exc
+    try:
+        conn = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None)
+    except sqlite3.Error as exc:
+        raise explain_database_error(exc, path) from exc
+    try:
+        conn.row_factory = sqlite3.Row
+        _refuse_newer_schema(conn, path)  # before the journal mode: a newer one stays untouched
+        _set_journal_mode(conn, path)
+    except BaseException as exc:
+        conn.close()
+        if isinstance(exc, sqlite3.Error):
+            raise explain_database_error(exc, path) from exc
+        raise
+    return conn
+
+
+def _refuse_newer_schema(conn: sqlite3.Connection, path: str) -> None:
+    version = schema_version(conn)
+    if version > SCHEMA_VERSION:
+        raise DatabaseError(
+            f"database {path} has schema version {version}, this program knows {SCHEMA_VERSION}; "
+            "use a newer Refresherr"
+        )
+
+
+def _set_journal_mode(conn: sqlite3.Connection, path: str) -> None:
+    fs_type = mount_of(os.path.realpath(path), read_mounts())[1]
+    mode = "delete" if is_network_type(fs_type) else "wal"
+    if mode == "delete":
+        log.debug("no WAL: %s is on a network file system (%s)", path, fs_type)
+    deadline = time.monotonic() + BUSY_TIMEOUT
+    while True:
+        try:
+            if conn.execute("PRAGMA journal_mode").fetchone()[0] != mode:
+                conn.execute(f"PRAGMA journal_mode={mode}")
+            conn.execute(f"PRAGMA synchronous={'NORMAL' if mode == 'wal' else 'FULL'}")
+            return
+        except sqlite3.OperationalError as exc:
+            # Two that switch a fresh file to WAL at once: SQLite refuses one without waiting.
+            if "locked" not in str(exc) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def transaction(conn: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """Commit on success, roll back on anything else, Ctrl-C too; joins a transaction under way.
+
+    It begins as a writer: a reader that turns writer can be refused at once, time-out or not.
+    """
+    if conn.in_transaction:
+        yield conn
+        return
+    with _write_lock:
+        conn.execute("BEGIN IMMEDIATE")
+        try:
+            yield conn
+            conn.execute("COMMIT")
+        except BaseException:
+            if conn.in_transaction:
+                conn.execute("ROLLBACK")
+            raise
+
+
+def open_database(db_path: Optional[str] = None) -> sqlite3.Connection:
+    """Return a connection to a database that stands at the current schema version."""
+    conn = get_connection(db_path)
+    try:
+        initialize_schema(conn)
+    except BaseException:
+        conn.close()
+        raise
+    return conn
+
+
+@contextlib.contextmanager
+def _session(conn: Optional[sqlite3.Connection] = None) -> Iterator[sqlite3.Connection]:
+    """Yield `conn`, or a connection of our own that is closed afterwards."""
+    if conn is not None:
+        yield conn
+        return
+    with contextlib.closing(open_database()) as own:
+        yield own
+
+
+def database_path(conn: sqlite3.Connection) -> str:
+    """Return the file behind a connection."""
+    return str(conn.execute("PRAGMA database_list").fetchone()[2])
+
+
+def schema_version(conn: sqlite3.Connection) -> int:
+    """Return the version the database stands at, 0 for an empty one."""
+    if not _columns(conn, "schema_version"):
+        return 0
+    return conn.execute("SELECT max(version) FROM schema_version").fetchone()[0] or 0
+
+
+def _columns(conn: sqlite3.Connection, table: str) -> List[str]:
+    return [row[1] for row in conn.execute(f"PRAGMA table_info({table})")]
+
+
+def _run_script(conn: sqlite3.Connection, script: str) -> None:
+    # Not executescript: that commits the transaction under way first.
+    for statement in script.split(";\n"):
+        conn.execute(statement)
+
+
+def _migrate_to_v1(conn: sqlite3.Connection) -> None:
+    _run_script(conn, _V1_TABLES)
+
+
+def _migrate_to_v2(conn: sqlite3.Connection) -> None:
+    """Version 2 belongs to the container edition; its own tables are none of our business."""
+
+
+def _migrate_to_v3(conn: sqlite3.Connection) -> None:
+    _run_script(conn, _V1_TABLES)  # the container edition makes some tables only when needed
+    for table, column, kind in _V3_COLUMNS:
+        if column not in _columns(conn, table):
+            conn.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
+    _run_script(conn, _V3_TABLES)
+    conn.execute(
+        "UPDATE symlinks SET broken_since_utc = coalesce(last_seen_utc, first_seen_utc, ?) "
+        "WHERE coalesce(status, last_status) IN ('broken', 'repairing')",
+        (utc_now(),),
+    )
+    for row in conn.execute("SELECT id, url, reason, last_error FROM actions").fetchall():
+        clean = (
+            strip_secrets(row["url"] or "") if row["url"] else row["url"],
+            redact(row["reason"]) if row["reason"] else row["reason"],
+            redact(row["last_error"]) if row["last_error"] else row["last_error"],
+        )
+        if clean != tuple(row)[1:]:
+            conn.execute(
+                "UPDATE actions SET url = ?, reason = ?, last_error = ? WHERE id = ?",
+                (*clean, row["id"]),
+            )
+
+
+MIGRATIONS: Dict[int, Callable[[sqlite3.Connection], None]] = {
+    1: _migrate_to_v1,
+    2: _migrate_to_v2,
+    3: _migrate_to_v3,
+}
+
+
+def initialize_schema(conn: Optional[sqlite3.Connection] = None) -> None:
+    """Create or upgrade the tables, one transaction a version, after a backup of any data.
+
+    Raises DatabaseError, and touches nothing, when the database is newer than this program or
+    when its own check fails.
+    """
+    if conn is None:
+        with contextlib.closing(get_connection()) as own:
+            initialize_schema(own)
+        return
+    try:
+        _refuse_newer_schema(conn, database_path(conn))
+        version = schema_version(conn)
+        if version == SCHEMA_VERSION:
+            return
+        if _holds_data(conn):
+            _back_up_before_migration(conn, version)
+        # What is overwritten may be a token: leave no copy of it in a freed page.
+        conn.execute("PRAGMA secure_delete=ON")
+        for step in range(version + 1, SCHEMA_VERSION + 1):
+            _migrate(conn, step)
+    except sqlite3.Error as exc:
+        raise explain_database_error(exc, database_path(conn)) from exc
+
+
+def _migrate(conn: sqlite3.Connection, version: int) -> None:
+    with transaction(conn):
+        if schema_version(conn) >= version:
+            return  # another process was faster
+        MIGRATIONS[version](conn)
+        conn.execute(
+            "INSERT INTO schema_version (version, applied_utc) VALUES (?, ?)", (version, utc_now())
+        )
+
+
+def _tables(conn: sqlite3.Connection) -> List[str]:
+    rows = conn.execute(
+        "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
+    )
+    return [row[0] for row in rows]
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _holds_data(conn: sqlite3.Connection) -> bool:
+    return any(
+        conn.execute(f"SELECT 1 FROM {_quoted(table)} LIMIT 1").fetchone()
+        for table in _tables(conn)
+        if table != "schema_version"
+    )
+
+
+def _back_up_before_migration(conn: sqlite3.Connection, version: int) -> None:
+    path = database_path(conn)
+    finding = conn.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if finding != "ok":
+        raise DatabaseError(
+            f"database {path} is damaged ({finding}); it was not upgraded: restore a backup, or "
+            "start anew with `db nuke --yes`"
+        )
+    stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S")
+    backup = f"{path}.v{version}-{stamp}.bak"
+    backup_database(conn, backup)
+    log.info("upgrading the database from version %d; the old one is kept as %s", version, backup)
+
+
+def backup_database(conn: sqlite3.Connection, file: str) -> None:
+    """Write a consistent copy of the database to `file` (0600), whole or not at all."""
+    temporary = f"{file}.tmp{os.getpid()}"
+    try:
+        os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        try:
+            with contextlib.closing(sqlite3.connect(temporary)) as copy:
+                conn.backup(copy)
+                copy.execute("PRAGMA journal_mode=DELETE")
+            os.replace(temporary, file)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as exc:
+        raise DatabaseError(f"cannot write the backup {file}: {exc.strerror}") from exc
+
+
+def nuke_database(conn: Optional[sqlite3.Connection] = None, confirm: bool = False) -> None:
+    """Drop every table and build the schema anew.  ValueError without `confirm=True`."""
+    if not confirm:
+        raise ValueError("nuke_database deletes everything; call it with confirm=True")
+    if conn is None:
+        with contextlib.closing(get_connection()) as own:
+            nuke_database(own, confirm=True)
+        return
+    try:
+        with transaction(conn):
+            for table in _tables(conn):
+                conn.execute(f"DROP TABLE {_quoted(table)}")
+            for version in sorted(MIGRATIONS):
+                _migrate(conn, version)
+        conn.execute("VACUUM")
+    except sqlite3.Error as exc:
+        raise explain_database_error(exc, database_path(conn)) from exc
+
+
+class KnownLink(NamedTuple):
+    """What the database holds of a link; the column order of `_KNOWN_COLUMNS`."""
+
+    rowid: int
+    target: Union[str, bytes, None]
+    status: Optional[str]
+    last_status: Optional[str]
+    broken_since: Optional[str]
+    error: Optional[str]
+
+
+_KNOWN_COLUMNS = "rowid, last_target, status, last_status, broken_since_utc, error"
+_WRITE_LINK = """
+INSERT INTO symlinks (path, last_target, status, last_status, first_seen_utc, last_seen_utc,
+                      broken_since_utc, error)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT(path) DO UPDATE SET
+    last_target = excluded.last_target, status = excluded.status,
+    last_status = excluded.last_status, last_seen_utc = excluded.last_seen_utc,
+    broken_since_utc = excluded.broken_since_utc, error = excluded.error
+"""
+
+
+def classify_change(known: Optional[KnownLink], status: str) -> str:
+    """Return the event that a judgement makes, '' for none.
+
+    Only good -> broken is 'newly_broken' and only broken -> good is 'recovered', with any outage
+    in between: `broken_since` remembers what the status forgets.
+    """
+    was_broken = known is not None and known.broken_since is not None
+    if status == BROKEN and not was_broken:
+        return "newly_broken"
+    if status == OK and was_broken:
+        return "recovered"
+    if known is None:
+        return "" if status == OK else status
+    if known.status == status:
+        return ""
+    return "vanished" if status == MISSING else "changed"
+
+
+def link_row(
+    path: str, target: str, status: str, reason: str, now: str, known: Optional[KnownLink]
+) -> Tuple[Any, ...]:
+    """Return the parameters of `_WRITE_LINK` for a judgement."""
+    since = known.broken_since if known else None
+    since = {OK: None, BROKEN: since or now}.get(status, since)
+    return (to_db(path), to_db(target), status, status, now, now, since, reason or None)
+
+
+def find_link(conn: sqlite3.Connection, path: str) -> Optional[KnownLink]:
+    """Return what is known of the link at `path`."""
+    row = conn.execute(
+        f"SELECT {_KNOWN_COLUMNS} FROM symlinks WHERE path = ?", (to_db(path),)
+    ).fetchone()
+    return KnownLink(*row) if row else None
+
+
+def record_symlink(path: str, target: str, status: str) -> None:
+    """Record that the link at `path` points to `target` and is `status` now.
+
+    Raises ValueError for a status that is none of `STATUSES`.
+    """
+    if status not in STATUSES:
+        raise ValueError(f"unknown status {status!r}; known: {', '.join(STATUSES)}")
+    with _session() as conn, transaction(conn):
+        known = find_link(conn, path)
+        conn.execute(_WRITE_LINK, link_row(path, target, status, "", utc_now(), known))
+        change = classify_change(known, status)
+        if change:
+            _write_events(conn, [link_event(path, target, change, status)])
+
+
+def enqueue_action(url: str, reason: str = "", related_path: Optional[str] = None) -> int:
+    """Queue an action and return its id; while the same URL is pending, the id of that one.
+
+    Tokens and passwords are taken out of the URL: they are added when it is sent.
+    """
+    bare = strip_secrets(url)
+    with _session() as conn, transaction(conn):
+        row = conn.execute(
+            "SELECT id FROM actions WHERE status = 'pending' AND url = ?", (bare,)
+        ).fetchone()
+        if row:
+            return int(row["id"])
+        cursor = conn.execute(
+            "INSERT INTO actions (url, status, reason, related_path, created_utc) "
+            "VALUES (?, 'pending', ?, ?, ?)",
+            (bare, redact(reason), to_db(related_path) if related_path else None, utc_now()),
+        )
+        return int(cursor.lastrowid or 0)
+
+
+def get_pending_actions(limit: int = 25) -> List[sqlite3.Row]:
+    """Return the oldest pending actions; rows readable as `row["url"]`."""
+    with _session() as conn:
+        return conn.execute(
+            "SELECT * FROM actions WHERE status = 'pending' ORDER BY id LIMIT ?", (limit,)
+        ).fetchall()
+
+
+def mark_action_sent(action_id: int, ok: bool = True) -> None:
+    """Mark an action as sent, or as failed."""
+    with _session() as conn, transaction(conn):
+        conn.execute(
+            "UPDATE actions SET status = ?, fired_utc = ? WHERE id = ?",
+            ("sent" if ok else "failed", utc_now(), action_id),
+        )
+
+
+Event = Tuple[int, Union[str, bytes, None], Union[str, bytes, None], str, str, str, str]
+
+
+def add_events(rows: Iterable[Sequence[Any]]) -> None:
+    """Append tuples (ts, path, target, kind, name, action, status) to the event log."""
+    with _session() as conn, transaction(conn):
+        _write_events(
+            conn, [(*(to_db(v) if isinstance(v, str) else v for v in row),) for row in rows]
+        )
+
+
+def _write_events(conn: sqlite3.Connection, rows: Iterable[Sequence[Any]]) -> None:
+    conn.executemany(
+        "INSERT INTO events (ts, path, target, kind, name, action, status) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?)",
+        rows,
+    )
+
+
+def beneath(root: str, column: str = "path") -> Tuple[str, List[Any]]:
+    """Return an indexable SQL condition, with its parameters, for all paths beneath `root`.
+
+    Names that are not UTF-8 are stored as BLOBs, which sort apart from text: hence two ranges.
+    """
+    first = root.rstrip("/") + "/"
+    last = first[:-1] + "0"  # the character after '/'
+    ranges: List[Any] = [os.fsencode(first), os.fsencode(last)]
+    sql = f"({column} >= ? AND {column} < ?)"
+    if isinstance(to_db(root), bytes):
+        return sql, ranges
+    return f"({sql} OR {sql})", [first, last, *ranges]
+
+
+@contextlib.contextmanager
+def process_lock(db_path: str, wait: float) -> Iterator[None]:
+    """Hold the lock beside the database: one run at a time.  LockedError after `wait` seconds.
+
+    The kernel drops it with the process, however that ends.
+    """
+    import fcntl
+
+    file = db_path + ".lock"
+    try:
+        os.makedirs(os.path.dirname(file), mode=0o700, exist_ok=True)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise DatabaseError(
+            f"cannot make the lock file {file}: {exc.strerror}; name a writable place with "
+            "--data-dir DIR"
+        ) from exc
+    deadline = time.monotonic() + wait
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise LockedError(
+                        f"another run holds the lock {file}; wait for it to end, or use "
+                        "--lock-wait SECONDS"
+                    ) from None
+                time.sleep(0.1)
+            except OSError as exc:
+                log.warning("no lock on this file system (%s): %s", exc.strerror, file)
+                break
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def scratch_database(db_path: str) -> Iterator[sqlite3.Connection]:
+    """Yield a throw-away copy of the database: what a dry run writes to."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="refresherr-") as folder:
+        copy = os.path.join(folder, "symlinks.db")
+        if os.path.exists(db_path):
+            try:
+                with contextlib.closing(
+                    sqlite3.connect(f"file:{quote(db_path)}?mode=ro", uri=True)
+                ) as conn:
+                    backup_database(conn, copy)
+            except sqlite3.Error as exc:
+                raise explain_database_error(exc, db_path) from exc
+        with contextlib.closing(open_database(copy)) as conn:
+            yield conn
+
+
+@contextlib.contextmanager
+def recorded_run(conn: sqlite3.Connection, command: str) -> Iterator[JsonObject]:
+    """Keep an honest row in `runs`: yields the summary to fill; its 'exit_code' is the result.
+
+    A run that is killed leaves the row without an end.
+    """
+    with transaction(conn):
+        run_id = conn.execute(
+            "INSERT INTO runs (command, started_utc) VALUES (?, ?)", (command, utc_now())
+        ).lastrowid
+    summary: JsonObject = {}
+    code = EXIT_FAILED
+    try:
+        yield summary
+        code = summary.get("exit_code", EXIT_OK)
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+        raise
+    except RefresherrError as exc:
+        code = exc.exit_code
+        summary.setdefault("message", redact(str(exc)))
+        raise
+    finally:
+        with contextlib.suppress(sqlite3.Error), transaction(conn):
+            conn.execute(
+                "UPDATE runs SET finished_utc = ?, exit_code = ?, summary = ? WHERE run_id = ?",
+                (utc_now(), code, json.dumps(summary), run_id),
+            )
+
+
+# ---------------------------------------------------------------------------------------------
+# Names
+# ---------------------------------------------------------------------------------------------
+
+_EPISODE = re.compile(
+    r"(?i)(?<![a-z0-9])s(\d{1,4})[ ._-]*e(\d{1,4})((?:[ ._]*-?[ ._]*e\d{1,4}|-\d{1,3}(?![\dpi]))*)(?!\d)"
+)
+_CROSS_EPISODE = re.compile(r"(?i)(?<![a-z0-9])(\d{1,2})x(\d{2,3})(?![0-9])")
+_AIR_DATE = re.compile(r"(?<!\d)(?:19|20)\d\d[ ._-](?:0[1-9]|1[0-2])[ ._-](?:[0-2]\d|3[01])(?!\d)")
+_SEASON_FOLDER = re.compile(r"(?i)(?:season|series|staffel|saison|temporada|s)[ ._-]*(\d{1,4})")
+_YEAR = re.compile(r"(?<!\d)[(\[]?((?:19|20)\d\d)[)\]]?(?![\dpi])")
+_TAGS = re.compile(r"\s*(?:\{[^}]*\}|\[[^\]]*\])")
+
+
+class Media(NamedTuple):
+    """What a path says: `kind` is 'episode', 'movie' or 'other'; `name` the show or movie."""
+
+    kind: str
+    name: str
+    season: Optional[int]
+    episodes: Tuple[int, ...]
+
+
+def parse_media(path: str) -> Media:
+    """Return what the folders and the file name of a link say about its content."""
+    folder, _, file = path.rpartition("/")
+    parent = folder.rpartition("/")[2]
+    stem = file.rpartition(".")[0] or file
+    season = parse_season_folder(parent)
+    match = _EPISODE.search(stem)
+    if match:
+        numbers = _episode_numbers(match.group(2), match.group(3))
+        return Media(
+            "episode", _show_name(folder, stem, match.start()), int(match.group(1)), numbers
+        )
+    match = _CROSS_EPISODE.search(stem)
+    if match:
+        name = _show_name(folder, stem, match.start())
+        return Media("episode", name, int(match.group(1)), (int(match.group(2)),))
+    match = _AIR_DATE.search(stem)
+    if match or season is not None:
+        start = match.start() if match else 0
+        return Media("episode", _show_name(folder, stem, start), season, ())
+    for name in (parent, stem):
+        if _YEAR.search(name, 1):
+            return Media("movie", clean_title(name), None, ())
+    return Media("other", clean_title(stem), None, ())
+
+
+def parse_season_folder(name: str) -> Optional[int]:
+    """Return the season that a folder's name stands for, None if it is no season folder."""
+    if name.lower() == "specials":
+        return 0
+    match = _SEASON_FOLDER.fullmatch(name)
+    return int(match.group(1)) if match else None
+
+
+def clean_title(name: str) -> str:
+    """Return a folder's or release's name without tags, dots and what follows the year."""
+    bare = _TAGS.sub("", name).strip() or name
+    if " " not in bare:
+        bare = re.sub(r"[._]+", " ", bare).strip()
+    year = None
+    for year in _YEAR.finditer(bare, 1):
+        pass  # the last one: "2012 (2009)", "Blade Runner 2049 (2017)"
+    return f"{bare[: year.start()].strip(' -')} ({year.group(1)})" if year else bare
+
+
+def _episode_numbers(first: str, more: str) -> Tuple[int, ...]:
+    """Return the episodes of 'E01', 'E01E02' (both) and 'E01-E03' (all three)."""
+    numbers = [int(first)]
+    for dash, digits in re.findall(r"(?i)(-?)[ ._]*e?(\d{1,4})", more):
+        number = int(digits)
+        if dash and numbers[-1] < number <= numbers[-1] + 50:
+            numbers.extend(range(numbers[-1] + 1, number + 1))
+        else:
+            numbers.append(number)
+    return tuple(numbers)
+
+
+def _show_name(folder: str, stem: str, end: int) -> str:
+    parent = folder.rpartition("/")[2]
+    if parse_season_folder(parent) is not None:
+        return clean_title(folder.rpartition("/")[0].rpartition("/")[2])
+    before = stem[:end].strip(" ._-[(")
+    return clean_title(before or parent)
+
+
+def link_event(path: str, target: str, action: str, status: str) -> Event:
+    """Return the event row for something that happened to a link now."""
+    media = parse_media(path)
+    return (
+        int(time.time()),
+        to_db(path),
+        to_db(target),
+        media.kind,
+        media.name.encode("utf-8", "replace").decode(),
+        action,
+        status,
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Scan: the worker
+# ---------------------------------------------------------------------------------------------
+# The one mechanism for speed and for safety.  A forked process walks and judges and reports
+# through a pipe, while the parent keeps the database: two cores.  In it, threads take directories
+# from one pile: a single thread on a local disk, many once something answers slowly.  A watch
+# looks at what each thread has been waiting for; one that a dead mount holds is given up and
+# replaced.  A thread in the kernel's D state cannot be ended, nor can its process, so the parent
+# kills the worker at the end and does not wait for it (measured: any other way hangs).
+
+GONE_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+AUTO_WORKERS = 16  # a libfuse daemon has some ten threads
+SLOW_SECONDS = 0.001  # a look-up that takes longer does not come from a local disk's cache
+SLOW_STREAK = 8  # so many slow look-ups in a row are no hiccup
+WINDOW = 16384  # links that wait to be judged together with others of their target directory
+BATCH = 1000  # links in one message to the parent
+CACHE_SIZE = 20000  # directories remembered by each cache of the worker
+STUCK_LIMIT = 3  # look-ups that time out on a mount before it counts as unresponsive
+HEARTBEAT = 1.0  # seconds between signs of life
+
+# What the worker says of a link.
+JUDGED_OK, JUDGED_GONE, JUDGED_UNKNOWN, JUDGED_BLOCKED = range(4)
+# (path, target, judgement, unit number, detail, root number).  The detail is the emptied
+# directory for JUDGED_GONE ('' if there is none), else the reason.
+Judged = Tuple[str, str, int, int, str, int]
+
+HEALTHY, ABSENT, EMPTY, UNRESPONSIVE, ERROR = "healthy", "absent", "empty", "unresponsive", "error"
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanJob:
+    """What a worker is to do; everything it may not ask for once it runs.
+
+    `remembered` maps the mount points that earlier scans saw in use to their file system types.
+    With `look_only` the worker says how roots and mounts are, and walks nothing.
+    """
+
+    roots: Tuple[str, ...]
+    ignore: Tuple[str, ...] = ()
+    mount_checks: Tuple[str, ...] = ()
+    remembered: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    workers: int = 0
+    stat_timeout: float = 30.0
+    look_only: bool = False
+
+
+class Place:
+    """A directory whose health decides about all targets beneath it.
+
+    `role` says why it is watched: 'check' (configured), 'remembered' (a mount point of earlier
+    scans), 'seen' (mounted now, nothing more is known) or 'stuck' (a single path that hangs).
+    """
+
+    def __init__(self, point: str, role: str, fs_type: str = "") -> None:
+        self.point = point
+        self.probe = point  # a sentinel file is probed for its directory
+        self.role = role
+        self.fs_type = fs_type
+        self.state = HEALTHY
+        self.reason = ""
+        self.used = False  # some target was looked for beneath it
+        self.announced = False
+        self.answered = 0.0
+        self.timeouts = 0
+
+    def set_state(self, state: str, reason: str) -> None:
+        self.state = state
+        self.reason = reason
+
+
+class Spot:
+    """A directory of targets, resolved: what all links into it have in common."""
+
+    __slots__ = ("blocked", "device", "good", "mount", "place", "real", "slow", "unit")
+
+    def __init__(self, real: str, unit: int, mount: Place, place: Place) -> None:
+        self.real = real
+        self.unit = unit
+        self.mount = mount
+        self.place = place
+        self.device = -1
+        self.blocked = False
+        self.slow = False
+        self.good = False
+
+
+class Slot:
+    """What one thread is doing, for the watch."""
+
+    __slots__ = ("lost", "path", "place", "since", "suspected", "task")
+
+    def __init__(self) -> None:
+        self.since = time.monotonic()
+        self.path = ""
+        self.place: Optional[Place] = None
+        self.task: Any = None
+        self.lost = False
+        self.suspected = False
+
+
+class Ignore:
+    """The ignore patterns: substrings of the path, or globs on the name."""
+
+    def __init__(self, patterns: Sequence[str]) -> None:
+        import fnmatch
+
+        globs = [pattern for pattern in patterns if re.search(r"[*?[]", pattern)]
+        self._long = [pattern for pattern in patterns if pattern not in globs and "/" in pattern]
+        short = [re.escape(p) for p in patterns if p not in globs and p not in self._long]
+        whole = [f"(?:{fnmatch.translate(glob)})" for glob in globs]
+        self._substring = re.compile("|".join(short)).search if short else None
+        self._glob = re.compile("|".join(whole)).match if whole else None
+        self.active = bool(patterns)
+
+    def matches(self, directory: str, name: str) -> bool:
+        """Tell whether an entry of a directory that is not ignored itself is to be skipped."""
+        if (self._substring and self._substring(name)) or (self._glob and self._glob(name)):
+            return True
+        for part in self._long:
+            if f"{directory}/{name}/".find(part, max(0, len(directory) + 2 - len(part))) >= 0:
+                return True
+        return False
+
+    def matches_beneath(self, root: str, path: str) -> bool:
+        """Tell whether `path`, or any directory between it and `root`, is to be skipped."""
+        directory = root.rstrip("/")
+        for name in path[len(directory) + 1 :].split("/"):
+            if self.matches(directory, name):
+                return True
+            directory = f"{directory}/{name}"
+        return False
+
+
+def examine_place(place: Place) -> Tuple[str, str]:
+    """Ask a place how it is; may hang.  Returns (state, reason); sets `place.point` of a sentinel."""
+    try:
+        mode = os.stat(place.probe).st_mode
+        if stat.S_ISREG(mode) and place.role == "check":
+            place.point = os.path.dirname(os.path.realpath(place.probe))
+            with open(place.probe, "rb") as stream:
+                stream.read(1)
+            return HEALTHY, ""
+        place.point = os.path.realpath(place.probe)
+        try:
+            with os.scandir(place.probe) as entries:
+                empty = next(entries, None) is None
+        except PermissionError:
+            empty = False  # mounted and alive; its root may just not be listed by us
+    except FileNotFoundError:
+        if place.role == "check":
+            # Was it to be a sentinel?  Nobody knows: it speaks for its directory then.
+            place.point = os.path.dirname(place.probe).rstrip("/") or place.probe
+        return ABSENT, f"{place.probe} does not exist"
+    except OSError as exc:
+        return ERROR, f"{place.probe}: {exc.strerror}"
+    mounts = read_mounts()  # after the look-up: that mounts what autofs only promises
+    fs_type = mounts.get(place.point)
+    if fs_type is None and len(mounts) == 1 and os.path.ismount(place.point):
+        fs_type = place.fs_type or "unknown"  # no procfs here
+    if fs_type is None:
+        return ABSENT, f"{place.probe} is not a mount point; nothing is mounted there"
+    if place.role == "remembered" and fs_type != place.fs_type:
+        return ABSENT, (
+            f"{place.point} is {fs_type} now and was {place.fs_type}; if that is meant, run "
+            f"scan --forget-mount {place.point}"
+        )
+    place.fs_type = fs_type
+    if empty:
+        return EMPTY, f"{place.probe} is mounted but empty"
+    return HEALTHY, ""
+
+
+def ask_all(
+    questions: Sequence[Callable[[], Any]], timeout: float, beat: Callable[[], None]
+) -> List[Any]:
+    """Call all at once and return their answers; None for one that does not answer in time."""
+    answers: List[Any] = [None] * len(questions)
+    done = threading.Semaphore(0)
+
+    def ask(number: int) -> None:
+        answers[number] = questions[number]()
+        done.release()
+
+    for number in range(len(questions)):
+        threading.Thread(target=ask, args=(number,), daemon=True).start()
+    deadline = time.monotonic() + timeout
+    for _ in questions:
+        while not done.acquire(timeout=max(0.0, min(HEARTBEAT, deadline - time.monotonic()))):
+            beat()
+            if time.monotonic() >= deadline:
+                return list(answers)
+    return answers
+
+
+class Surveyor:
+    """Walks roots and judges links; lives in the worker process.
+
+    `send` takes a tuple whose first item names the message:
+    ('links', [Judged]), ('unit', number, mount point, child directory), ('mount', point, type),
+    ('unread', directory, reason), ('root', number, state, reason), ('ignored', count), ('beat',),
+    ('done', places, blocked units, uninhabited directories).
+    """
+
+    def __init__(self, job: ScanJob, send: Callable[[Tuple[Any, ...]], None]) -> None:
+        self.job = job
+        self.send = send
+        self.ignore = Ignore(job.ignore)
+        self.places: Dict[str, List[Place]] = {}
+        self.units: Dict[Tuple[str, str, str], int] = {}
+        self.spots: Dict[str, Spot] = {}
+        self.real_dirs: Dict[str, str] = {}
+        self.sealed: Set[str] = set()  # unhealthy points: nothing there or beneath is touched
+        self.slow_mounts: Set[str] = set()
+        self.inhabited: Set[int] = set()  # hashes of the directories above good targets
+        self.empty_dirs: Set[str] = set()
+        self.other_roots: Dict[str, int] = {}
+        self.outbox: List[Judged] = []
+        self.ignored = 0
+        # The crew's state, all under one lock.
+        self.change = threading.Condition()
+        self.slots: Set[Slot] = set()
+        self.walks: List[Tuple[int, str]] = []
+        self.waiting: Dict[str, List[Tuple[str, str, str, int]]] = {}
+        self.waiting_count = 0
+        self.batches: deque[Tuple[str, List[Tuple[str, str, str, int]]]] = deque()
+        self.walking = 0
+        self.working = 0
+        self.crash: Optional[BaseException] = None
+        self.current = threading.local()
+
+    # The whole errand
+
+    def run(self) -> None:
+        """Do the job and say 'done'."""
+        mounts = read_mounts()
+        self.slow_mounts = {point for point, kind in mounts.items() if is_network_type(kind)}
+        watched = [Place(check, "check") for check in self.job.mount_checks]
+        watched += [Place(p, "remembered", kind) for p, kind in self.job.remembered.items()]
+        self.probe(watched)
+        for place in watched + [Place(p, "seen", kind) for p, kind in mounts.items()]:
+            self.places.setdefault(place.point, []).append(place)
+        self.places.setdefault("/", [Place("/", "seen", "unknown")])
+        self.open_roots()
+        if self.job.look_only:
+            for place in watched:
+                place.used = True
+            self.report()
+            return
+        self.hire(1)
+        self.watch()
+        self.flush(force=True)
+        self.send(("ignored", self.ignored))
+        # Once more: a mount may have gone while its targets were looked for.
+        everywhere = [place for group in self.places.values() for place in group]
+        self.probe([p for p in everywhere if p.used and p.state == HEALTHY])
+        self.report()
+
+    def beat(self) -> None:
+        self.send(("beat",))
+
+    def probe(self, places: Sequence[Place]) -> None:
+        """Ask all places at once how they are, and seal off what is not well."""
+        questions = [lambda place=place: examine_place(place) for place in places]
+        answers = ask_all(questions, self.job.stat_timeout, self.beat)
+        for place, answer in zip(places, answers):
+            if answer is None:
+                limit = format_duration(self.job.stat_timeout)
+                answer = UNRESPONSIVE, f"{place.probe} did not answer within {limit}"
+                if place.role == "check" and place.probe not in read_mounts():
+                    place.point = os.path.dirname(place.probe)
+            place.set_state(*answer)
+            if place.state != HEALTHY:
+                self.sealed.add(place.point)
+
+    def report(self) -> None:
+        """Say how the places are at the end, and which units they take down with them."""
+        listed = [
+            (p.point, p.fs_type, p.state, p.reason, p.role)
+            for group in self.places.values()
+            for p in group
+            if p.role == "check" or (p.used and p.role != "stuck")
+        ]
+        blocked = {}
+        for (_, _, anchor), number in self.units.items():
+            place = self.home(anchor)
+            if place.state != HEALTHY and place.role != "stuck":
+                blocked[number] = place.reason
+        uninhabited = [
+            directory
+            for directory in self.empty_dirs
+            if os.path.dirname(directory) == "/"
+            or hash(os.path.dirname(directory)) not in self.inhabited
+        ]
+        self.send(("done", listed, blocked, uninhabited))
+
+    # Roots
+
+    def open_roots(self) -> None:
+        """Look at every root, hang-safe, and put the good ones on the pile; overlaps once."""
+        answers = ask_all(
+            [lambda root=root: self.examine_root(root) for root in self.job.roots],
+            self.job.stat_timeout,
+            self.beat,
+        )
+        real = {}
+        for number, (root, answer) in enumerate(zip(self.job.roots, answers)):
+            if answer is None:
+                answer = (
+                    ERROR,
+                    f"did not answer within {format_duration(self.job.stat_timeout)}",
+                    "",
+                )
+            state, reason, path = answer
+            if state == "scanned":
+                real[number] = path
+            else:
+                self.send(("root", number, state, reason, path, False))
+        for number, path in real.items():
+            outer = [
+                other
+                for other, above in real.items()
+                if other != number and is_under(path, above) and (path != above or other < number)
+            ]
+            self.send(("root", number, "scanned", "", path, bool(outer)))
+            if not outer:
+                self.walks.append((number, self.job.roots[number].rstrip("/")))
+            for other in outer:
+                seen_as = self.job.roots[other].rstrip("/") + path[len(real[other].rstrip("/")) :]
+                self.other_roots[seen_as] = number
+
+    def examine_root(self, root: str) -> Tuple[str, str, str]:
+        """Return (state, reason, real path) of a root: 'scanned', 'missing' or 'error'."""
+        path = self.resolve(root)
+        place = self.home(path)
+        if place.state != HEALTHY and place.state != EMPTY:
+            place.used = True
+            return "refused", place.reason, path
+        try:
+            if not stat.S_ISDIR(os.stat(root).st_mode):
+                return ERROR, "is not a directory", path
+        except FileNotFoundError:
+            return "missing", "does not exist", path
+        except OSError as exc:
+            return ERROR, exc.strerror or "cannot be read", path
+        return "scanned", "", path
+
+    # The crew: threads, their tasks and the watch over them
+
+    def hire(self, count: int) -> None:
+        """Have `count` threads at work; more cost nothing where they wait for a mount."""
+        with self.change:
+            for _ in range(count - len(self.slots)):
+                slot = Slot()
+                self.slots.add(slot)
+                threading.Thread(target=self.labour, args=(slot,), daemon=True).start()
+
+    def hire_all(self) -> None:
+        if len(self.slots) == 1:
+            self.hire(self.job.workers or AUTO_WORKERS)
+
+    def labour(self, slot: Slot) -> None:
+        """Take tasks until none is left.  What a lost thread found is thrown away."""
+        self.current.slot = slot
+        try:
+            while True:
+                task = self.next_task(slot)
+                if task is None:
+                    return
+                found: List[Judged] = []
+                later: List[Tuple[str, Tuple[str, str, str, int]]] = []
+                deeper: List[Tuple[int, str]] = []
+                if isinstance(task[0], int):
+                    self.walk(slot, task[0], task[1], found, later, deeper)
+                else:
+                    self.judge_directory(slot, task[0], task[1], found)
+                if not self.finish_task(slot, found, later, deeper):
+                    return
+        except BaseException as exc:  # a bug: the errand cannot be trusted any more
+            with self.change:
+                self.crash = exc
+                self.change.notify_all()
+
+    def next_task(self, slot: Slot) -> Any:
+        """Return a walk (root, directory), a batch (directory, links), or None at the end."""
+        with self.change:
+            while True:
+                if slot.lost:
+                    return None
+                if self.waiting and (
+                    self.waiting_count >= WINDOW or not (self.walks or self.walking)
+                ):
+                    self.batches.extend(self.waiting.items())
+                    self.waiting = {}
+                    self.waiting_count = 0
+                    self.change.notify_all()
+                if self.batches:
+                    task: Any = self.batches.popleft()
+                elif self.walks:
+                    task = self.walks.pop()
+                    self.walking += 1
+                elif self.working == 0:
+                    self.slots.discard(slot)
+                    self.change.notify_all()
+                    return None
+                else:
+                    self.change.wait()
+                    continue
+                self.working += 1
+                slot.task = task
+                slot.path = ""
+                return task
+
+    def finish_task(
+        self,
+        slot: Slot,
+        found: List[Judged],
+        later: List[Tuple[str, Tuple[str, str, str, int]]],
+        deeper: List[Tuple[int, str]],
+    ) -> bool:
+        with self.change:
+            if slot.lost:
+                return False
+            for directory, link in later:
+                self.waiting.setdefault(directory, []).append(link)
+            self.waiting_count += len(later)
+            self.walks.extend(deeper)
+            self.outbox.extend(found)
+            self.end_task(slot)
+        if later:
+            self.hire_all()
+        self.flush()
+        return True
+
+    def end_task(self, slot: Slot) -> None:
+        self.working -= 1
+        if isinstance(slot.task[0], int):
+            self.walking -= 1
+        slot.task = None
+        if len(self.slots) > 1:
+            self.change.notify_all()
+
+    def flush(self, force: bool = False) -> None:
+        """Send what has been judged, in large messages: the parent looks up 500 at a time."""
+        with self.change:
+            if len(self.outbox) < BATCH and not force:
+                return
+            links, self.outbox = self.outbox, []
+        self.send(("links", links))
+
+    def watch(self) -> None:
+        """Wait for the crew; give up threads that wait too long for a path."""
+        limit = self.job.stat_timeout
+        tick = min(HEARTBEAT, limit / 8)
+        next_beat = 0.0
+        while True:
+            with self.change:
+                if self.crash:
+                    raise self.crash
+                if not self.slots:
+                    return
+                self.change.wait(tick)
+                overdue = self.overdue_slots(limit)
+            now = time.monotonic()
+            if now >= next_beat:
+                next_beat = now + HEARTBEAT
+                self.flush(force=True)
+                self.beat()
+            for slot in overdue:
+                self.give_up(slot)
+
+    def overdue_slots(self, limit: float) -> List[Slot]:
+        now = time.monotonic()
+        overdue = []
+        for slot in self.slots:
+            if slot.task is None or not slot.path:
+                continue
+            age = now - slot.since
+            if age >= limit:
+                overdue.append(slot)
+            elif age >= min(1.0, limit / 4) and not slot.suspected:
+                slot.suspected = True
+                place = slot.place or self.home(slot.path)
+                threading.Thread(target=self.suspect, args=(place,), daemon=True).start()
+        return overdue
+
+    def touch(self, path: str, place: Optional[Place] = None) -> None:
+        """Note what this thread is about to wait for."""
+        slot = getattr(self.current, "slot", None)
+        if slot:
+            slot.path, slot.place, slot.suspected = path, place, False
+            slot.since = time.monotonic()
+
+    def suspect(self, place: Place) -> None:
+        """Ask the mount of a path that keeps us waiting whether it is alive at all."""
+        self.hire_all()
+        try:
+            os.stat(place.point)
+            with os.scandir(place.point) as entries:
+                next(entries, None)
+        except OSError:
+            pass  # an error is an answer, too
+        place.answered = time.monotonic()
+
+    def give_up(self, slot: Slot) -> None:
+        """Replace a thread that hangs; its task is done anew without what it hangs on."""
+        with self.change:
+            if slot.lost or slot.task is None:
+                return
+            place = slot.place or self.home(slot.path)
+            place.timeouts += 1
+            if place.answered > slot.since and place.timeouts <= STUCK_LIMIT:
+                place = Place(slot.path.rstrip("/"), "stuck")  # the mount is alive
+                self.places.setdefault(place.point, []).insert(0, place)
+            place.used = True
+            limit = format_duration(self.job.stat_timeout)
+            place.set_state(UNRESPONSIVE, f"{place.point} did not answer within {limit}")
+            self.sealed.add(place.point)
+            self.spots = {}
+            slot.lost = True
+            self.slots.discard(slot)
+            task = slot.task
+            self.end_task(slot)
+            if isinstance(task[0], int):
+                self.walks.append(task)
+            else:
+                self.batches.append(task)
+            wanted = len(self.slots) + 1
+        self.hire(wanted)
+
+    # Walking
+
+    def walk(
+        self,
+        slot: Slot,
+        root: int,
+        directory: str,
+        found: List[Judged],
+        later: List[Tuple[str, Tuple[str, str, str, int]]],
+        deeper: List[Tuple[int, str]],
+    ) -> None:
+        """Judge the links of one directory, or put them off if their targets are slow."""
+        prefix = directory + "/"
+        ignore = self.ignore.matches if self.ignore.active else None
+        clock, readlink, stat_target = time.monotonic, os.readlink, os.stat
+        self.touch(prefix)
+        if self.is_unresponsive(prefix):
+            self.send(("unread", directory or "/", "it did not answer in time"))
+            return
+        streak = 0
+        spots, sealed = self.spots, self.sealed
+        try:
+            with os.scandir(prefix) as entries:
+                for entry in entries:
+                    if not entry.is_symlink():
+                        if entry.is_dir(follow_symlinks=False):
+                            self.descend(root, directory, entry.name, deeper)
+                        continue
+                    name = entry.name
+                    if ignore and ignore(directory, name):
+                        self.ignored += 1
+                        continue
+                    path = prefix + name
+                    try:
+                        target = readlink(path)
+                    except OSError as exc:
+                        if exc.errno not in (errno.ENOENT, errno.EINVAL):
+                            self.send(("unread", path, exc.strerror))
+                        continue
+                    full = target if target[0] == "/" else prefix + target
+                    head = full.rpartition("/")[0]
+                    spot = spots.get(head)
+                    if spot is None and not self.is_slow(head):
+                        spot = self.locate(head)
+                    if spot is None or spot.slow:
+                        later.append((head, (path, full, target, root)))
+                        continue
+                    if spot.blocked:
+                        found.append(self.blocked(path, target, spot, root))
+                        continue
+                    slot.path = full
+                    slot.place = spot.place
+                    try:
+                        if sealed and full in sealed:
+                            raise TimeoutError(errno.ETIMEDOUT, "it did not answer in time")
+                        device = stat_target(full).st_dev
+                    except OSError as exc:
+                        found.append(self.failed(path, full, target, spot, root, exc))
+                    else:
+                        unit = spot.unit
+                        if device != spot.device or not spot.good:
+                            unit = self.mark_good(full, spot, device)
+                        found.append((path, target, JUDGED_OK, unit, "", root))
+                    now = clock()
+                    streak = streak + 1 if now - slot.since > SLOW_SECONDS else 0
+                    slot.path = prefix
+                    slot.place = None
+                    slot.since = now
+                    if streak >= SLOW_STREAK:
+                        streak = 0
+                        self.call_slow(spot.mount.point)
+                        spots = self.spots
+        except OSError as exc:
+            self.send(("unread", directory or "/", exc.strerror))
+
+    def descend(self, root: int, directory: str, name: str, deeper: List[Tuple[int, str]]) -> None:
+        path = f"{directory}/{name}"
+        if self.ignore.active and self.ignore.matches(directory, name):
+            self.ignored += 1
+            return
+        deeper.append((self.other_roots.get(path, root), path))
+
+    def is_unresponsive(self, path: str) -> bool:
+        return bool(self.sealed) and self.home(self.resolve(path)).state == UNRESPONSIVE
+
+    def is_slow(self, directory: str) -> bool:
+        return bool(self.slow_mounts) and find_ancestor(directory, self.slow_mounts) is not None
+
+    def call_slow(self, point: str) -> None:
+        """From now on judge the targets on this mount directory by directory, many at once."""
+        self.slow_mounts.add(point)
+        self.spots = {}
+        self.hire_all()
+
+    # Judging
+
+    def judge_directory(
+        self, slot: Slot, head: str, links: List[Tuple[str, str, str, int]], found: List[Judged]
+    ) -> None:
+        """Judge links into one slow directory: one listing costs less than many look-ups."""
+        self.touch(head)
+        spot = self.spots.get(head) or self.locate(head)
+        if spot.blocked:
+            found.extend(self.blocked(path, target, spot, root) for path, _, target, root in links)
+            return
+        names = self.list_names(spot, links) if len(links) > 2 else ()
+        for path, full, target, root in links:
+            unit = spot.unit
+            if full.rpartition("/")[2] in names:
+                if not spot.good:
+                    self.mark_good(full, spot, spot.device)
+                found.append((path, target, JUDGED_OK, unit, "", root))
+                continue
+            self.touch(full, spot.place)
+            try:
+                if full in self.sealed:
+                    raise TimeoutError(errno.ETIMEDOUT, "it did not answer in time")
+                device = os.stat(full).st_dev
+            except OSError as exc:
+                found.append(self.failed(path, full, target, spot, root, exc))
+            else:
+                if device != spot.device or not spot.good:
+                    unit = self.mark_good(full, spot, device)
+                found.append((path, target, JUDGED_OK, unit, "", root))
+
+    def list_names(self, spot: Spot, links: List[Tuple[str, str, str, int]]) -> Iterable[str]:
+        """Return the names in a directory that exist for sure; not links, they may lead nowhere.
+
+        Stops early where a listing would cost more than asking for each name.
+        """
+        wanted = {full.rpartition("/")[2] for _, full, _, _ in links}
+        names = set()
+        patience = 64 * len(wanted)
+        self.touch(spot.real, spot.place)
+        try:
+            with os.scandir(spot.real) as entries:
+                for count, entry in enumerate(entries):
+                    if entry.name in wanted and not entry.is_symlink():
+                        names.add(entry.name)
+                    if count > patience or len(names) == len(wanted):
+                        break
+        except OSError:
+            return ()
+        return names
+
+    def failed(
+        self, path: str, full: str, target: str, spot: Spot, root: int, exc: OSError
+    ) -> Judged:
+        """Judge a link whose target could not be looked up."""
+        if exc.errno not in GONE_ERRNOS:
+            return (path, target, JUDGED_UNKNOWN, spot.unit, exc.strerror or str(exc), root)
+        final = self.trace(full)
+        unit = self.unit_of(os.path.dirname(final))[0]
+        self.use_places(final)
+        nearest = self.nearest_directory(os.path.dirname(final))
+        if nearest is None:
+            return (path, target, JUDGED_UNKNOWN, unit, "its directory cannot be read", root)
+        return (path, target, JUDGED_GONE, unit, nearest, root)
+
+    def blocked(self, path: str, target: str, spot: Spot, root: int) -> Judged:
+        place = spot.place
+        place.used = True
+        judgement = JUDGED_UNKNOWN if place.role == "stuck" else JUDGED_BLOCKED
+        return (path, target, judgement, spot.unit, place.reason, root)
+
+    # Where things are
+
+    def home(self, path: str) -> Place:
+        """Return the place that decides about a resolved path: the first unwell, or the nearest."""
+        nearest = None
+        for point in ancestors(path):
+            for place in self.places.get(point, ()):
+                if place.state != HEALTHY:
+                    return place
+                nearest = nearest or place
+        return nearest or self.places["/"][0]
+
+    def mount_above(self, path: str) -> Place:
+        """Return the mount point that a resolved path is on, mounted or remembered."""
+        for point in ancestors(path):
+            for place in self.places.get(point, ()):
+                if place.role in ("remembered", "seen"):
+                    return place
+        return self.places["/"][0]
+
+    def use_places(self, path: str) -> None:
+        """Mark what must be healthy for a verdict on `path`, up to its mount point."""
+        for point in ancestors(path):
+            group = self.places.get(point, ())
+            for place in group:
+                place.used = True
+            if any(place.role != "check" for place in group):
+                return
+
+    def unit_of(self, directory: str) -> Tuple[int, Place, Place]:
+        """Return a resolved directory's unit of the guard, its mount and the place it hangs on."""
+        place = self.home(directory)
+        mount = self.mount_above(directory)
+        top = mount.point.rstrip("/")
+        child = directory[len(top) + 1 :].partition("/")[0]
+        key = (mount.point, f"{top}/{child}" if child else "", place.point)
+        number = self.units.get(key)
+        if number is None:
+            with self.change:
+                number = self.units.setdefault(key, len(self.units))
+            self.send(("unit", number, key[0], key[1]))
+        return number, mount, place
+
+    def locate(self, head: str) -> Spot:
+        """Look at a directory of targets, and keep what was found."""
+        real = self.resolve(head)
+        spot = Spot(real, *self.unit_of(real))
+        if spot.place.state != HEALTHY:
+            spot.blocked = True
+        else:
+            spot.slow = self.is_slow(real)
+            self.touch(real, spot.place)
+            with contextlib.suppress(OSError):
+                spot.device = os.stat(real).st_dev
+        if len(self.spots) >= CACHE_SIZE:
+            self.spots.clear()
+        self.spots[head] = spot
+        return spot
+
+    def mark_good(self, full: str, spot: Spot, device: int) -> int:
+        """Note that a good target lies in a directory; return the unit it really lies in.
+
+        A target on another device than its directory is a chain of links that leads elsewhere.
+        """
+        if device != spot.device:
+            final = os.path.realpath(full)
+            if final != f"{spot.real}/{full.rpartition('/')[2]}":
+                spot = self.locate(os.path.dirname(final))
+        if not spot.good:
+            spot.good = True
+            if not spot.mount.announced:
+                spot.mount.announced = spot.mount.used = True
+                self.send(("mount", spot.mount.point, spot.mount.fs_type))
+            self.inhabit(spot)
+        return spot.unit
+
+    def inhabit(self, spot: Spot) -> None:
+        """Remember the directories above a good target, up to its mount point, '/' excluded."""
+        for directory in ancestors(spot.real):
+            key = hash(directory)
+            if directory == "/" or key in self.inhabited:
+                return
+            self.inhabited.add(key)
+            if directory == spot.mount.point:
+                return
+
+    def resolve(self, path: str) -> str:
+        """Return the physical path, as the kernel walks it; names that do not exist stay.
+
+        Nothing beneath a sealed point is touched.  Each directory is looked up once.
+        """
+        pending = [part for part in path.split("/") if part][::-1]
+        real = ""
+        hops = 0
+        while pending:
+            name = pending.pop()
+            if name == ".":
+                continue
+            if name == "..":
+                real = real.rpartition("/")[0]
+                continue
+            step = f"{real}/{name}"
+            known = self.real_dirs.get(step)
+            if known is None:
+                if step in self.sealed:
+                    return "/".join([step, *pending[::-1]])
+                known = step
+                self.touch(step)
+                with contextlib.suppress(OSError):
+                    link = os.readlink(step)
+                    hops += 1
+                    if hops <= 40:
+                        pending.extend([part for part in link.split("/") if part][::-1])
+                        if link.startswith("/"):
+                            real = ""
+                        continue
+                if len(self.real_dirs) >= CACHE_SIZE:
+                    self.real_dirs.clear()
+                self.real_dirs[step] = step
+            real = known
+        return real or "/"
+
+    def trace(self, full: str) -> str:
+        """Return where a chain of links ends, whether or not anything is there."""
+        for _ in range(40):
+            head, _, name = full.rpartition("/")
+            real = self.resolve(head)
+            final = (
+                f"{real.rstrip('/')}/{name}" if name not in ("", ".", "..") else self.resolve(full)
+            )
+            if find_ancestor(real, self.sealed):
+                return final
+            try:
+                link = os.readlink(final)
+            except OSError:
+                return final
+            full = link if link.startswith("/") else f"{real.rstrip('/')}/{link}"
+        return final
+
+    def nearest_directory(self, directory: str) -> Optional[str]:
+        """Return the nearest existing directory if it is empty, '' if not, None if unreadable."""
+        for path in ancestors(directory):
+            if path in self.sealed:
+                return ""
+            try:
+                with os.scandir(path) as entries:
+                    if next(entries, None) is not None:
+                        return ""
+                self.empty_dirs.add(path)
+                return path
+            except OSError as exc:
+                if exc.errno not in GONE_ERRNOS:
+                    return None
+        return ""
+
+
+class Worker:
+    """The parent's end: starts the worker process, reads its messages, lets it go."""
+
+    def __init__(self, job: ScanJob) -> None:
+        self._stall_limit = job.stat_timeout + 3 * HEARTBEAT
+        self._reader, writer = os.pipe()
+        with contextlib.suppress(ImportError, AttributeError, OSError):
+            import fcntl
+
+            fcntl.fcntl(writer, 1031, 1 << 20)  # F_SETPIPE_SZ: let the worker run ahead
+        with warnings.catch_warnings():
+            # 3.12 warns of threads in the parent; the child takes none of their locks.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._pid = os.fork()
+        if self._pid == 0:
+            _run_worker(job, writer, self._reader)
+        os.close(writer)
+
+    def messages(self) -> Iterator[Tuple[Any, ...]]:
+        """Yield the worker's messages up to 'done'.  RefresherrError if it dies or stalls."""
+        buffer = bytearray()
+        while True:
+            if not select.select([self._reader], [], [], self._stall_limit)[0]:
+                raise RefresherrError(
+                    "the scan hangs in the kernel and was given up; what was judged is recorded. "
+                    "Look at the mounts with `doctor`"
+                )
+            data = os.read(self._reader, 1 << 20)
+            if not data:
+                raise RefresherrError("the scan's worker process ended unexpectedly; run it again")
+            buffer += data
+            start = 0
+            while len(buffer) - start >= 4:
+                end = start + 4 + int.from_bytes(buffer[start : start + 4], "big")
+                if len(buffer) < end:
+                    break
+                message = marshal.loads(memoryview(buffer)[start + 4 : end])
+                start = end
+                if message[0] == "crash":
+                    raise RuntimeError(message[1])
+                yield message
+                if message[0] == "done":
+                    return
+            del buffer[:start]
+
+    def close(self) -> None:
+        """Kill the worker; never wait for one that the kernel holds."""
+        os.close(self._reader)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)
+        for _ in range(20):
+            with contextlib.suppress(ChildProcessError):
+                if os.waitpid(self._pid, os.WNOHANG)[0] == 0:
+                    time.sleep(0.005)
+                    continue
+            return
+
+
+def _run_worker(job: ScanJob, writer: int, reader: int) -> None:
+    """Be the worker process; never returns."""
+    try:
+        import gc
+
+        gc.disable()
+        os.setsid()  # Ctrl-C is the parent's business
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.close(reader)
+        null = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):
+            os.dup2(null, descriptor)  # a stuck worker must not keep anybody's pipe open
+        writer = os.dup2(writer, 3)
+        os.closerange(4, 4096)  # nor the database, nor the lock
+        lock = threading.Lock()
+
+        def send(message: Tuple[Any, ...]) -> None:
+            data = marshal.dumps(message)
+            data = len(data).to_bytes(4, "big") + data
+            with lock:
+                while data:
+                    data = data[os.write(writer, data) :]
+
+        try:
+            Surveyor(job, send).run()
+        except BrokenPipeError:
+            pass
+        except BaseException as exc:
+            import traceback
+
+            send(("crash", f"{type(exc).__name__}: {exc}\n{traceback.format_exc()}"))
+    finally:
+        os._exit(0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Scan: the record
+# ---------------------------------------------------------------------------------------------
+# What the worker says becomes rows and events here.  Good and unreachable links are recorded as
+# they come; links whose target is gone wait in a temporary table until the whole walk is known,
+# since only the whole tells breakage from an outage.
+
+GUARD_MINIMUM = 10  # good links gone at once before the guard looks at shares
+GUARD_CHILD_LINKS = 50  # links into a directory of a mount before it is a unit of its own
+GUARD_FRESH_SHARE = 0.5  # the guard's share while most links of a unit were never judged
+# How `symlinks.error` begins where it must be remembered:
+HELD = "held back by the mass-breakage guard: "  # then the unit
+UNJUDGED = "never judged: "  # then the reason
+
+
+@dataclasses.dataclass
+class Unit:
+    """What the guard counts for a directory of targets; `name` is '' in a mount's own top."""
+
+    mount: str
+    name: str
+    total: int = 0
+    ok: int = 0
+    known_broken: int = 0  # links that were broken before this scan: they prove nothing
+    fresh: int = 0  # links that were never judged before
+    gone: int = 0  # good links whose target is gone now
+
+    def add(self, other: Unit) -> None:
+        self.total += other.total
+        self.known_broken += other.known_broken
+        self.fresh += other.fresh
+        self.gone += other.gone
+
+    def is_suspicious(self, limit: float) -> bool:
+        """Tell whether more is gone at once than breaks by itself; `limit` is a share."""
+        good = self.total - self.known_broken
+        if self.fresh * 2 > good:
+            limit = max(limit, GUARD_FRESH_SHARE)
+        return self.gone >= GUARD_MINIMUM and self.gone > limit * good
+
+
+class GoneLink(NamedTuple):
+    """A link whose target is gone, and what the database knew of it."""
+
+    number: int
+    path: str
+    target: str
+    unit: int
+    emptied: str
+    root: int
+    last_seen: str
+    known: Optional[KnownLink]
+
+    @property
+    def was_judged(self) -> bool:
+        return self.known is not None and not (self.known.error or "").startswith(UNJUDGED)
+
+
+@dataclasses.dataclass
+class RootTally:
+    """One line of the result's `roots`."""
+
+    path: str
+    state: str = "scanned"
+    reason: str = ""
+    covered: bool = False
+    examined: int = 0
+    ok: int = 0
+    broken: int = 0
+    unreachable: int = 0
+
+    def to_json(self) -> JsonObject:
+        result = dataclasses.asdict(self)
+        del result["covered"]
+        return result
+
+
+class ScanRecord:
+    """Compares what a worker says with the database and writes the differences.
+
+    Every batch is one short transaction: a scan that is interrupted leaves true rows.
+    """
+
+    def __init__(
+        self,
+        conn: sqlite3.Connection,
+        job: ScanJob,
+        max_new_broken: float = 0.2,
+        accept_breakage: bool = False,
+    ) -> None:
+        self.conn = conn
+        self.job = job
+        self.limit = 1.0 if accept_breakage else max_new_broken
+        self.now = utc_now()
+        self.roots = [RootTally(root) for root in job.roots]
+        self.units: Dict[int, Unit] = {}
+        self.changes: Counter[str] = Counter()
+        self.unread: Dict[str, str] = {}
+        self.ignored = 0
+        self.held_back = 0
+        self.guard_reasons: List[str] = []
+        self.refused = False
+        self.mounts: List[JsonObject] = []
+        self._blocked: Mapping[int, str] = {}
+        self._uninhabited: Set[str] = set()
+        self._suspicious: Set[str] = set()
+        self._remembered = {
+            from_db(row[0]): row[1]
+            for row in conn.execute("SELECT mount_point, first_seen_utc FROM mounts")
+        }
+        self._last_rowid = conn.execute("SELECT max(rowid) FROM symlinks").fetchone()[0] or 0
+        self._seen = bytearray(self._last_rowid + 1)
+        self._cursor = conn.cursor()
+        self._cursor.row_factory = None
+        conn.execute("DROP TABLE IF EXISTS temp.gone")
+        conn.execute(
+            "CREATE TEMP TABLE gone (number INTEGER PRIMARY KEY, path, target, unit, emptied, root)"
+        )
+
+    @property
+    def examined(self) -> int:
+        return sum(root.examined for root in self.roots)
+
+    def take(self, message: Tuple[Any, ...]) -> None:
+        """Record one message of the worker."""
+        kind = message[0]
+        if kind == "links":
+            self._take_links(message[1])
+        elif kind == "unit":
+            self.units[message[1]] = Unit(message[2], message[3])
+        elif kind == "mount":
+            self._remember_mount(message[1], message[2])
+        elif kind == "unread":
+            self.unread[message[1]] = message[2]
+            log.warning("cannot read %s: %s; its links stay as they were", message[1], message[2])
+        elif kind == "root":
+            self._take_root(*message[1:])
+        elif kind == "ignored":
+            self.ignored = message[1]
+        elif kind == "done":
+            self._take_places(message[1])
+            self._blocked = message[2]
+            self._uninhabited = set(message[3])
+
+    def _take_root(self, number: int, state: str, reason: str, real: str, covered: bool) -> None:
+        root = self.roots[number]
+        root.state = ERROR if state == "refused" else state
+        root.reason = reason
+        root.covered = covered
+        if state == "refused":
+            self.refused = True
+        if state != "scanned":
+            log.warning("root %s: %s; its links stay as they were", root.path, reason)
+            return
+        for point, fs_type in read_mounts().items():
+            # What the library itself lives on: its links vanish with it.
+            if is_under(point, real) or is_under(real, point):
+                self._remember_mount(point, fs_type)
+
+    def _remember_mount(self, point: str, fs_type: str) -> None:
+        if fs_type == "autofs" or point in self._remembered:
+            return
+        with transaction(self.conn):
+            self.conn.execute(
+                "INSERT OR IGNORE INTO mounts VALUES (?, ?, 0, ?, ?)",
+                (to_db(point), fs_type, self.now, self.now),
+            )
+
+    def _take_places(self, places: Iterable[Tuple[str, str, str, str, str]]) -> None:
+        worst: Dict[str, JsonObject] = {}
+        for point, fs_type, state, reason, role in places:
+            if point in worst and (state == HEALTHY or worst[point]["state"] != HEALTHY):
+                continue
+            worst[point] = {
+                "mount_point": point,
+                "fs_type": fs_type,
+                "state": state,
+                "reason": reason,
+            }
+            if state != HEALTHY and role != "seen":
+                self.refused = True
+        self.mounts = [worst[point] for point in sorted(worst)]
+        for mount in self.mounts:
+            if mount["state"] != HEALTHY:
+                log.warning("%s; nothing beneath it is judged", mount["reason"])
+
+    # Links, as they come
+
+    def _take_links(self, links: Sequence[Judged]) -> None:
+        for (root, judgement), count in Counter((link[5], link[2]) for link in links).items():
+            tally = self.roots[root]
+            tally.examined += count
+            if judgement == JUDGED_OK:
+                tally.ok += count
+            elif judgement != JUDGED_GONE:
+                tally.unreachable += count
+        for (number, judgement), count in Counter((link[3], link[2]) for link in links).items():
+            self.units[number].total += count
+            if judgement == JUDGED_OK:
+                self.units[number].ok += count
+        gone = [link for link in links if link[2] == JUDGED_GONE]
+        if gone:
+            links = [link for link in links if link[2] != JUDGED_GONE]
+            with transaction(self.conn):
+                self.conn.executemany(
+                    "INSERT INTO temp.gone (path, target, unit, emptied, root) VALUES (?, ?, ?, ?, ?)",
+                    [(to_db(g[0]), to_db(g[1]), g[3], to_db(g[4]), g[5]) for g in gone],
+                )
+        for start in range(0, len(links), _LOOKUP):
+            self._record(links[start : start + _LOOKUP])
+
+    def _record(self, links: Sequence[Judged]) -> None:
+        """Write what has changed of some links; of the others only when they were seen last."""
+        keys = [link[0] if link[0].isascii() else to_db(link[0]) for link in links]
+        known = self._find(keys)
+        unchanged: List[int] = []
+        rows: List[Tuple[Any, ...]] = []
+        events: List[Event] = []
+        now, seen = self.now, self._seen
+        for key, (path, target, judgement, number, detail, _) in zip(keys, links):
+            old = known.get(key)
+            if old is None:
+                self.changes["new"] += 1
+                self.units[number].fresh += 1
+            else:
+                if old[0] < len(seen):
+                    seen[old[0]] = 1
+                if judgement == JUDGED_OK and old[1] == target and old[2] == OK == old[3]:
+                    unchanged.append(old[0])
+                    continue
+                if old[4]:
+                    self.units[number].known_broken += 1
+                elif (old[5] or "").startswith(UNJUDGED):
+                    self.units[number].fresh += 1
+            status = OK if judgement == JUDGED_OK else UNREACHABLE
+            self._judge(
+                rows, events, path, target, status, detail, KnownLink(*old) if old else None
+            )
+        with transaction(self.conn):
+            if unchanged:
+                self._touch(unchanged, now)
+            if rows:
+                self.conn.executemany(_WRITE_LINK, rows)
+            if events:
+                _write_events(self.conn, events)
+
+    def _find(self, keys: Sequence[Union[str, bytes]]) -> Dict[Union[str, bytes], Any]:
+        if not self._last_rowid:
+            return {}
+        marks = ",".join("?" * len(keys))
+        rows = self._cursor.execute(
+            f"SELECT path, {_KNOWN_COLUMNS} FROM symlinks WHERE path IN ({marks})", keys
+        )
+        return {row[0]: row[1:] for row in rows}
+
+    def _touch(self, rowids: List[int], now: str) -> None:
+        """Move `last_seen_utc` on; rows found together mostly stand together."""
+        if max(rowids) - min(rowids) + 1 == len(rowids):
+            condition, values = "BETWEEN ? AND ?", [min(rowids), max(rowids)]
+        else:
+            condition, values = f"IN ({','.join('?' * len(rowids))})", rowids
+        self.conn.execute(
+            f"UPDATE symlinks SET last_seen_utc = ? WHERE rowid {condition}", [now, *values]
+        )
+
+    def _judge(
+        self,
+        rows: List[Tuple[Any, ...]],
+        events: List[Event],
+        path: str,
+        target: str,
+        status: str,
+        reason: str,
+        old: Optional[KnownLink],
+    ) -> None:
+        """Append the row, and the event if there is one, that a verdict makes."""
+        error = (old.error if old else "") or ""
+        if status == UNREACHABLE:
+            if error.startswith(HELD):
+                reason = error  # an outage in between does not end what the guard holds
+            elif not reason.startswith(HELD) and (old is None or error.startswith(UNJUDGED)):
+                reason = reason if reason.startswith(UNJUDGED) else UNJUDGED + reason
+        change = classify_change(old, status)
+        if change:
+            self.changes[change] += 1
+            events.append(link_event(path, target, change, status))
+        rows.append(link_row(path, target, status, reason, self.now, old))
+
+    # The end of the walk: what is gone, what has vanished
+
+    def finish(self) -> None:
+        """Judge the links whose targets are gone, then those that are gone themselves."""
+        for link in self._gone_links():
+            self._weigh(link)
+        self._suspicious = self._find_suspicious()
+        batch: List[GoneLink] = []
+        for link in self._gone_links():
+            batch.append(link)
+            if len(batch) == _LOOKUP:
+                self._record_gone(batch)
+                batch = []
+        self._record_gone(batch)
+        self._record_vanished()
+        with transaction(self.conn):
+            good: Counter[str] = Counter()
+            for unit in self.units.values():
+                good[unit.mount] += unit.ok
+            self.conn.executemany(
+                "UPDATE mounts SET good_targets = ?, last_seen_utc = ? WHERE mount_point = ?",
+                [(count, self.now, to_db(point)) for point, count in good.items() if count],
+            )
+        if self.guard_reasons:
+            self.refused = True
+
+    def _gone_links(self) -> Iterator[GoneLink]:
+        last = 0
+        while True:
+            rows = self.conn.execute(
+                "SELECT g.number, g.path, g.target, g.unit, g.emptied, g.root, s.last_seen_utc, "
+                "s.rowid, s.last_target, s.status, s.last_status, s.broken_since_utc, s.error "
+                "FROM (SELECT * FROM temp.gone WHERE number > ? ORDER BY number LIMIT ?) g "
+                "LEFT JOIN symlinks s ON s.path = g.path ORDER BY g.number",
+                (last, _LOOKUP),
+            ).fetchall()
+            for row in rows:
+                known = KnownLink(*tuple(row)[7:]) if row[7] is not None else None
+                path, target, emptied = from_db(row[1]), from_db(row[2]), from_db(row[4])
+                yield GoneLink(row[0], path, target, row[3], emptied, row[5], row[6] or "", known)
+            if not rows:
+                return
+            last = rows[-1][0]
+
+    def _weigh(self, link: GoneLink) -> None:
+        """Count a link whose target is gone for the guard."""
+        unit = self.units[link.unit]
+        if link.known and link.known.rowid < len(self._seen):
+            self._seen[link.known.rowid] = 1
+        if link.known and link.known.broken_since:
+            unit.known_broken += 1
+            return
+        if not link.was_judged:
+            unit.fresh += 1
+        if link.unit not in self._blocked:
+            unit.gone += 1
+
+    def _find_suspicious(self) -> Set[str]:
+        """Return the units in which too much is gone at once, or still is what was held back."""
+        if self.limit >= 1.0:
+            return set()
+        groups: Dict[str, Unit] = {}
+        for unit in self.units.values():
+            groups.setdefault(unit.mount, Unit(unit.mount, "")).add(unit)
+            if unit.name:
+                groups.setdefault(unit.name, Unit(unit.mount, unit.name)).add(unit)
+        still_held: Counter[str] = Counter()
+        for row in self.conn.execute(
+            "SELECT s.error, count(*) FROM temp.gone g JOIN symlinks s ON s.path = g.path "
+            "WHERE s.status <> 'ok' AND substr(s.error, 1, ?) = ? GROUP BY s.error",
+            (len(HELD), HELD),
+        ):
+            still_held[row[0][len(HELD) :]] = row[1]
+        suspicious = set()
+        for name, group in groups.items():
+            counts = not group.name or group.total >= GUARD_CHILD_LINKS
+            if (counts and group.is_suspicious(self.limit)) or still_held[name] >= GUARD_MINIMUM:
+                suspicious.add(name)
+                self.guard_reasons.append(
+                    f"{group.gone:,} of {plural(group.total - group.known_broken, 'good link')} "
+                    f"into {name} lost their targets at once"
+                )
+        return suspicious
+
+    def _record_gone(self, links: Sequence[GoneLink]) -> None:
+        rows: List[Tuple[Any, ...]] = []
+        events: List[Event] = []
+        for link in links:
+            status, reason = self._verdict(link)
+            if link.known is None:
+                self.changes["new"] += 1
+            root = self.roots[link.root]
+            if status == BROKEN:
+                root.broken += 1
+            else:
+                root.unreachable += 1
+            self._judge(rows, events, link.path, link.target, status, reason, link.known)
+        with transaction(self.conn):
+            self.conn.executemany(_WRITE_LINK, rows)
+            _write_events(self.conn, events)
+
+    def _verdict(self, link: GoneLink) -> Tuple[str, str]:
+        """Return (status, reason): broken only where the file system is proven healthy."""
+        if link.unit in self._blocked:
+            self.refused = True
+            return UNREACHABLE, self._blocked[link.unit]
+        unit = self.units[link.unit]
+        if link.emptied in self._uninhabited and not self._has_history(link, unit.mount):
+            self.refused = True
+            return UNREACHABLE, f"{UNJUDGED}{link.emptied} is empty: nothing may be mounted there"
+        if not (link.known and link.known.broken_since):
+            for name in (unit.name, unit.mount):
+                if name in self._suspicious:
+                    self.held_back += 1
+                    return UNREACHABLE, HELD + name
+        return BROKEN, ""
+
+    def _has_history(self, link: GoneLink, mount: str) -> bool:
+        """Tell whether this very target was once seen good on a mount that was remembered then."""
+        return (
+            link.known is not None
+            and link.was_judged
+            and from_db(link.known.target) == link.target
+            and mount in self._remembered
+            and link.last_seen >= self._remembered[mount]
+        )
+
+    def _record_vanished(self) -> None:
+        """Mark as missing the links that a complete walk of their directories did not meet."""
+        walked = [root for root in self.roots if root.state == "scanned" and not root.covered]
+        known = sum(self._count(root) for root in walked)
+        missing = sum(self._count(root, "status <> 'ok' AND status = 'missing'") for root in walked)
+        if known - missing == self._seen.count(1):
+            return
+        mounted = read_mounts()
+        for root in walked:
+            condition, values = beneath(root.path)
+            rows = self._cursor.execute(
+                "SELECT rowid, path FROM symlinks WHERE status IS NOT 'missing' "
+                f"AND {condition} AND rowid <= ?",
+                [*values, self._last_rowid],
+            )
+            unseen = [(row[0], from_db(row[1])) for row in rows if not self._seen[row[0]]]
+            if unseen:
+                self._judge_unseen(root, unseen, mounted)
+
+    def _count(self, root: RootTally, condition: str = "1") -> int:
+        """Count the rows beneath a root that stood there before this scan."""
+        place, values = beneath(root.path)
+        row = self.conn.execute(
+            f"SELECT count(*) FROM symlinks WHERE {condition} AND {place} AND rowid <= ?",
+            [*values, self._last_rowid],
+        ).fetchone()
+        return int(row[0])
+
+    def _judge_unseen(
+        self, root: RootTally, unseen: List[Tuple[int, str]], mounted: Mapping[str, str]
+    ) -> None:
+        ignore = Ignore(self.job.ignore)
+        gone: List[int] = []
+        ignored: List[Tuple[int]] = []
+        for rowid, path in unseen:
+            if find_ancestor(path, self.unread):
+                continue
+            if ignore.active and ignore.matches_beneath(root.path, path):
+                ignored.append((rowid,))
+                continue
+            home = find_ancestor(path, self._remembered)
+            if home and home not in mounted:
+                self.refused = True
+                continue
+            gone.append(rowid)
+        with transaction(self.conn):
+            self.conn.executemany("DELETE FROM symlinks WHERE rowid = ?", ignored)
+        rows = []
+        for start in range(0, len(gone), _LOOKUP):
+            part = gone[start : start + _LOOKUP]
+            rows += self.conn.execute(
+                f"SELECT path, {_KNOWN_COLUMNS} FROM symlinks "
+                f"WHERE rowid IN ({','.join('?' * len(part))})",
+                part,
+            ).fetchall()
+        present = self._count(root, "status IS NOT 'missing'")
+        if self.limit < 1.0 and GUARD_MINIMUM <= len(rows) > self.limit * present:
+            self.held_back += len(rows)
+            self.guard_reasons.append(
+                f"{len(rows):,} of {plural(present, 'link')} vanished from {root.path} at once"
+            )
+            return
+        writes: List[Tuple[Any, ...]] = []
+        events: List[Event] = []
+        for row in rows:
+            old = KnownLink(*tuple(row)[1:])
+            self._judge(writes, events, from_db(row[0]), from_db(old.target), MISSING, "", old)
+        with transaction(self.conn):
+            # Not through _WRITE_LINK: a missing link was not seen, whatever `now` says.
+            self.conn.executemany(
+                "UPDATE symlinks SET status = ?, last_status = ?, error = NULL WHERE path = ?",
+                [(MISSING, MISSING, row[0]) for row in writes],
+            )
+            _write_events(self.conn, events)
+
+    # The result
+
+    def to_json(self) -> JsonObject:
+        """Return the scan's result as the commands show it, with its exit code."""
+        totals = {
+            name: sum(getattr(root, name) for root in self.roots)
+            for name in ("examined", "ok", "broken", "unreachable")
+        }
+        missing = 0
+        for root in self.roots:
+            if not root.covered:
+                missing += self._count(root, "status <> 'ok' AND status = 'missing'")
+        names = ("new", "newly_broken", "recovered", "vanished")
+        return {
+            "roots": [root.to_json() for root in self.roots],
+            "totals": {**totals, "missing": missing, "ignored": self.ignored},
+            "changes": {name: self.changes[name] for name in names},
+            "mounts": self.mounts,
+            "guard": {
+                "tripped": bool(self.guard_reasons),
+                "held_back": self.held_back,
+                "reason": "; ".join(self.guard_reasons),
+            },
+            "exit_code": self._exit_code(totals["unreachable"]),
+        }
+
+    def _exit_code(self, unreachable: int) -> int:
+        if self.refused:
+            return EXIT_REFUSED
+        failed = [root for root in self.roots if root.state != "scanned"]
+        if failed and len(failed) == len(self.roots):
+            return EXIT_FAILED
+        return EXIT_PARTIAL if failed or unreachable or self.unread else EXIT_OK
+
+
+def scan_library(
+    conn: sqlite3.Connection,
+    job: ScanJob,
+    max_new_broken: float,
+    accept_breakage: bool,
+    progress: Callable[[str], None],
+) -> JsonObject:
+    """Walk the job's roots, record every link, and return the result as `scan --json` shows it.
+
+    Raises RefresherrError when the worker fails; what was recorded by then stays, and is true.
+    """
+    import gc
+
+    started = time.monotonic()
+    record = ScanRecord(conn, job, max_new_broken, accept_breakage)
+    worker = Worker(job)
+    collecting = gc.isenabled()
+    gc.disable()  # nothing here is cyclic; measured: it costs a tenth of a scan
+    try:
+        for message in worker.messages():
+            record.take(message)
+            progress(f"{record.examined:,} links examined")
+        record.finish()
+    finally:
+        worker.close()
+        if collecting:
+            gc.enable()
+    result = record.to_json()
+    result["duration_seconds"] = round(time.monotonic() - started, 3)
+    return result
+
+
+def plan_scan(
+    conn: sqlite3.Connection, settings: ScanSettings, roots: Sequence[str] = ()
+) -> ScanJob:
+    """Return the job for some roots, by default all that are configured."""
+    chosen = tuple(dict.fromkeys(roots or settings.roots))
+    if not chosen:
+        raise UsageError("no roots to scan: name a directory, or set roots in [scan] of the config")
+    remembered = conn.execute("SELECT mount_point, fs_type FROM mounts").fetchall()
+    return ScanJob(
+        roots=chosen,
+        ignore=settings.ignore,
+        mount_checks=settings.mount_checks,
+        remembered={from_db(row[0]): row[1] for row in remembered},
+        workers=settings.workers,
+        stat_timeout=settings.stat_timeout,
+    )
+
+
+def forget_mount(conn: sqlite3.Connection, point: str) -> bool:
+    """Forget a remembered mount point; False if it was not remembered."""
+    with transaction(conn):
+        return bool(
+            conn.execute("DELETE FROM mounts WHERE mount_point = ?", (to_db(point),)).rowcount
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# Statistics
+# ---------------------------------------------------------------------------------------------
+
+
+def collect_stats(conn: sqlite3.Connection, top: int = 10) -> JsonObject:
+    """Return what `stats --json` shows."""
+    counts = Counter(dict.fromkeys(STATUSES, 0))
+    for status, count in conn.execute("SELECT status, count(*) FROM symlinks GROUP BY status"):
+        counts[status or "unknown"] += count
+    worst: Counter[str] = Counter()
+    for (path,) in conn.execute(
+        "SELECT path FROM symlinks WHERE status <> 'ok' AND status = 'broken'"
+    ):
+        worst[os.path.dirname(from_db(path))] += 1
+    actions = dict(
+        (row[0] or "unknown", row[1])
+        for row in conn.execute("SELECT status, count(*) FROM actions GROUP BY status")
+    )
+    media = {
+        table: conn.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+        for table in ("movies", "movie_files", "series", "episode_files")
+    }
+    path = database_path(conn)
+    known = {status: counts[status] for status in STATUSES}
+    return {
+        "symlinks": {**known, "total": sum(counts.values())},
+        "top_broken": [
+            {"directory": directory, "count": count}
+            for directory, count in sorted(worst.items(), key=lambda item: (-item[1], item[0]))[
+                :top
+            ]
+        ],
+        "actions": actions,
+        "media": media,
+        "repairs": {},
+        "last_scan": _last_scan(conn),
+        "database": {
+            "path": path,
+            "size_bytes": os.path.getsize(path),
+            "schema_version": schema_version(conn),
+            "journal_mode": conn.execute("PRAGMA journal_mode").fetchone()[0],
+        },
+    }
+
+
+def _last_scan(conn: sqlite3.Connection) -> JsonObject:
+    row = conn.execute(
+        "SELECT * FROM runs WHERE command = 'scan' ORDER BY run_id DESC LIMIT 1"
+    ).fetchone()
+    if row is None:
+        return {}
+    summary = json.loads(row["summary"] or "{}")
+    return {
+        "started": row["started_utc"],
+        "finished": row["finished_utc"],
+        "exit_code": row["exit_code"],
+        "status": EXIT_WORDS.get(row["exit_code"], "unfinished"),
+        "duration_seconds": summary.get("duration_seconds"),
+        "totals": summary.get("totals", {}),
+        "changes": summary.get("changes", {}),
+        "guard": summary.get("guard", {}),
+    }
+
+
+def list_links(
+    conn: sqlite3.Connection, status: str, limit: Optional[int]
+) -> Tuple[List[JsonObject], int]:
+    """Return what `broken --json` shows: the links of a status, and how many there are."""
+    condition = "status <> 'ok' AND status = ?"
+    count = conn.execute(f"SELECT count(*) FROM symlinks WHERE {condition}", (status,)).fetchone()[
+        0
+    ]
+    rows = conn.execute(
+        "SELECT path, last_target, status, broken_since_utc, error FROM symlinks "
+        f"WHERE {condition} ORDER BY path LIMIT ?",
+        (status, -1 if limit is None else limit),
+    )
+    return [_link_to_json(row) for row in rows], count
+
+
+_NEXT_STEPS = {
+    BROKEN: "replace the file, or remove the link",
+    UNREACHABLE: "look at the mount; the next scan judges again",
+    MISSING: "nothing to do: the link itself is gone",
+}
+
+
+def _link_to_json(row: sqlite3.Row) -> JsonObject:
+    path = from_db(row["path"])
+    media = parse_media(path)
+    return {
+        "path": path,
+        "target": from_db(row["last_target"]),
+        "status": row["status"],
+        "since": row["broken_since_utc"],
+        "kind": media.kind,
+        "name": media.name,
+        "season": media.season,
+        "episodes": list(media.episodes),
+        "instance": None,
+        "file_id": None,
+        "error": row["error"],
+        "next": _NEXT_STEPS[row["status"]],
+    }
+
+
+def format_prometheus(stats: JsonObject) -> str:
+    """Return the statistics in the text format of Prometheus' textfile collector."""
+    last = stats["last_scan"]
+    metrics: List[Tuple[str, str, List[Tuple[str, Any]]]] = [
+        (
+            "refresherr_symlinks",
+            "Symlinks by state.",
+            [(f'{{status="{s}"}}', stats["symlinks"][s]) for s in STATUSES],
+        ),
+        (
+            "refresherr_actions",
+            "Repair actions by status.",
+            [(f'{{status="{_label(s)}"}}', n) for s, n in sorted(stats["actions"].items())],
+        ),
+        (
+            "refresherr_media",
+            "Rows mirrored from Sonarr and Radarr.",
+            [(f'{{kind="{kind}"}}', count) for kind, count in stats["media"].items()],
+        ),
+        (
+            "refresherr_broken_in_directory",
+            "Broken symlinks in the worst directories.",
+            [
+                (f'{{directory="{_label(d["directory"])}"}}', d["count"])
+                for d in stats["top_broken"]
+            ],
+        ),
+        ("refresherr_database_bytes", "Database size.", [("", stats["database"]["size_bytes"])]),
+    ]
+    if last.get("finished"):
+        metrics += [
+            (
+                "refresherr_last_scan_timestamp_seconds",
+                "When the last scan ended.",
+                [("", int(parse_time(last["finished"]) or 0))],
+            ),
+            ("refresherr_last_scan_exit_code", "Its exit status.", [("", last["exit_code"])]),
+            (
+                "refresherr_guard_tripped",
+                "Whether the mass-breakage guard held links back.",
+                [("", int(bool(last["guard"].get("tripped"))))],
+            ),
+        ]
+    lines = []
+    for name, help_text, samples in metrics:
+        if samples:
+            lines += [f"# HELP {name} {help_text}", f"# TYPE {name} gauge"]
+            lines += [f"{name}{labels} {value}" for labels, value in samples]
+    return "\n".join(lines) + "\n"
+
+
+def _label(text: str) -> str:
+    """Return a Prometheus label value: UTF-8, with backslash, quote and newline escaped."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def write_file(file: str, text: str, mode: int = 0o600) -> None:
+    """Write a text file whole or not at all."""
+    temporary = f"{file}.tmp{os.getpid()}"
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        try:
+            with open(descriptor, "w", encoding="utf-8") as stream:
+                os.fchmod(descriptor, mode)
+                stream.write(text)
+            os.replace(temporary, file)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    except OSError as exc:
+        raise RefresherrError(f"cannot write {file}: {exc.strerror}") from exc
+
+
+# ---------------------------------------------------------------------------------------------
+# Doctor
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What the doctor says of one thing; `state` is 'ok', 'warning' or 'failed'."""
+
+    name: str
+    state: str
+    detail: str
+    advice: str = ""
+
+
+def examine_runtime() -> List[Finding]:
+    """Look at the interpreter and its SQLite."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    findings = [
+        Finding("python", "ok", f"{python} at {sys.executable}"),
+        Finding("sqlite", "ok", sqlite3.sqlite_version),
+    ]
+    try:
+        import ssl
+
+        findings.append(Finding("https", "ok", ssl.OPENSSL_VERSION))
+    except ImportError:
+        findings.append(
+            Finding("https", "warning", "this Python has no ssl", "only http:// URLs will work")
+        )
+    return findings
+
+
+def examine_database(conn: sqlite3.Connection) -> List[Finding]:
+    """Look at the database's health, its journal and the space it has to grow."""
+    path = database_path(conn)
+    finding = conn.execute("PRAGMA quick_check(1)").fetchone()[0]
+    mode = conn.execute("PRAGMA journal_mode").fetchone()[0]
+    free = shutil.disk_usage(os.path.dirname(path)).free
+    size = os.path.getsize(path)
+    result = [
+        Finding("database", "ok", f"{path}, schema version {schema_version(conn)}, journal {mode}")
+        if finding == "ok"
+        else Finding(
+            "database", "failed", f"{path}: {finding}", "restore a backup, or `db nuke --yes`"
+        )
+    ]
+    if mode != "wal":
+        result.append(
+            Finding("journal", "warning", f"journal mode {mode}", "a local disk would be faster")
+        )
+    if free < max(100 << 20, 2 * size):
+        result.append(
+            Finding("space", "warning", f"{free >> 20} MiB are free beside it", "free some space")
+        )
+    return result
+
+
+def examine_config(config: Config) -> List[Finding]:
+    """Look at where the settings come from."""
+    findings = [Finding("config", "ok", config.file or "no config file; defaults and environment")]
+    findings += [Finding("config", "warning", warning) for warning in config.warnings]
+    return findings
+
+
+def examine_library(config: Config, conn: sqlite3.Connection) -> List[Finding]:
+    """Look at roots and mounts, by the scan's own hang-safe means."""
+    if not config.scan.roots:
+        return [Finding("roots", "warning", "none configured", "set roots in [scan]")]
+    job = plan_scan(conn, config.scan)
+    findings = []
+    worker = Worker(dataclasses.replace(job, look_only=True))
+    try:
+        for message in worker.messages():
+            if message[0] == "root":
+                path, state, reason = job.roots[message[1]], message[2], message[3]
+                findings.append(
+                    Finding(f"root {path}", "ok", "can be read")
+                    if state == "scanned"
+                    else Finding(
+                        f"root {path}", "failed", reason, "mount it, or correct [scan] roots"
+                    )
+                )
+            elif message[0] == "done":
+                findings += [_examined_mount(*place) for place in message[1]]
+    finally:
+        worker.close()
+    return findings
+
+
+def _examined_mount(point: str, fs_type: str, state: str, reason: str, role: str) -> Finding:
+    name = f"mount {point}"
+    if state == HEALTHY:
+        return Finding(name, "ok", f"{fs_type or 'a sentinel'}, healthy ({role})")
+    advice = "mount it again; until then its links are unreachable"
+    if role == "remembered":
+        advice += f", or, if it moved for good, `scan --forget-mount {point}`"
+    return Finding(name, "failed", reason, advice)
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a command works with."""
+
+    args: argparse.Namespace
+    config: Config
+    terminal: Terminal
+    config_error: str = ""
+
+    @property
+    def db_path(self) -> str:
+        path = self.args.db or os.path.join(self.config.refresherr.data_dir, "symlinks.db")
+        return os.path.abspath(path)
+
+    def database(self) -> contextlib.closing[sqlite3.Connection]:
+        """Open the database for reading or writing; closes with the block."""
+        return contextlib.closing(open_database(self.db_path))
+
+    @contextlib.contextmanager
+    def recorded(self, command: str) -> Iterator[Tuple[sqlite3.Connection, JsonObject]]:
+        """Hold the lock and record the run; with --dry-run work on a copy and record nothing."""
+        if self.args.dry_run:
+            with scratch_database(self.db_path) as conn:
+                yield conn, {}
+            return
+        with process_lock(self.db_path, self.args.lock_wait), self.database() as conn:
+            with recorded_run(conn, command) as summary:
+                yield conn, summary
+
+
+def run_scan(context: Context) -> JsonObject:
+    args, settings = context.args, context.config.scan
+    if args.workers is not None:
+        settings = dataclasses.replace(settings, workers=args.workers)
+    roots = [os.path.abspath(root) for root in args.roots]
+    with context.recorded("scan") as (conn, summary):
+        for point in args.forget_mount:
+            if not forget_mount(conn, os.path.abspath(point)):
+                raise UsageError(f"{point} is not a remembered mount point")
+        job = plan_scan(conn, settings, roots)
+        result = scan_library(
+            conn, job, settings.max_new_broken, args.accept_breakage, context.terminal.progress
+        )
+        if args.exit_code and result["exit_code"] == EXIT_OK and result["totals"]["broken"]:
+            result["exit_code"] = EXIT_BROKEN
+        failed = [root for root in result["roots"] if root["state"] != "scanned"]
+        if result["guard"]["tripped"]:
+            result["message"] = (
+                f"{result['guard']['reason']}: taken for an outage, nothing of it is marked broken; "
+                "`scan --accept-breakage` confirms a real loss"
+            )
+            log.warning("%s", result["message"])
+        elif result["exit_code"] == EXIT_FAILED:
+            result["message"] = (
+                f"no root could be scanned: {failed[0]['path']} {failed[0]['reason']}"
+            )
+            log.error("%s", result["message"])
+        summary.update(result)
+    return result
+
+
+def show_scan(terminal: Terminal, result: JsonObject) -> None:
+    for root in result["roots"]:
+        if root["state"] == "scanned":
+            terminal.line(
+                f"{escape(root['path'])}: {plural(root['examined'], 'link')}: {root['ok']:,} ok, "
+                + terminal.paint(f"{root['broken']:,} broken", *(["red"] if root["broken"] else []))
+                + f", {root['unreachable']:,} unreachable"
+            )
+        else:
+            terminal.line(f"{escape(root['path'])}: not scanned: {escape(root['reason'])}")
+    changes, totals = result["changes"], result["totals"]
+    terminal.line(
+        f"{changes['new']:,} new, {changes['newly_broken']:,} newly broken, "
+        f"{changes['recovered']:,} recovered, {changes['vanished']:,} vanished; "
+        f"{totals['missing']:,} missing, {totals['ignored']:,} ignored; "
+        f"{format_duration(result['duration_seconds'])}"
+    )
+
+
+def run_broken(context: Context) -> JsonObject:
+    with context.database() as conn:
+        links, count = list_links(conn, context.args.status, context.args.limit)
+    return {"links": links, "count": count}
+
+
+def show_broken(terminal: Terminal, result: JsonObject) -> None:
+    for link in result["links"]:
+        since = f", since {link['since'][:16].replace('T', ' ')}" if link["since"] else ""
+        terminal.line(escape(link["path"]))
+        terminal.line(
+            terminal.paint(f"    {link['status']}{since} -> {escape(link['target'])}", "dim")
+        )
+        terminal.line(f"    {escape(link['error'] or link['next'])}")
+    hidden = result["count"] - len(result["links"])
+    more = f" ({hidden:,} not shown)" if hidden else ""
+    terminal.line(f"{plural(result['count'], 'link')}{more}")
+
+
+def run_stats(context: Context) -> JsonObject:
+    args = context.args
+    with context.database() as conn:
+        result = collect_stats(conn, args.top)
+    if args.json:
+        args.format = "json"
+    text = {
+        "prometheus": lambda: format_prometheus(result),
+        "json": lambda: json.dumps(result, indent=2) + "\n",
+        "text": lambda: "\n".join(format_stats(result, context.terminal)) + "\n",
+    }[args.format]()
+    if args.output:
+        write_file(args.output, text, 0o644 if args.format == "prometheus" else 0o600)
+        log.info("wrote %s", args.output)
+    elif not args.json:
+        context.terminal.out.write(text)
+    return result
+
+
+def format_stats(stats: JsonObject, terminal: Terminal) -> List[str]:
+    """Return the statistics as lines, with small bars."""
+    links, database, last = stats["symlinks"], stats["database"], stats["last_scan"]
+    styles = {OK: "green", BROKEN: "red", UNREACHABLE: "yellow", MISSING: "dim"}
+    lines = [terminal.paint("Links", "bold")]
+    for status in STATUSES:
+        bar = format_bar(links[status], links["total"])
+        lines.append(
+            f"  {status:<12}{links[status]:>10,}  {terminal.paint(bar, styles[status])}".rstrip()
+        )
+    lines.append(f"  {'total':<12}{links['total']:>10,}")
+    if stats["top_broken"]:
+        lines += ["", terminal.paint("Most broken", "bold")]
+        most = stats["top_broken"][0]["count"]
+        lines += [
+            f"  {entry['count']:>6,}  {terminal.paint(format_bar(entry['count'], most, 10), 'red')}"
+            f"  {escape(entry['directory'])}"
+            for entry in stats["top_broken"]
+        ]
+    if stats["actions"]:
+        lines += ["", terminal.paint("Actions", "bold")]
+        lines += [f"  {escape(s):<12}{n:>10,}" for s, n in sorted(stats["actions"].items())]
+    if any(stats["media"].values()):
+        lines += ["", terminal.paint("Media", "bold")]
+        lines += [f"  {k.replace('_', ' '):<14}{n:>8,}" for k, n in stats["media"].items()]
+    lines += ["", terminal.paint("Last scan", "bold")]
+    if last:
+        lines.append(f"  {last['started'][:16].replace('T', ' ')} UTC, {last['status']}")
+        if last["guard"].get("tripped"):
+            lines.append(f"  guard: {escape(last['guard']['reason'])}")
+    else:
+        lines.append("  never; run: refresherr scan ROOT")
+    lines += ["", terminal.paint("Database", "bold")]
+    size = f"{database['size_bytes'] / 1048576:.1f} MiB"
+    lines.append(f"  {escape(database['path'])}, {size}, {database['journal_mode']}")
+    return lines
+
+
+def format_bar(value: int, whole: int, width: int = 30) -> str:
+    """Return a bar of at most `width` characters; a value that is not 0 is never invisible."""
+    if not value or not whole:
+        return ""
+    return "#" * max(1, round(width * value / whole))
+
+
+def run_doctor(context: Context) -> JsonObject:
+    findings = examine_runtime()
+    if context.config_error:
+        findings.append(Finding("config", "failed", context.config_error, "correct the file"))
+    else:
+        findings += examine_config(context.config)
+    serious = bool(context.config_error)
+    try:
+        with context.database() as conn:
+            database = examine_database(conn)
+            serious = serious or any(finding.state == "failed" for finding in database)
+            findings += database + examine_library(context.config, conn)
+    except DatabaseError as exc:
+        serious = True
+        findings.append(Finding("database", "failed", str(exc)))
+    failed = any(finding.state == "failed" for finding in findings)
+    code = EXIT_FAILED if serious else EXIT_PARTIAL if failed else EXIT_OK
+    return {"findings": [dataclasses.asdict(finding) for finding in findings], "exit_code": code}
+
+
+def show_doctor(terminal: Terminal, result: JsonObject) -> None:
+    styles = {"ok": "green", "warning": "yellow", "failed": "red"}
+    for finding in result["findings"]:
+        state = terminal.paint(f"{finding['state']:<8}", styles[finding["state"]])
+        terminal.line(
+            f"{state}{escape_message(finding['name'])}: {escape_message(finding['detail'])}"
+        )
+        if finding["advice"]:
+            terminal.line(f"        -> {escape_message(finding['advice'])}")
+
+
+def run_db(context: Context) -> JsonObject:
+    args, path = context.args, context.db_path
+    if (args.file is not None) != (args.action == "backup"):
+        raise UsageError("db backup takes the FILE to write; the other db commands take none")
+    if args.action == "path":
+        return {"action": "path", "path": path}
+    if args.action == "nuke":
+        if not args.yes:
+            raise UsageError(f"db nuke deletes all history in {path}; confirm it with --yes")
+        with process_lock(path, args.lock_wait):
+            _nuke(path)
+        return {"action": "nuke", "path": path}
+    with context.database() as conn:
+        if args.action == "backup":
+            backup_database(conn, os.path.abspath(args.file))
+            return {"action": "backup", "path": path, "file": os.path.abspath(args.file)}
+        findings = [row[0] for row in conn.execute("PRAGMA integrity_check(20)")]
+    healthy = findings == ["ok"]
+    return {
+        "action": "check",
+        "path": path,
+        "ok": healthy,
+        "findings": [] if healthy else findings,
+        "exit_code": EXIT_OK if healthy else EXIT_FAILED,
+    }
+
+
+def _nuke(path: str) -> None:
+    """Start the database anew; what cannot be opened any more is moved aside, not deleted."""
+    try:
+        with contextlib.closing(get_connection(path)) as conn:
+            nuke_database(conn, confirm=True)
+    except DatabaseError:
+        if not os.path.isfile(path):
+            raise
+        aside = f"{path}.damaged-{int(time.time())}"
+        for suffix in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(path + suffix, aside + suffix)
+        log.warning("the damaged database was moved to %s", aside)
+        open_database(path).close()
+
+
+def show_db(terminal: Terminal, result: JsonObject) -> None:
+    path = escape(result["path"])
+    if result["action"] == "path":
+        terminal.line(path)
+    elif result["action"] == "nuke":
+        terminal.line(f"{path}: empty again")
+    elif result["action"] == "backup":
+        terminal.line(f"{path} copied to {escape(result['file'])}")
+    else:
+        terminal.line(f"{path}: " + ("ok" if result["ok"] else "damaged"))
+        for finding in result["findings"]:
+            terminal.line(f"    {escape(finding)}")
+
+
+def run_config(context: Context) -> JsonObject:
+    action = context.args.action
+    if action == "sample":
+        return {"action": action, "sample": format_sample_config()}
+    result = config_to_json(context.config)
+    if action == "check":
+        return {"action": action, "file": result["file"], "warnings": list(context.config.warnings)}
+    return {"action": action, **result}
+
+
+def show_config(terminal: Terminal, result: JsonObject) -> None:
+    if result["action"] == "sample":
+        terminal.out.write(result["sample"])
+    elif result["action"] == "check":
+        terminal.line(f"{escape(result['file'] or 'no config file; the defaults')}: ok")
+    else:
+        terminal.line(f"; {escape(result['file'] or 'no config file')}")
+        for section, settings in result["settings"].items():
+            terminal.line(f"[{section}]")
+            for key, value in settings.items():
+                if isinstance(value, dict):
+                    value = ", ".join(f"{left} => {right}" for left, right in value.items())
+                elif isinstance(value, list):
+                    value = ", ".join(value)
+                terminal.line(f"{key} = {escape(str(value))}".rstrip())
+
+
+def option(*names: str, **details: Any) -> Tuple[Tuple[str, ...], Dict[str, Any]]:
+    """Return one argument of a command, as argparse takes it."""
+    return names, details
+
+
+def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a parser of settings as an argparse type, its own words in the error."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as exc:
+            raise argparse.ArgumentTypeError(f"{text!r}: {exc}") from exc
+
+    return convert
+
+
+COUNT = argument_type(parse_count)
+DURATION = argument_type(parse_duration)
+DRY_RUN = option(
+    "-n", "--dry-run", action="store_true", help="change nothing, not even the database"
+)
+
+
+class Command(NamedTuple):
+    """One row of the table of commands."""
+
+    name: str
+    alias: str
+    help: str
+    example: str
+    run: Callable[[Context], JsonObject]
+    show: Optional[Callable[[Terminal, JsonObject], None]]
+    options: Sequence[Tuple[Tuple[str, ...], Dict[str, Any]]]
+
+
+COMMANDS = (
+    Command(
+        "scan",
+        "",
+        "walk the roots, judge every symlink, record it",
+        "scan /opt/media/tv /opt/media/movies",
+        run_scan,
+        show_scan,
+        (
+            option("roots", nargs="*", metavar="ROOT", help="in place of the configured roots"),
+            option(
+                "--workers", type=argument_type(parse_workers), metavar="N", help="on slow mounts"
+            ),
+            option("--accept-breakage", action="store_true", help="confirm a real loss"),
+            option("--exit-code", action="store_true", help="exit with 10 if links are broken"),
+            option(
+                "--forget-mount",
+                action="append",
+                default=[],
+                metavar="DIR",
+                help="a mount point that moved or changed its type for good",
+            ),
+            DRY_RUN,
+        ),
+    ),
+    Command(
+        "broken",
+        "",
+        "list links that need attention",
+        "broken --limit 20",
+        run_broken,
+        show_broken,
+        (
+            option("--limit", type=COUNT, metavar="N", help="show no more than N"),
+            option("--status", choices=STATUSES[1:], default=BROKEN, help="default: broken"),
+        ),
+    ),
+    Command(
+        "stats",
+        "db-stats",
+        "counts, worst directories, queue, media, database",
+        "stats --format prometheus --output /var/lib/node_exporter/refresherr.prom",
+        run_stats,
+        None,
+        (
+            option("--top", type=COUNT, default=10, metavar="N", help="so many directories"),
+            option("--format", choices=("text", "json", "prometheus"), default="text"),
+            option("--output", metavar="FILE", help="write there, whole or not at all"),
+        ),
+    ),
+    Command(
+        "doctor",
+        "",
+        "check interpreter, database, mounts, roots and config",
+        "doctor --config /etc/refresherr.ini",
+        run_doctor,
+        show_doctor,
+        (),
+    ),
+    Command(
+        "db",
+        "",
+        "look after the database",
+        "db backup /backup/symlinks.db",
+        run_db,
+        show_db,
+        (
+            option("action", choices=("path", "check", "backup", "nuke")),
+            option("file", nargs="?", metavar="FILE", help="for backup"),
+            option("--yes", action="store_true", help="nuke: yes, delete everything"),
+        ),
+    ),
+    Command(
+        "config",
+        "",
+        "effective settings, redacted; a commented sample",
+        "config sample > refresherr.ini",
+        run_config,
+        show_config,
+        (option("action", choices=("show", "check", "sample")),),
+    ),
+)
+
+GLOBAL_OPTIONS = (
+    option("--config", metavar="FILE", help="the config file"),
+    option("--db", metavar="FILE", help="the database file"),
+    option("--data-dir", metavar="DIR", help="where the database lives; default /data"),
+    option("--json", action="store_true", help="one JSON object on stdout"),
+    option("-v", "--verbose", action="count", default=0, help="say more; -vv with tracebacks"),
+    option("-q", "--quiet", action="store_true", help="warnings and errors only"),
+    option("--no-color", action="store_true", help="no colours"),
+    option(
+        "--lock-wait",
+        type=DURATION,
+        default=0.0,
+        metavar="SECONDS",
+        help="wait that long for another run to end",
+    ),
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises in place of exiting."""
+
+    def error(self, message: str) -> Any:
+        raise UsageError(f"{message}; see: {self.prog} --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser for the table of commands; global options stand before or behind them."""
+    parser = Parser(
+        prog="refresherr",
+        description="Finds dead media symlinks and has them repaired; never harms a healthy one.",
+        epilog="refresherr COMMAND --help tells more.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"refresherr {__version__}")
+    for names, details in GLOBAL_OPTIONS:
+        parser.add_argument(*names, **details)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for command in COMMANDS:
+        sub = commands.add_parser(
+            command.name,
+            aliases=[command.alias] if command.alias else [],
+            help=command.help,
+            description=command.help[0].upper() + command.help[1:] + ".",
+            epilog=f"example: refresherr {command.example}",
+            allow_abbrev=False,
+        )
+        for names, details in command.options:
+            sub.add_argument(*names, **details)
+        for names, details in GLOBAL_OPTIONS:
+            # A default here would undo what stands before the command.
+            details = {**details, "default": argparse.SUPPRESS}
+            if "-v" in names:
+                details["dest"] = "verbose_behind"
+            sub.add_argument(*names, **details)
+        sub.set_defaults(command=command.name, chosen=command)
+    return parser
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the parsed arguments.  UsageError; SystemExit after --help and --version."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        raise UsageError("no command given; see: refresherr --help")
+    args.verbose += getattr(args, "verbose_behind", 0)
+    args.dry_run = getattr(args, "dry_run", False)
+    return args
+
+
+def set_up_logging(terminal: Terminal, level: int, tracebacks: bool) -> None:
+    log.handlers[:] = [TerminalHandler(terminal, tracebacks)]
+    log.propagate = False
+    log.setLevel(level)
+
+
+def load_context(
+    args: argparse.Namespace, terminal: Terminal, environ: Mapping[str, str]
+) -> Context:
+    """Read the configuration and return what the command works with."""
+    flags = {}
+    if args.data_dir:
+        flags["refresherr", "data_dir"] = os.path.abspath(os.path.expanduser(args.data_dir))
+    error = ""
+    try:
+        file = find_config_file(args.config, environ, sys.argv[0] or ".")
+        config = load_config(file, environ, flags)
+    except ConfigError as exc:
+        if args.command != "doctor" and (args.command, getattr(args, "action", "")) != (
+            "config",
+            "sample",
+        ):
+            raise
+        error = str(exc)
+        config = load_config(None, {}, flags)
+    level = getattr(logging, config.refresherr.log_level.upper())
+    log.setLevel(logging.DEBUG if args.verbose else logging.WARNING if args.quiet else level)
+    if args.command != "doctor":
+        for warning in config.warnings:
+            log.warning("%s", warning)
+    return Context(args, config, terminal, error)
+
+
+def run_command(argv: Sequence[str], terminal: Terminal, environ: Mapping[str, str]) -> JsonObject:
+    """Run one command and return its result; raises what stops it."""
+    args = parse_arguments(argv)
+    context = load_context(args, terminal, environ)
+    try:
+        result = args.chosen.run(context)
+    except sqlite3.Error as exc:
+        raise explain_database_error(exc, context.db_path) from exc
+    result.setdefault("exit_code", EXIT_OK)
+    if args.chosen.show and not args.json:
+        args.chosen.show(terminal, result)
+    return dict(result)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the program and return its exit status; the one place that turns errors into it."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in argv
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    plain = bool(os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb")
+    terminal = Terminal(
+        sys.stdout,
+        sys.stderr,
+        colour=not plain and "--no-color" not in argv,
+        progress=not as_json and not {"-q", "--quiet"} & set(argv) and not plain,
+    )
+    tracebacks = any(re.fullmatch(r"-v{2,}", word) for word in argv) or argv.count("-v") > 1
+    set_up_logging(terminal, logging.INFO, tracebacks)
+    previous = signal.signal(signal.SIGTERM, _interrupt) if _in_main_thread() else None
+    result: JsonObject
+    try:
+        result = run_command(argv, terminal, os.environ)
+    except KeyboardInterrupt:
+        result = _failure(
+            EXIT_INTERRUPTED, "interrupted; what was recorded stays, nothing is half done"
+        )
+    except RefresherrError as exc:
+        result = _failure(exc.exit_code, str(exc))
+    except BrokenPipeError:
+        # Whoever read our output has had enough; say no more, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except Exception as exc:
+        message = f"internal error: {type(exc).__name__}: {exc}; run it with -vv and report it"
+        result = _failure(EXIT_FAILED, message.replace("\n", " "))
+    finally:
+        terminal.clear()
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+    code = int(result.pop("exit_code"))
+    if as_json:
+        command = next((word for word in argv if not word.startswith("-")), "")
+        envelope = {
+            "command": result.pop("command", command),
+            "version": __version__,
+            "exit_code": code,
+            "status": EXIT_WORDS[code],
+        }
+        print(json.dumps({**envelope, **result}, indent=2))
+    return code
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _interrupt(signum: int, frame: Optional[FrameType]) -> None:
+    raise KeyboardInterrupt
+
+
+def _failure(code: int, message: str) -> JsonObject:
+    log.error("%s", message, exc_info=code not in (EXIT_USAGE, EXIT_LOCKED))
+    return {"exit_code": code, "message": redact(message)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
