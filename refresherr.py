@@ -36,6 +36,9 @@ import contextlib
 import dataclasses
 import datetime
 import errno
+import fcntl
+import functools
+import gc
 import json
 import logging
 import marshal
@@ -49,8 +52,9 @@ import stat
 import sys
 import threading
 import time
+import traceback
 import warnings
-from collections import Counter, deque
+from collections import Counter
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -376,6 +380,16 @@ def parse_url(text: str) -> str:
     return url
 
 
+def parse_secret(text: str) -> str:
+    """Return a key or token."""
+    return parse_text(text)
+
+
+def parse_secret_url(text: str) -> str:
+    """Return a URL that is a secret as a whole."""
+    return parse_url(text)
+
+
 def parse_count(text: str) -> int:
     """Return a whole number from 0."""
     if not re.fullmatch(r"\d+", text.strip()):
@@ -409,7 +423,7 @@ def parse_paths(text: str) -> Tuple[str, ...]:
 
 
 def parse_map(text: str) -> Tuple[Tuple[str, str], ...]:
-    """Return (path prefix, value) pairs from lines of 'prefix => value'; the environment uses '='."""
+    """Return (path prefix, value) pairs from lines of 'prefix => value'; older: '='."""
     pairs = []
     for part in re.split(r"\n|,\s*(?=[/~])", text):
         if not part.strip(" ,"):
@@ -433,219 +447,133 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
-def setting(
-    default: Any,
-    parse: Callable[[str], Any],
-    doc: str,
-    sample: str = "",
-    env: str = "",
-    secret: bool = False,
-) -> Any:
+def setting(default: Any, parse: Callable[[str], Any], doc: str, sample: str, env: str = "") -> Any:
     """Describe one setting: a dataclass field with what the tables need in its metadata.
 
-    `env` is the container edition's name.  A secret may also come from the file that the key
-    with `_file` behind it names, and is never shown.
+    `env` is the container edition's name.  A secret (`parse_secret`, `parse_secret_url`) may also
+    come from the file that the key with `_file` behind it names, and is never shown.
     """
+    secret = parse in (parse_secret, parse_secret_url)
     metadata = {"parse": parse, "doc": doc, "sample": sample, "env": env, "secret": secret}
     return dataclasses.field(default=default, metadata=metadata)
 
 
+Paths = Tuple[str, ...]
+PathMap = Tuple[Tuple[str, str], ...]
+_MAP_DOC = "A path here => the same path as the server sees it."
+
+
+# fmt: off
 @dataclasses.dataclass(frozen=True)
 class MainSettings:
     """Where Refresherr keeps its own things, and whether it may change others'."""
 
-    data_dir: str = setting(
-        "/data", parse_path, "Where the database lives.", sample="/data", env="DATA_DIR"
-    )
-    apply: bool = setting(
-        False, parse_bool, "Change links and servers without --apply. -n still wins.", sample="no"
-    )
-    log_level: str = setting(
-        "info",
-        parse_choice("debug", "info", "warning", "error"),
-        "How much is said on stderr.",
-        sample="info",
-        env="LOG_LEVEL",
-    )
+    data_dir: str = setting("/data", parse_path, "Where the database lives.", "/data", "DATA_DIR")
+    apply: bool = setting(False, parse_bool, "Change links and servers without --apply.", "no")
+    log_level: str = setting("info", parse_choice("debug", "info", "warning", "error"),
+        "How much is said on stderr.", "info", "LOG_LEVEL")
 
 
 @dataclasses.dataclass(frozen=True)
 class ScanSettings:
     """What is walked, and what protects it from an outage."""
 
-    roots: Tuple[str, ...] = setting(
-        (),
-        parse_paths,
-        "The library directories, one a line.",
-        sample="\n/opt/media/tv\n/opt/media/movies",
-        env="SCAN_ROOTS",
-    )
-    mount_checks: Tuple[str, ...] = setting(
-        (),
-        parse_paths,
+    roots: Paths = setting((), parse_paths, "The library directories, one a line.",
+        "\n/opt/media/tv\n/opt/media/movies", "SCAN_ROOTS")
+    mount_checks: Paths = setting((), parse_paths,
         "Mount points that must be mounted and not empty, or files that must be readable.",
-        sample="\n/mnt/remote/realdebrid",
-    )
-    ignore: Tuple[str, ...] = setting(
-        (),
-        parse_list,
-        "Skip paths that contain this; with *, ? or [ a glob on the name.",
-        sample="\ncinesync\n@eaDir",
-        env="IGNORE_SUBSTR",
-    )
-    workers: int = setting(
-        0, parse_workers, "How many look-ups run at once on a slow mount.", sample="auto"
-    )
-    stat_timeout: float = setting(
-        30.0, parse_duration, "A target that has not answered by then is unreachable.", sample="30s"
-    )
-    max_new_broken: float = setting(
-        0.20,
-        parse_percent,
-        "More than this share of a mount's good links gone at once is taken for an outage.",
-        sample="20%",
-    )
+        "\n/mnt/remote/realdebrid")
+    ignore: Tuple[str, ...] = setting((), parse_list,
+        "Skip paths that contain this; with *, ? or [ it is a glob on the name.",
+        "\ncinesync\n@eaDir", "IGNORE_SUBSTR")
+    workers: int = setting(0, parse_workers, "Look-ups at once on a slow mount.", "auto")
+    stat_timeout: float = setting(30.0, parse_duration,
+        "A target that has not answered by then is unreachable.", "30s")
+    max_new_broken: float = setting(0.20, parse_percent,
+        "More of a mount's good links than this gone at once is taken for an outage.", "20%")
 
 
 @dataclasses.dataclass(frozen=True)
 class InstanceSettings:
     """One Sonarr or Radarr."""
 
-    url: str = setting(
-        "", parse_url, "With the URL base, if one is set.", sample="http://{kind}:{port}"
-    )
-    api_key: str = setting(
-        "", parse_text, "Settings > General > API key.", sample="0123456789abcdef", secret=True
-    )
-    roots: Tuple[str, ...] = setting(
-        (),
-        parse_paths,
-        "The directories of links that this server owns.",
-        sample="/opt/media/{folder}",
-    )
-    path_map: Tuple[Tuple[str, str], ...] = setting(
-        (),
-        parse_map,
-        "A path here => the same path as the server sees it.",
-        sample="/opt/media/{folder} => /{folder}",
-    )
+    url: str = setting("", parse_url, "With the URL base, if one is set.", "http://{kind}:{port}")
+    api_key: str = setting("", parse_secret, "Settings > General > API key.", "0123456789abcdef")
+    roots: Paths = setting((), parse_paths, "The directories of links that this server owns.",
+        "/opt/media/{folder}")
+    path_map: PathMap = setting((), parse_map, _MAP_DOC, "/opt/media/{folder} => /{folder}")
 
 
 @dataclasses.dataclass(frozen=True)
 class RelaySettings:
     """The relay URL of the container edition."""
 
-    base: str = setting(
-        "", parse_url, "The relay's address.", sample="http://research-relay:5050", env="RELAY_BASE"
-    )
-    token: str = setting(
-        "", parse_text, "The relay's token.", sample="...", env="RELAY_TOKEN", secret=True
-    )
-    routes: Tuple[Tuple[str, str], ...] = setting(
-        (),
-        parse_map,
-        "A path prefix => the relay's name for the instance.",
-        sample="\n/opt/media/doc => radarr_doc",
-        env="ROUTE_MAP",
-    )
+    base: str = setting("", parse_url, "Its address.", "http://research-relay:5050", "RELAY_BASE")
+    token: str = setting("", parse_secret, "Its token.", "...", "RELAY_TOKEN")
+    routes: PathMap = setting((), parse_map, "A path prefix => the relay's name for the instance.",
+        "\n/opt/media/doc => radarr_doc", "ROUTE_MAP")
 
 
 @dataclasses.dataclass(frozen=True)
 class RepairSettings:
     """When a broken link is repaired, and how often."""
 
-    min_age: float = setting(600.0, parse_duration, "Broken for at least this long.", sample="10m")
-    cooldown: float = setting(21600.0, parse_duration, "Between two attempts.", sample="6h")
-    max_attempts: int = setting(3, parse_count, "Then the link needs attention.", sample="3")
-    season_threshold: int = setting(
-        2,
-        parse_count,
-        "So many broken episodes of a season become one season search (relay).",
-        sample="2",
-        env="SEASON_SEARCH_THRESHOLD",
-    )
-    limit: int = setting(
-        25, parse_count, "Actions queued in one run.", sample="25", env="QUEUE_LIMIT"
-    )
-    max: int = setting(25, parse_count, "Actions sent in one run.", sample="25", env="ACTIONS_MAX")
-    timeout: float = setting(
-        20.0, parse_duration, "For one request.", sample="20s", env="ACTIONS_TIMEOUT"
-    )
-    unmonitored: bool = setting(
-        True, parse_bool, "Repair what the server does not monitor, too.", sample="yes"
-    )
+    min_age: float = setting(600.0, parse_duration, "Broken for at least this long.", "10m")
+    cooldown: float = setting(21600.0, parse_duration, "Between two attempts.", "6h")
+    max_attempts: int = setting(3, parse_count, "Then the link needs attention.", "3")
+    season_threshold: int = setting(2, parse_count,
+        "So many broken episodes of a season become one season search (relay).", "2",
+        "SEASON_SEARCH_THRESHOLD")
+    limit: int = setting(25, parse_count, "Actions queued in one run.", "25", "QUEUE_LIMIT")
+    max: int = setting(25, parse_count, "Actions sent in one run.", "25", "ACTIONS_MAX")
+    timeout: float = setting(20.0, parse_duration, "For one request.", "20s", "ACTIONS_TIMEOUT")
+    unmonitored: bool = setting(True, parse_bool, "Repair the unmonitored, too.", "yes")
 
 
 @dataclasses.dataclass(frozen=True)
 class CinesyncSettings:
     """Relinking to CineSync's copies."""
 
-    base: str = setting(
-        "",
-        parse_path,
-        "CineSync's own tree of links.",
-        sample="/opt/media/cinesync/CineSync",
-        env="CINESYNC_BASE",
-    )
-    roots: Tuple[str, ...] = setting(
-        (),
-        parse_paths,
-        "Where broken links may be replaced.",
-        sample="/opt/media/tv, /opt/media/movies",
-        env="CINESYNC_REPAIR_ROOTS",
-    )
-    allowed_targets: Tuple[str, ...] = setting(
-        (),
-        parse_paths,
-        "A replaced link must point below one of these.",
-        sample="/mnt/remote",
-        env="CINESYNC_ALLOWED_TARGET_PREFIXES",
-    )
-    limit: int = setting(
-        200, parse_count, "Links tried in one run.", sample="200", env="CINESYNC_LIMIT"
-    )
+    base: str = setting("", parse_path, "CineSync's own tree of links.",
+        "/opt/media/cinesync/CineSync", "CINESYNC_BASE")
+    roots: Paths = setting((), parse_paths, "Where broken links may be replaced.",
+        "/opt/media/tv, /opt/media/movies", "CINESYNC_REPAIR_ROOTS")
+    allowed_targets: Paths = setting((), parse_paths, "A new target must lie below one of these.",
+        "/mnt/remote", "CINESYNC_ALLOWED_TARGET_PREFIXES")
+    limit: int = setting(200, parse_count, "Links tried in one run.", "200", "CINESYNC_LIMIT")
 
 
 @dataclasses.dataclass(frozen=True)
 class NotifySettings:
     """Who is told about a run."""
 
-    discord: str = setting(
-        "", parse_url, "Webhook.", sample="https://...", env="DISCORD_WEBHOOK", secret=True
-    )
-    ntfy: str = setting("", parse_url, "Topic.", sample="https://ntfy.sh/topic", secret=True)
-    ntfy_token: str = setting("", parse_text, "Access token.", sample="...", secret=True)
-    apprise: str = setting("", parse_url, "", sample="http://apprise:8000/notify/KEY", secret=True)
-    webhook: str = setting("", parse_url, "Gets JSON.", sample="https://...", secret=True)
-    healthchecks: str = setting("", parse_url, "", sample="https://hc-ping.com/UUID", secret=True)
-    uptime_kuma: str = setting(
-        "", parse_url, "", sample="https://kuma.example/api/push/TOKEN", secret=True
-    )
-    when: str = setting(
-        "changes", parse_choice("changes", "failures", "always"), "", sample="changes"
-    )
+    discord: str = setting("", parse_secret_url, "Webhook.", "https://...", "DISCORD_WEBHOOK")
+    ntfy: str = setting("", parse_secret_url, "Topic.", "https://ntfy.sh/topic")
+    ntfy_token: str = setting("", parse_secret, "Access token.", "...")
+    apprise: str = setting("", parse_secret_url, "", "http://apprise:8000/notify/KEY")
+    webhook: str = setting("", parse_secret_url, "Gets JSON.", "https://...")
+    healthchecks: str = setting("", parse_secret_url, "", "https://hc-ping.com/UUID")
+    uptime_kuma: str = setting("", parse_secret_url, "", "https://kuma.example/api/push/TOKEN")
+    when: str = setting("changes", parse_choice("changes", "failures", "always"), "", "changes")
 
 
 @dataclasses.dataclass(frozen=True)
 class PlexSettings:
     """Plex is told about the directories that changed."""
 
-    url: str = setting("", parse_url, "", sample="http://plex:32400")
-    token: str = setting("", parse_text, "", sample="...", secret=True)
-    path_map: Tuple[Tuple[str, str], ...] = setting(
-        (), parse_map, "A path here => as the server sees it.", sample="/opt/media => /data"
-    )
+    url: str = setting("", parse_url, "", "http://plex:32400")
+    token: str = setting("", parse_secret, "", "...")
+    path_map: PathMap = setting((), parse_map, _MAP_DOC, "/opt/media => /data")
 
 
 @dataclasses.dataclass(frozen=True)
 class JellyfinSettings:
     """Jellyfin or Emby, likewise."""
 
-    url: str = setting("", parse_url, "", sample="http://{kind}:8096")
-    api_key: str = setting("", parse_text, "", sample="...", secret=True)
-    path_map: Tuple[Tuple[str, str], ...] = setting(
-        (), parse_map, "A path here => as the server sees it.", sample="/opt/media => /data"
-    )
+    url: str = setting("", parse_url, "", "http://{kind}:8096")
+    api_key: str = setting("", parse_secret, "", "...")
+    path_map: PathMap = setting((), parse_map, _MAP_DOC, "/opt/media => /data")
+# fmt: on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -676,15 +604,9 @@ class Config:
 
 
 SECTIONS: Dict[str, Type[Any]] = {
-    "refresherr": MainSettings,
-    "scan": ScanSettings,
-    "relay": RelaySettings,
-    "repair": RepairSettings,
-    "cinesync": CinesyncSettings,
-    "notify": NotifySettings,
-    "plex": PlexSettings,
-    "jellyfin": JellyfinSettings,
-    "emby": JellyfinSettings,
+    field.name: type(field.default)
+    for field in dataclasses.fields(Config)
+    if dataclasses.is_dataclass(field.default)
 }
 INSTANCE_KINDS = ("sonarr", "radarr")
 _INSTANCE_ENV = re.compile(r"(SONARR|RADARR)_(.+)_(URL|API)")
@@ -897,27 +819,21 @@ _SAMPLE_HEAD = """\
 def format_sample_config() -> str:
     """Return a config file with every setting in it, commented out, made from the tables."""
     lines = [_SAMPLE_HEAD]
-    sections: List[Tuple[str, Type[Any], Dict[str, str]]] = [
-        ("refresherr", MainSettings, {}),
-        ("scan", ScanSettings, {}),
-        ("sonarr tv", InstanceSettings, {"kind": "sonarr", "port": "8989", "folder": "tv"}),
-        ("radarr movies", InstanceSettings, {"kind": "radarr", "port": "7878", "folder": "movies"}),
-    ]
-    sections += [
-        (name, table, {"kind": name})
-        for name, table in SECTIONS.items()
-        if name not in ("refresherr", "scan")
+    tv = {"kind": "sonarr", "port": "8989", "folder": "tv"}
+    movies = {"kind": "radarr", "port": "7878", "folder": "movies"}
+    sections = [(name, table, {"kind": name}) for name, table in SECTIONS.items()]
+    sections[2:2] = [
+        ("sonarr tv", InstanceSettings, tv),
+        ("radarr movies", InstanceSettings, movies),
     ]
     for title, table, words in sections:
         lines.append(f"; {' '.join((table.__doc__ or '').split())}")
         lines.append(f"#[{title}]")
         for field in dataclasses.fields(table):
-            sample = field.metadata["sample"].format(**words) if words else field.metadata["sample"]
             if field.metadata["doc"]:
                 lines.append(f"; {field.metadata['doc']}")
-            lines.append(
-                f"#{field.name} = {sample}".replace("\n", "\n#    ").replace("= \n", "=\n")
-            )
+            sample = field.metadata["sample"].format(**words).replace("\n", "\n#    ")
+            lines.append(f"#{field.name} = {sample}".replace("= \n", "=\n"))
         lines.append("")
     return "\n".join(lines)
 
@@ -1286,10 +1202,8 @@ def _migrate(conn: sqlite3.Connection, version: int) -> None:
 
 
 def _tables(conn: sqlite3.Connection) -> List[str]:
-    rows = conn.execute(
-        "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
-    )
-    return [row[0] for row in rows]
+    rows = conn.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+    return [row[0] for row in rows if not row[0].startswith("sqlite_")]
 
 
 def _quoted(name: str) -> str:
@@ -1503,8 +1417,6 @@ def process_lock(db_path: str, wait: float) -> Iterator[None]:
 
     The kernel drops it with the process, however that ends.
     """
-    import fcntl
-
     file = db_path + ".lock"
     try:
         os.makedirs(os.path.dirname(file), mode=0o700, exist_ok=True)
@@ -1589,7 +1501,8 @@ def recorded_run(conn: sqlite3.Connection, command: str) -> Iterator[JsonObject]
 # ---------------------------------------------------------------------------------------------
 
 _EPISODE = re.compile(
-    r"(?i)(?<![a-z0-9])s(\d{1,4})[ ._-]*e(\d{1,4})((?:[ ._]*-?[ ._]*e\d{1,4}|-\d{1,3}(?![\dpi]))*)(?!\d)"
+    r"(?i)(?<![a-z0-9])s(\d{1,4})[ ._-]*e(\d{1,4})"
+    r"((?:[ ._]*-?[ ._]*e\d{1,4}|-\d{1,3}(?![\dpi]))*)(?!\d)"
 )
 _CROSS_EPISODE = re.compile(r"(?i)(?<![a-z0-9])(\d{1,2})x(\d{2,3})(?![0-9])")
 _AIR_DATE = re.compile(r"(?<!\d)(?:19|20)\d\d[ ._-](?:0[1-9]|1[0-2])[ ._-](?:[0-2]\d|3[01])(?!\d)")
@@ -1646,10 +1559,11 @@ def clean_title(name: str) -> str:
     bare = _TAGS.sub("", name).strip() or name
     if " " not in bare:
         bare = re.sub(r"[._]+", " ", bare).strip()
-    year = None
-    for year in _YEAR.finditer(bare, 1):
-        pass  # the last one: "2012 (2009)", "Blade Runner 2049 (2017)"
-    return f"{bare[: year.start()].strip(' -')} ({year.group(1)})" if year else bare
+    years = list(_YEAR.finditer(bare, 1))
+    if not years:
+        return bare
+    year = years[-1]  # the last one: "2012 (2009)", "Blade Runner 2049 (2017)"
+    return f"{bare[: year.start()].strip(' -')} ({year.group(1)})"
 
 
 def _episode_numbers(first: str, more: str) -> Tuple[int, ...]:
@@ -1705,12 +1619,14 @@ BATCH = 1000  # links in one message to the parent
 CACHE_SIZE = 20000  # directories remembered by each cache of the worker
 STUCK_LIMIT = 3  # look-ups that time out on a mount before it counts as unresponsive
 HEARTBEAT = 1.0  # seconds between signs of life
+F_SETPIPE_SZ = 1031  # Linux, missing from `fcntl` before 3.10
 
-# What the worker says of a link.
+# What the worker says of a link: (path, target, judgement, unit number, detail, root number).
+# The detail is the emptied directory for JUDGED_GONE ('' if there is none), else the reason.
 JUDGED_OK, JUDGED_GONE, JUDGED_UNKNOWN, JUDGED_BLOCKED = range(4)
-# (path, target, judgement, unit number, detail, root number).  The detail is the emptied
-# directory for JUDGED_GONE ('' if there is none), else the reason.
 Judged = Tuple[str, str, int, int, str, int]
+# A link that waits to be judged: (path, its target as a path to ask for, its text, root number).
+Waiting = Tuple[str, str, str, int]
 
 HEALTHY, ABSENT, EMPTY, UNRESPONSIVE, ERROR = "healthy", "absent", "empty", "unresponsive", "error"
 
@@ -1732,34 +1648,73 @@ class ScanJob:
     look_only: bool = False
 
 
+@dataclasses.dataclass(eq=False)
 class Place:
     """A directory whose health decides about all targets beneath it.
 
     `role` says why it is watched: 'check' (configured), 'remembered' (a mount point of earlier
     scans), 'seen' (mounted now, nothing more is known) or 'stuck' (a single path that hangs).
+    `probe` is what is asked: a sentinel file speaks for its directory.
     """
 
-    def __init__(self, point: str, role: str, fs_type: str = "") -> None:
-        self.point = point
-        self.probe = point  # a sentinel file is probed for its directory
-        self.role = role
-        self.fs_type = fs_type
-        self.state = HEALTHY
-        self.reason = ""
-        self.used = False  # some target was looked for beneath it
-        self.announced = False
-        self.answered = 0.0
-        self.timeouts = 0
+    point: str
+    role: str
+    fs_type: str = ""
+    probe: str = ""
+    state: str = HEALTHY
+    reason: str = ""
+    used: bool = False  # some target was looked for beneath it
+    announced: bool = False
+    answered: float = 0.0
+    timeouts: int = 0
 
-    def set_state(self, state: str, reason: str) -> None:
-        self.state = state
-        self.reason = reason
+    def __post_init__(self) -> None:
+        self.probe = self.probe or self.point
+
+    def examine(self) -> Tuple[str, str]:
+        """Ask the place how it is; may hang.  Returns (state, reason); finds its real `point`."""
+        try:
+            if stat.S_ISREG(os.stat(self.probe).st_mode) and self.role == "check":
+                self.point = os.path.dirname(os.path.realpath(self.probe))
+                with open(self.probe, "rb") as stream:
+                    stream.read(1)
+                return HEALTHY, ""
+            self.point = os.path.realpath(self.probe)
+            empty = False
+            with contextlib.suppress(PermissionError):  # mounted and alive, not for us to list
+                empty = is_empty(self.probe)
+        except FileNotFoundError:
+            if self.role == "check":
+                # Was it to be a sentinel?  Nobody knows: it speaks for its directory then.
+                self.point = os.path.dirname(self.probe).rstrip("/") or self.probe
+            return ABSENT, f"{self.probe} does not exist"
+        except OSError as exc:
+            return ERROR, f"{self.probe}: {exc.strerror}"
+        mounts = read_mounts()  # after the look-up: that mounts what autofs only promises
+        fs_type = mounts.get(self.point)
+        if fs_type is None and len(mounts) == 1 and os.path.ismount(self.point):
+            fs_type = self.fs_type or "unknown"  # no procfs here
+        if fs_type is None:
+            return ABSENT, f"{self.probe} is not a mount point; nothing is mounted there"
+        if self.role == "remembered" and fs_type != self.fs_type:
+            return ABSENT, (
+                f"{self.point} is {fs_type} now and was {self.fs_type}; if that is meant, run "
+                f"scan --forget-mount {self.point}"
+            )
+        self.fs_type = fs_type
+        return (EMPTY, f"{self.probe} is mounted but empty") if empty else (HEALTHY, "")
+
+
+def is_empty(directory: str) -> bool:
+    """Tell whether a directory holds nothing.  OSError if it cannot be read."""
+    with os.scandir(directory) as entries:
+        return next(entries, None) is None
 
 
 class Spot:
     """A directory of targets, resolved: what all links into it have in common."""
 
-    __slots__ = ("blocked", "device", "good", "mount", "place", "real", "slow", "unit")
+    __slots__ = ("device", "good", "mount", "place", "real", "slow", "unit")
 
     def __init__(self, real: str, unit: int, mount: Place, place: Place) -> None:
         self.real = real
@@ -1767,7 +1722,6 @@ class Spot:
         self.mount = mount
         self.place = place
         self.device = -1
-        self.blocked = False
         self.slow = False
         self.good = False
 
@@ -1778,12 +1732,35 @@ class Slot:
     __slots__ = ("lost", "path", "place", "since", "suspected", "task")
 
     def __init__(self) -> None:
-        self.since = time.monotonic()
+        self.task: Optional[Task] = None
         self.path = ""
         self.place: Optional[Place] = None
-        self.task: Any = None
+        self.since = 0.0
         self.lost = False
         self.suspected = False
+
+    def touch(self, path: str, place: Optional[Place] = None) -> None:
+        """Note what the thread is about to wait for."""
+        self.since = time.monotonic()
+        self.path, self.place, self.suspected = path, place, False
+
+
+class Task:
+    """A directory to walk, or one of targets with the `links` to judge there; and what came of it.
+
+    What a task found counts only once it is finished: a thread that hangs takes it along.
+    """
+
+    __slots__ = ("deeper", "directory", "found", "ignored", "later", "links", "root")
+
+    def __init__(self, directory: str, root: int, links: Optional[List[Waiting]] = None) -> None:
+        self.directory = directory
+        self.root = root
+        self.links = links
+        self.found: List[Judged] = []
+        self.later: List[Tuple[str, Waiting]] = []
+        self.deeper: List[Tuple[str, int]] = []
+        self.ignored = 0
 
 
 class Ignore:
@@ -1804,10 +1781,8 @@ class Ignore:
         """Tell whether an entry of a directory that is not ignored itself is to be skipped."""
         if (self._substring and self._substring(name)) or (self._glob and self._glob(name)):
             return True
-        for part in self._long:
-            if f"{directory}/{name}/".find(part, max(0, len(directory) + 2 - len(part))) >= 0:
-                return True
-        return False
+        path = f"{directory}/{name}/"
+        return any(path.find(p, max(0, len(directory) + 2 - len(p))) >= 0 for p in self._long)
 
     def matches_beneath(self, root: str, path: str) -> bool:
         """Tell whether `path`, or any directory between it and `root`, is to be skipped."""
@@ -1819,146 +1794,107 @@ class Ignore:
         return False
 
 
-def examine_place(place: Place) -> Tuple[str, str]:
-    """Ask a place how it is; may hang.  Returns (state, reason); sets `place.point` of a sentinel."""
-    try:
-        mode = os.stat(place.probe).st_mode
-        if stat.S_ISREG(mode) and place.role == "check":
-            place.point = os.path.dirname(os.path.realpath(place.probe))
-            with open(place.probe, "rb") as stream:
-                stream.read(1)
-            return HEALTHY, ""
-        place.point = os.path.realpath(place.probe)
-        try:
-            with os.scandir(place.probe) as entries:
-                empty = next(entries, None) is None
-        except PermissionError:
-            empty = False  # mounted and alive; its root may just not be listed by us
-    except FileNotFoundError:
-        if place.role == "check":
-            # Was it to be a sentinel?  Nobody knows: it speaks for its directory then.
-            place.point = os.path.dirname(place.probe).rstrip("/") or place.probe
-        return ABSENT, f"{place.probe} does not exist"
-    except OSError as exc:
-        return ERROR, f"{place.probe}: {exc.strerror}"
-    mounts = read_mounts()  # after the look-up: that mounts what autofs only promises
-    fs_type = mounts.get(place.point)
-    if fs_type is None and len(mounts) == 1 and os.path.ismount(place.point):
-        fs_type = place.fs_type or "unknown"  # no procfs here
-    if fs_type is None:
-        return ABSENT, f"{place.probe} is not a mount point; nothing is mounted there"
-    if place.role == "remembered" and fs_type != place.fs_type:
-        return ABSENT, (
-            f"{place.point} is {fs_type} now and was {place.fs_type}; if that is meant, run "
-            f"scan --forget-mount {place.point}"
-        )
-    place.fs_type = fs_type
-    if empty:
-        return EMPTY, f"{place.probe} is mounted but empty"
-    return HEALTHY, ""
-
-
-def ask_all(
-    questions: Sequence[Callable[[], Any]], timeout: float, beat: Callable[[], None]
-) -> List[Any]:
-    """Call all at once and return their answers; None for one that does not answer in time."""
-    answers: List[Any] = [None] * len(questions)
-    done = threading.Semaphore(0)
-
-    def ask(number: int) -> None:
-        answers[number] = questions[number]()
-        done.release()
-
-    for number in range(len(questions)):
-        threading.Thread(target=ask, args=(number,), daemon=True).start()
-    deadline = time.monotonic() + timeout
-    for _ in questions:
-        while not done.acquire(timeout=max(0.0, min(HEARTBEAT, deadline - time.monotonic()))):
-            beat()
-            if time.monotonic() >= deadline:
-                return list(answers)
-    return answers
-
-
 class Surveyor:
     """Walks roots and judges links; lives in the worker process.
 
     `send` takes a tuple whose first item names the message:
     ('links', [Judged]), ('unit', number, mount point, child directory), ('mount', point, type),
-    ('unread', directory, reason), ('root', number, state, reason), ('ignored', count), ('beat',),
-    ('done', places, blocked units, uninhabited directories).
+    ('unread', directory, reason), ('root', number, state, reason, real path, covered),
+    ('ignored', count), ('beat',), ('done', places, blocked units, uninhabited directories).
     """
 
     def __init__(self, job: ScanJob, send: Callable[[Tuple[Any, ...]], None]) -> None:
         self.job = job
         self.send = send
+        self.limit = format_duration(job.stat_timeout)
         self.ignore = Ignore(job.ignore)
+        self.ignored = 0
         self.places: Dict[str, List[Place]] = {}
-        self.units: Dict[Tuple[str, str, str], int] = {}
-        self.spots: Dict[str, Spot] = {}
-        self.real_dirs: Dict[str, str] = {}
         self.sealed: Set[str] = set()  # unhealthy points: nothing there or beneath is touched
-        self.slow_mounts: Set[str] = set()
+        self.stuck = False  # some of them are single files
+        self.slow_mounts: Set[str] = set()  # with a slash behind
+        self.units: Dict[Tuple[str, str, str], int] = {}
         self.inhabited: Set[int] = set()  # hashes of the directories above good targets
         self.empty_dirs: Set[str] = set()
-        self.other_roots: Dict[str, int] = {}
-        self.outbox: List[Judged] = []
-        self.ignored = 0
+        self.covered_roots: Dict[str, int] = {}
+        self.forget()
         # The crew's state, all under one lock.
         self.change = threading.Condition()
         self.slots: Set[Slot] = set()
-        self.walks: List[Tuple[int, str]] = []
-        self.waiting: Dict[str, List[Tuple[str, str, str, int]]] = {}
+        self.here = threading.local()  # .slot is the thread's own
+        self.walks: List[Task] = []
+        self.batches: List[Task] = []
+        self.waiting: Dict[str, List[Waiting]] = {}
         self.waiting_count = 0
-        self.batches: deque[Tuple[str, List[Tuple[str, str, str, int]]]] = deque()
         self.walking = 0
         self.working = 0
+        self.outbox: List[Judged] = []
         self.crash: Optional[BaseException] = None
-        self.current = threading.local()
+
+    def forget(self) -> None:
+        """Empty the caches: they are full, or something is no longer what it was."""
+        self.spots: Dict[str, Spot] = {}
+        self.real_dirs: Dict[str, str] = {}
+        self.standings: Dict[str, Tuple[Place, str, Place]] = {}
 
     # The whole errand
 
     def run(self) -> None:
         """Do the job and say 'done'."""
         mounts = read_mounts()
-        self.slow_mounts = {point for point, kind in mounts.items() if is_network_type(kind)}
+        self.slow_mounts = {f"{point}/" for point, kind in mounts.items() if is_network_type(kind)}
         watched = [Place(check, "check") for check in self.job.mount_checks]
         watched += [Place(p, "remembered", kind) for p, kind in self.job.remembered.items()]
         self.probe(watched)
         for place in watched + [Place(p, "seen", kind) for p, kind in mounts.items()]:
             self.places.setdefault(place.point, []).append(place)
+            place.used = self.job.look_only and place.role != "seen"
         self.places.setdefault("/", [Place("/", "seen", "unknown")])
         self.open_roots()
-        if self.job.look_only:
-            for place in watched:
-                place.used = True
-            self.report()
-            return
-        self.hire(1)
-        self.watch()
-        self.flush(force=True)
-        self.send(("ignored", self.ignored))
-        # Once more: a mount may have gone while its targets were looked for.
-        everywhere = [place for group in self.places.values() for place in group]
-        self.probe([p for p in everywhere if p.used and p.state == HEALTHY])
+        if not self.job.look_only:
+            self.hire(1)
+            self.watch()
+            self.flush(force=True)
+            self.send(("ignored", self.ignored))
+            # Once more: a mount may have gone while its targets were looked for.
+            everywhere = [place for group in self.places.values() for place in group]
+            self.probe([p for p in everywhere if p.used and p.state == HEALTHY])
         self.report()
-
-    def beat(self) -> None:
-        self.send(("beat",))
 
     def probe(self, places: Sequence[Place]) -> None:
         """Ask all places at once how they are, and seal off what is not well."""
-        questions = [lambda place=place: examine_place(place) for place in places]
-        answers = ask_all(questions, self.job.stat_timeout, self.beat)
+        answers = self.ask_all([place.examine for place in places])
         for place, answer in zip(places, answers):
             if answer is None:
-                limit = format_duration(self.job.stat_timeout)
-                answer = UNRESPONSIVE, f"{place.probe} did not answer within {limit}"
+                answer = UNRESPONSIVE, f"{place.probe} did not answer within {self.limit}"
                 if place.role == "check" and place.probe not in read_mounts():
                     place.point = os.path.dirname(place.probe)
-            place.set_state(*answer)
-            if place.state != HEALTHY:
-                self.sealed.add(place.point)
+            if answer[0] != HEALTHY:
+                self.seal(place, *answer)
+
+    def seal(self, place: Place, state: str, reason: str) -> None:
+        place.state, place.reason = state, reason
+        self.sealed.add(place.point)
+        self.forget()
+
+    def ask_all(self, questions: Sequence[Callable[[], Any]]) -> List[Any]:
+        """Ask all at once and return the answers; None for one that does not come in time."""
+        answers: List[Any] = [None] * len(questions)
+        done = threading.Semaphore(0)
+
+        def ask(number: int) -> None:
+            answers[number] = questions[number]()
+            done.release()
+
+        for number in range(len(questions)):
+            threading.Thread(target=ask, args=(number,), daemon=True).start()
+        deadline = time.monotonic() + self.job.stat_timeout
+        for _ in questions:
+            while not done.acquire(timeout=max(0, min(HEARTBEAT, deadline - time.monotonic()))):
+                self.send(("beat",))
+                if time.monotonic() >= deadline:
+                    return list(answers)
+        return answers
 
     def report(self) -> None:
         """Say how the places are at the end, and which units they take down with them."""
@@ -1969,36 +1905,20 @@ class Surveyor:
             if p.role == "check" or (p.used and p.role != "stuck")
         ]
         blocked = {}
-        for (_, _, anchor), number in self.units.items():
-            place = self.home(anchor)
+        for (_, _, point), number in self.units.items():
+            place = self.standing(point)[2]
             if place.state != HEALTHY and place.role != "stuck":
                 blocked[number] = place.reason
-        uninhabited = [
-            directory
-            for directory in self.empty_dirs
-            if os.path.dirname(directory) == "/"
-            or hash(os.path.dirname(directory)) not in self.inhabited
-        ]
+        parents = {directory: os.path.dirname(directory) for directory in self.empty_dirs}
+        uninhabited = [d for d, p in parents.items() if p == "/" or hash(p) not in self.inhabited]
         self.send(("done", listed, blocked, uninhabited))
-
-    # Roots
 
     def open_roots(self) -> None:
         """Look at every root, hang-safe, and put the good ones on the pile; overlaps once."""
-        answers = ask_all(
-            [lambda root=root: self.examine_root(root) for root in self.job.roots],
-            self.job.stat_timeout,
-            self.beat,
-        )
+        looks = [functools.partial(self.examine_root, root) for root in self.job.roots]
         real = {}
-        for number, (root, answer) in enumerate(zip(self.job.roots, answers)):
-            if answer is None:
-                answer = (
-                    ERROR,
-                    f"did not answer within {format_duration(self.job.stat_timeout)}",
-                    "",
-                )
-            state, reason, path = answer
+        for number, answer in enumerate(self.ask_all(looks)):
+            state, reason, path = answer or (ERROR, f"did not answer within {self.limit}", "")
             if state == "scanned":
                 real[number] = path
             else:
@@ -2011,16 +1931,16 @@ class Surveyor:
             ]
             self.send(("root", number, "scanned", "", path, bool(outer)))
             if not outer:
-                self.walks.append((number, self.job.roots[number].rstrip("/")))
+                self.walks.append(Task(self.job.roots[number].rstrip("/"), number))
             for other in outer:
                 seen_as = self.job.roots[other].rstrip("/") + path[len(real[other].rstrip("/")) :]
-                self.other_roots[seen_as] = number
+                self.covered_roots[seen_as] = number
 
     def examine_root(self, root: str) -> Tuple[str, str, str]:
-        """Return (state, reason, real path) of a root: 'scanned', 'missing' or 'error'."""
+        """Return (state, reason, real path) of a root: 'scanned', 'missing', 'error', 'refused'."""
         path = self.resolve(root)
-        place = self.home(path)
-        if place.state != HEALTHY and place.state != EMPTY:
+        place = self.standing(path)[2]
+        if place.state not in (HEALTHY, EMPTY):
             place.used = True
             return "refused", place.reason, path
         try:
@@ -2048,97 +1968,79 @@ class Surveyor:
 
     def labour(self, slot: Slot) -> None:
         """Take tasks until none is left.  What a lost thread found is thrown away."""
-        self.current.slot = slot
+        self.here.slot = slot
         try:
-            while True:
-                task = self.next_task(slot)
-                if task is None:
-                    return
-                found: List[Judged] = []
-                later: List[Tuple[str, Tuple[str, str, str, int]]] = []
-                deeper: List[Tuple[int, str]] = []
-                if isinstance(task[0], int):
-                    self.walk(slot, task[0], task[1], found, later, deeper)
+            while self.next_task(slot):
+                assert slot.task
+                if slot.task.links is None:
+                    self.walk(slot, slot.task)
                 else:
-                    self.judge_directory(slot, task[0], task[1], found)
-                if not self.finish_task(slot, found, later, deeper):
-                    return
+                    self.judge_directory(slot, slot.task, slot.task.links)
+                self.finish_task(slot)
         except BaseException as exc:  # a bug: the errand cannot be trusted any more
             with self.change:
                 self.crash = exc
                 self.change.notify_all()
 
-    def next_task(self, slot: Slot) -> Any:
-        """Return a walk (root, directory), a batch (directory, links), or None at the end."""
+    def next_task(self, slot: Slot) -> bool:
+        """Give the thread a task; False when there is nothing left to do for it."""
         with self.change:
-            while True:
-                if slot.lost:
-                    return None
-                if self.waiting and (
-                    self.waiting_count >= WINDOW or not (self.walks or self.walking)
-                ):
-                    self.batches.extend(self.waiting.items())
+            while not slot.lost:
+                if self.waiting_count >= WINDOW or not (self.walks or self.walking):
+                    self.batches += [Task(d, -1, links) for d, links in self.waiting.items()]
+                    self.change.notify(len(self.waiting))
                     self.waiting = {}
                     self.waiting_count = 0
-                    self.change.notify_all()
-                if self.batches:
-                    task: Any = self.batches.popleft()
-                elif self.walks:
-                    task = self.walks.pop()
-                    self.walking += 1
-                elif self.working == 0:
+                if self.batches or self.walks:
+                    slot.path = ""
+                    slot.task = (self.batches or self.walks).pop()
+                    self.walking += slot.task.links is None
+                    self.working += 1
+                    return True
+                if self.working == 0:
                     self.slots.discard(slot)
                     self.change.notify_all()
-                    return None
-                else:
-                    self.change.wait()
-                    continue
-                self.working += 1
-                slot.task = task
-                slot.path = ""
-                return task
+                    return False
+                self.change.wait()
+        return False
 
-    def finish_task(
-        self,
-        slot: Slot,
-        found: List[Judged],
-        later: List[Tuple[str, Tuple[str, str, str, int]]],
-        deeper: List[Tuple[int, str]],
-    ) -> bool:
+    def finish_task(self, slot: Slot) -> None:
+        task = slot.task
         with self.change:
-            if slot.lost:
-                return False
-            for directory, link in later:
+            if slot.lost or task is None:
+                return
+            for directory, link in task.later:
                 self.waiting.setdefault(directory, []).append(link)
-            self.waiting_count += len(later)
-            self.walks.extend(deeper)
-            self.outbox.extend(found)
+            self.waiting_count += len(task.later)
+            self.walks += [Task(directory, root) for directory, root in task.deeper]
+            self.outbox += task.found
+            self.ignored += task.ignored
+            self.change.notify(len(task.deeper))
             self.end_task(slot)
-        if later:
+        if task.later:
             self.hire_all()
-        self.flush()
-        return True
+        if len(self.outbox) >= BATCH:
+            self.flush()
 
     def end_task(self, slot: Slot) -> None:
         self.working -= 1
-        if isinstance(slot.task[0], int):
-            self.walking -= 1
+        self.walking -= slot.task is not None and slot.task.links is None
         slot.task = None
-        if len(self.slots) > 1:
+        if self.working == 0 or (self.walking == 0 and self.waiting):
             self.change.notify_all()
 
     def flush(self, force: bool = False) -> None:
-        """Send what has been judged, in large messages: the parent looks up 500 at a time."""
+        """Send what has been judged, in large messages."""
         with self.change:
-            if len(self.outbox) < BATCH and not force:
-                return
-            links, self.outbox = self.outbox, []
-        self.send(("links", links))
+            links: List[Judged] = []
+            if force or len(self.outbox) >= BATCH:
+                links, self.outbox = self.outbox, links
+        if links:
+            self.send(("links", links))
 
     def watch(self) -> None:
         """Wait for the crew; give up threads that wait too long for a path."""
         limit = self.job.stat_timeout
-        tick = min(HEARTBEAT, limit / 8)
         next_beat = 0.0
         while True:
             with self.change:
@@ -2146,47 +2048,27 @@ class Surveyor:
                     raise self.crash
                 if not self.slots:
                     return
-                self.change.wait(tick)
-                overdue = self.overdue_slots(limit)
+                self.change.wait(min(HEARTBEAT, limit / 8))
+                waiting = [slot for slot in self.slots if slot.task and slot.path]
             now = time.monotonic()
+            for slot in waiting:
+                age = now - slot.since
+                if age >= limit:
+                    self.give_up(slot)
+                elif age >= min(1.0, limit / 4) and not slot.suspected:
+                    slot.suspected = True
+                    place = slot.place or self.standing(slot.path)[2]
+                    threading.Thread(target=self.suspect, args=(place,), daemon=True).start()
             if now >= next_beat:
                 next_beat = now + HEARTBEAT
                 self.flush(force=True)
-                self.beat()
-            for slot in overdue:
-                self.give_up(slot)
-
-    def overdue_slots(self, limit: float) -> List[Slot]:
-        now = time.monotonic()
-        overdue = []
-        for slot in self.slots:
-            if slot.task is None or not slot.path:
-                continue
-            age = now - slot.since
-            if age >= limit:
-                overdue.append(slot)
-            elif age >= min(1.0, limit / 4) and not slot.suspected:
-                slot.suspected = True
-                place = slot.place or self.home(slot.path)
-                threading.Thread(target=self.suspect, args=(place,), daemon=True).start()
-        return overdue
-
-    def touch(self, path: str, place: Optional[Place] = None) -> None:
-        """Note what this thread is about to wait for."""
-        slot = getattr(self.current, "slot", None)
-        if slot:
-            slot.path, slot.place, slot.suspected = path, place, False
-            slot.since = time.monotonic()
+                self.send(("beat",))
 
     def suspect(self, place: Place) -> None:
         """Ask the mount of a path that keeps us waiting whether it is alive at all."""
         self.hire_all()
-        try:
-            os.stat(place.point)
-            with os.scandir(place.point) as entries:
-                next(entries, None)
-        except OSError:
-            pass  # an error is an answer, too
+        with contextlib.suppress(OSError):  # an error is an answer, too
+            is_empty(place.point)
         place.answered = time.monotonic()
 
     def give_up(self, slot: Slot) -> None:
@@ -2194,250 +2076,177 @@ class Surveyor:
         with self.change:
             if slot.lost or slot.task is None:
                 return
-            place = slot.place or self.home(slot.path)
+            place = slot.place or self.standing(slot.path)[2]
             place.timeouts += 1
             if place.answered > slot.since and place.timeouts <= STUCK_LIMIT:
                 place = Place(slot.path.rstrip("/"), "stuck")  # the mount is alive
+                self.stuck = True
                 self.places.setdefault(place.point, []).insert(0, place)
             place.used = True
-            limit = format_duration(self.job.stat_timeout)
-            place.set_state(UNRESPONSIVE, f"{place.point} did not answer within {limit}")
-            self.sealed.add(place.point)
-            self.spots = {}
+            self.seal(place, UNRESPONSIVE, f"{place.point} did not answer within {self.limit}")
             slot.lost = True
             self.slots.discard(slot)
-            task = slot.task
+            task = Task(slot.task.directory, slot.task.root, slot.task.links)
             self.end_task(slot)
-            if isinstance(task[0], int):
-                self.walks.append(task)
-            else:
-                self.batches.append(task)
-            wanted = len(self.slots) + 1
-        self.hire(wanted)
+            (self.walks if task.links is None else self.batches).append(task)
+            self.hire(len(self.slots) + 1)
 
-    # Walking
+    # Walking and judging
 
-    def walk(
-        self,
-        slot: Slot,
-        root: int,
-        directory: str,
-        found: List[Judged],
-        later: List[Tuple[str, Tuple[str, str, str, int]]],
-        deeper: List[Tuple[int, str]],
-    ) -> None:
-        """Judge the links of one directory, or put them off if their targets are slow."""
+    def walk(self, slot: Slot, task: Task) -> None:
+        """Walk a directory, and while only one thread is at work those beneath it, too."""
+        task.deeper.append((task.directory, task.root))
+        while task.deeper:
+            directory, root = task.deeper.pop()
+            slot.touch(directory + "/")
+            try:
+                if self.sealed:
+                    place = self.standing(self.resolve(directory or "/"))[2]
+                    if place.state == UNRESPONSIVE:
+                        raise TimeoutError(errno.ETIMEDOUT, "it did not answer in time")
+                self.walk_directory(slot, task, directory, root)
+            except OSError as exc:
+                self.send(("unread", directory or "/", exc.strerror))
+            if len(task.found) >= BATCH or len(self.slots) > 1:
+                return
+
+    def walk_directory(self, slot: Slot, task: Task, directory: str, root: int) -> None:
+        """Judge the links of one directory; put them off where their targets are slow."""
         prefix = directory + "/"
         ignore = self.ignore.matches if self.ignore.active else None
         clock, readlink, stat_target = time.monotonic, os.readlink, os.stat
-        self.touch(prefix)
-        if self.is_unresponsive(prefix):
-            self.send(("unread", directory or "/", "it did not answer in time"))
-            return
+        found = task.found
+        spots = self.spots
         streak = 0
-        spots, sealed = self.spots, self.sealed
-        try:
-            with os.scandir(prefix) as entries:
-                for entry in entries:
-                    if not entry.is_symlink():
-                        if entry.is_dir(follow_symlinks=False):
-                            self.descend(root, directory, entry.name, deeper)
+        with os.scandir(prefix) as entries:
+            for entry in entries:
+                name = entry.name
+                is_link = entry.is_symlink()
+                if not is_link and not entry.is_dir(follow_symlinks=False):
+                    continue
+                if ignore and ignore(directory, name):
+                    task.ignored += 1
+                    continue
+                path = prefix + name
+                if not is_link:
+                    task.deeper.append((path, self.covered_roots.get(path, root)))
+                    continue
+                try:
+                    target = readlink(path)
+                except OSError as exc:
+                    if exc.errno not in (errno.ENOENT, errno.EINVAL):
+                        self.send(("unread", path, exc.strerror))
+                    continue
+                full = target if target[0] == "/" else prefix + target
+                head = full.rpartition("/")[0]
+                spot = spots.get(head)
+                if spot is None:
+                    if self.is_slow(head):
+                        task.later.append((head, (path, full, target, root)))
                         continue
-                    name = entry.name
-                    if ignore and ignore(directory, name):
-                        self.ignored += 1
-                        continue
-                    path = prefix + name
-                    try:
-                        target = readlink(path)
-                    except OSError as exc:
-                        if exc.errno not in (errno.ENOENT, errno.EINVAL):
-                            self.send(("unread", path, exc.strerror))
-                        continue
-                    full = target if target[0] == "/" else prefix + target
-                    head = full.rpartition("/")[0]
-                    spot = spots.get(head)
-                    if spot is None and not self.is_slow(head):
-                        spot = self.locate(head)
-                    if spot is None or spot.slow:
-                        later.append((head, (path, full, target, root)))
-                        continue
-                    if spot.blocked:
-                        found.append(self.blocked(path, target, spot, root))
-                        continue
-                    slot.path = full
-                    slot.place = spot.place
-                    try:
-                        if sealed and full in sealed:
-                            raise TimeoutError(errno.ETIMEDOUT, "it did not answer in time")
-                        device = stat_target(full).st_dev
-                    except OSError as exc:
-                        found.append(self.failed(path, full, target, spot, root, exc))
+                    spot = self.locate(head)
+                if spot.slow:
+                    task.later.append((head, (path, full, target, root)))
+                    continue
+                slot.place = spot.place
+                slot.path = full
+                slot.since = start = clock()
+                try:
+                    # The common case, a good target where it seems to be, stands here for speed.
+                    if spot.good and stat_target(full).st_dev == spot.device:
+                        found.append((path, target, JUDGED_OK, spot.unit, "", root))
                     else:
-                        unit = spot.unit
-                        if device != spot.device or not spot.good:
-                            unit = self.mark_good(full, spot, device)
-                        found.append((path, target, JUDGED_OK, unit, "", root))
-                    now = clock()
-                    streak = streak + 1 if now - slot.since > SLOW_SECONDS else 0
-                    slot.path = prefix
-                    slot.place = None
-                    slot.since = now
-                    if streak >= SLOW_STREAK:
-                        streak = 0
-                        self.call_slow(spot.mount.point)
-                        spots = self.spots
-        except OSError as exc:
-            self.send(("unread", directory or "/", exc.strerror))
-
-    def descend(self, root: int, directory: str, name: str, deeper: List[Tuple[int, str]]) -> None:
-        path = f"{directory}/{name}"
-        if self.ignore.active and self.ignore.matches(directory, name):
-            self.ignored += 1
-            return
-        deeper.append((self.other_roots.get(path, root), path))
-
-    def is_unresponsive(self, path: str) -> bool:
-        return bool(self.sealed) and self.home(self.resolve(path)).state == UNRESPONSIVE
+                        found.append(self.judge(slot, spot, (path, full, target, root)))
+                except OSError:
+                    found.append(self.judge(slot, spot, (path, full, target, root)))
+                slot.path = prefix
+                streak = streak + 1 if clock() - start > SLOW_SECONDS else 0
+                if streak >= SLOW_STREAK:
+                    # From now on judge this mount directory by directory, many at once.
+                    self.slow_mounts.add(spot.mount.point.rstrip("/") + "/")
+                    self.forget()
+                    self.hire_all()
+                    spots = self.spots
+                    streak = 0
 
     def is_slow(self, directory: str) -> bool:
-        return bool(self.slow_mounts) and find_ancestor(directory, self.slow_mounts) is not None
+        return f"{directory}/".startswith(tuple(self.slow_mounts))
 
-    def call_slow(self, point: str) -> None:
-        """From now on judge the targets on this mount directory by directory, many at once."""
-        self.slow_mounts.add(point)
-        self.spots = {}
-        self.hire_all()
-
-    # Judging
-
-    def judge_directory(
-        self, slot: Slot, head: str, links: List[Tuple[str, str, str, int]], found: List[Judged]
-    ) -> None:
+    def judge_directory(self, slot: Slot, task: Task, links: List[Waiting]) -> None:
         """Judge links into one slow directory: one listing costs less than many look-ups."""
-        self.touch(head)
-        spot = self.spots.get(head) or self.locate(head)
-        if spot.blocked:
-            found.extend(self.blocked(path, target, spot, root) for path, _, target, root in links)
-            return
-        names = self.list_names(spot, links) if len(links) > 2 else ()
-        for path, full, target, root in links:
-            unit = spot.unit
+        slot.touch(task.directory)
+        spot = self.spots.get(task.directory) or self.locate(task.directory)
+        names: Set[str] = set()
+        if len(links) > 2 and spot.place.state == HEALTHY:
+            names = self.list_names(slot, spot, {link[1].rpartition("/")[2] for link in links})
+        for link in links:
+            path, full, target, root = link
             if full.rpartition("/")[2] in names:
-                if not spot.good:
-                    self.mark_good(full, spot, spot.device)
-                found.append((path, target, JUDGED_OK, unit, "", root))
-                continue
-            self.touch(full, spot.place)
-            try:
-                if full in self.sealed:
-                    raise TimeoutError(errno.ETIMEDOUT, "it did not answer in time")
-                device = os.stat(full).st_dev
-            except OSError as exc:
-                found.append(self.failed(path, full, target, spot, root, exc))
+                self.mark_good(full, spot, spot.device)
+                task.found.append((path, target, JUDGED_OK, spot.unit, "", root))
             else:
-                if device != spot.device or not spot.good:
-                    unit = self.mark_good(full, spot, device)
-                found.append((path, target, JUDGED_OK, unit, "", root))
+                slot.touch(full)
+                task.found.append(self.judge(slot, spot, link))
 
-    def list_names(self, spot: Spot, links: List[Tuple[str, str, str, int]]) -> Iterable[str]:
+    def list_names(self, slot: Slot, spot: Spot, wanted: Set[str]) -> Set[str]:
         """Return the names in a directory that exist for sure; not links, they may lead nowhere.
 
         Stops early where a listing would cost more than asking for each name.
         """
-        wanted = {full.rpartition("/")[2] for _, full, _, _ in links}
-        names = set()
+        names: Set[str] = set()
         patience = 64 * len(wanted)
-        self.touch(spot.real, spot.place)
-        try:
-            with os.scandir(spot.real) as entries:
-                for count, entry in enumerate(entries):
-                    if entry.name in wanted and not entry.is_symlink():
-                        names.add(entry.name)
-                    if count > patience or len(names) == len(wanted):
-                        break
-        except OSError:
-            return ()
+        slot.touch(spot.real, spot.place)
+        with contextlib.suppress(OSError), os.scandir(spot.real) as entries:
+            for count, entry in enumerate(entries):
+                if entry.name in wanted and not entry.is_symlink():
+                    names.add(entry.name)
+                if count > patience or len(names) == len(wanted):
+                    break
         return names
 
-    def failed(
-        self, path: str, full: str, target: str, spot: Spot, root: int, exc: OSError
-    ) -> Judged:
-        """Judge a link whose target could not be looked up."""
-        if exc.errno not in GONE_ERRNOS:
-            return (path, target, JUDGED_UNKNOWN, spot.unit, exc.strerror or str(exc), root)
-        final = self.trace(full)
-        unit = self.unit_of(os.path.dirname(final))[0]
-        self.use_places(final)
-        nearest = self.nearest_directory(os.path.dirname(final))
-        if nearest is None:
-            return (path, target, JUDGED_UNKNOWN, unit, "its directory cannot be read", root)
-        return (path, target, JUDGED_GONE, unit, nearest, root)
+    def judge(self, slot: Slot, spot: Spot, link: Waiting) -> Judged:
+        """Judge a link by looking at its target."""
+        path, full, target, root = link
+        place = slot.place = spot.place
+        if place.state != HEALTHY:
+            place.used = True
+            judgement = JUDGED_UNKNOWN if place.role == "stuck" else JUDGED_BLOCKED
+            return (path, target, judgement, spot.unit, place.reason, root)
+        slot.path = full
+        try:
+            if self.sealed and full in self.sealed:
+                raise TimeoutError(errno.ETIMEDOUT, f"it did not answer within {self.limit}")
+            device = os.stat(full).st_dev
+        except OSError as exc:
+            if exc.errno not in GONE_ERRNOS:
+                reason = exc.strerror or str(exc)
+                return (path, target, JUDGED_UNKNOWN, spot.unit, reason, root)
+            return self.judge_gone(link)
+        unit = spot.unit
+        if device != spot.device or not spot.good:
+            unit = self.mark_good(full, spot, device)
+        return (path, target, JUDGED_OK, unit, "", root)
 
-    def blocked(self, path: str, target: str, spot: Spot, root: int) -> Judged:
-        place = spot.place
-        place.used = True
-        judgement = JUDGED_UNKNOWN if place.role == "stuck" else JUDGED_BLOCKED
-        return (path, target, judgement, spot.unit, place.reason, root)
-
-    # Where things are
-
-    def home(self, path: str) -> Place:
-        """Return the place that decides about a resolved path: the first unwell, or the nearest."""
-        nearest = None
-        for point in ancestors(path):
-            for place in self.places.get(point, ()):
-                if place.state != HEALTHY:
-                    return place
-                nearest = nearest or place
-        return nearest or self.places["/"][0]
-
-    def mount_above(self, path: str) -> Place:
-        """Return the mount point that a resolved path is on, mounted or remembered."""
-        for point in ancestors(path):
-            for place in self.places.get(point, ()):
-                if place.role in ("remembered", "seen"):
-                    return place
-        return self.places["/"][0]
-
-    def use_places(self, path: str) -> None:
-        """Mark what must be healthy for a verdict on `path`, up to its mount point."""
-        for point in ancestors(path):
-            group = self.places.get(point, ())
-            for place in group:
-                place.used = True
-            if any(place.role != "check" for place in group):
-                return
-
-    def unit_of(self, directory: str) -> Tuple[int, Place, Place]:
-        """Return a resolved directory's unit of the guard, its mount and the place it hangs on."""
-        place = self.home(directory)
-        mount = self.mount_above(directory)
-        top = mount.point.rstrip("/")
-        child = directory[len(top) + 1 :].partition("/")[0]
-        key = (mount.point, f"{top}/{child}" if child else "", place.point)
-        number = self.units.get(key)
-        if number is None:
-            with self.change:
-                number = self.units.setdefault(key, len(self.units))
-            self.send(("unit", number, key[0], key[1]))
-        return number, mount, place
-
-    def locate(self, head: str) -> Spot:
-        """Look at a directory of targets, and keep what was found."""
-        real = self.resolve(head)
-        spot = Spot(real, *self.unit_of(real))
-        if spot.place.state != HEALTHY:
-            spot.blocked = True
-        else:
-            spot.slow = self.is_slow(real)
-            self.touch(real, spot.place)
-            with contextlib.suppress(OSError):
-                spot.device = os.stat(real).st_dev
-        if len(self.spots) >= CACHE_SIZE:
-            self.spots.clear()
-        self.spots[head] = spot
-        return spot
+    def judge_gone(self, link: Waiting) -> Judged:
+        """Find out where a target is missing, at the end of what may be a chain of links."""
+        path, full, target, root = link
+        directory = os.path.dirname(self.trace(full))
+        mount, _, place = self.standing(directory)
+        mount.used = place.used = True
+        unit = self.unit_of(directory)
+        for near in ancestors(directory):
+            if near in self.sealed:
+                break
+            try:
+                if is_empty(near):
+                    self.empty_dirs.add(near)
+                    return (path, target, JUDGED_GONE, unit, near, root)
+                break
+            except OSError as exc:
+                if exc.errno not in GONE_ERRNOS:
+                    reason = f"{near}: {exc.strerror}"
+                    return (path, target, JUDGED_UNKNOWN, unit, reason, root)
+        return (path, target, JUDGED_GONE, unit, "", root)
 
     def mark_good(self, full: str, spot: Spot, device: int) -> int:
         """Note that a good target lies in a directory; return the unit it really lies in.
@@ -2453,87 +2262,111 @@ class Surveyor:
             if not spot.mount.announced:
                 spot.mount.announced = spot.mount.used = True
                 self.send(("mount", spot.mount.point, spot.mount.fs_type))
-            self.inhabit(spot)
+            for directory in ancestors(spot.real):
+                if directory == "/" or hash(directory) in self.inhabited:
+                    break
+                self.inhabited.add(hash(directory))
+                if directory == spot.mount.point:
+                    break
         return spot.unit
 
-    def inhabit(self, spot: Spot) -> None:
-        """Remember the directories above a good target, up to its mount point, '/' excluded."""
-        for directory in ancestors(spot.real):
-            key = hash(directory)
-            if directory == "/" or key in self.inhabited:
-                return
-            self.inhabited.add(key)
-            if directory == spot.mount.point:
-                return
+    # Where things are
 
-    def resolve(self, path: str) -> str:
-        """Return the physical path, as the kernel walks it; names that do not exist stay.
-
-        Nothing beneath a sealed point is touched.  Each directory is looked up once.
+    def standing(self, directory: str) -> Tuple[Place, str, Place]:
+        """Return what a resolved directory stands on: its mount point, mounted or remembered, the
+        directory beneath that which leads there ('' at the top), and the place that decides about
+        it: one that is not well if there is any, else the nearest.
         """
-        pending = [part for part in path.split("/") if part][::-1]
-        real = ""
-        hops = 0
-        while pending:
-            name = pending.pop()
-            if name == ".":
-                continue
-            if name == "..":
-                real = real.rpartition("/")[0]
-                continue
-            step = f"{real}/{name}"
-            known = self.real_dirs.get(step)
-            if known is None:
-                if step in self.sealed:
-                    return "/".join([step, *pending[::-1]])
-                known = step
-                self.touch(step)
-                with contextlib.suppress(OSError):
-                    link = os.readlink(step)
-                    hops += 1
-                    if hops <= 40:
-                        pending.extend([part for part in link.split("/") if part][::-1])
-                        if link.startswith("/"):
-                            real = ""
-                        continue
-                if len(self.real_dirs) >= CACHE_SIZE:
-                    self.real_dirs.clear()
-                self.real_dirs[step] = step
-            real = known
-        return real or "/"
+        known = self.standings.get(directory)
+        if known:
+            return known
+        own = self.places.get(directory) or []
+        mounts = [place for place in own if place.role in ("remembered", "seen")]
+        unwell = [place for place in own if place.state != HEALTHY]
+        if directory == "/":
+            result = (mounts or [Place("/", "seen")])[0], "", (unwell or own)[0]
+        else:
+            parent = directory.rpartition("/")[0] or "/"
+            mount, child, place = self.standing(parent)
+            if parent == mount.point:
+                child = directory
+            if mounts:
+                mount, child = mounts[0], ""
+            if unwell or (own and place.state == HEALTHY):
+                place = (unwell or own)[0]
+            result = mount, child, place
+        if len(self.standings) >= CACHE_SIZE:
+            self.standings = {}
+        self.standings[directory] = result
+        return result
+
+    def unit_of(self, directory: str) -> int:
+        """Return the number of the guard's unit that a resolved directory belongs to."""
+        mount, child, place = self.standing(directory)
+        key = (mount.point, child, place.point)
+        number = self.units.get(key)
+        if number is None:
+            with self.change:
+                number = self.units.setdefault(key, len(self.units))
+            self.send(("unit", number, mount.point, child))
+        return number
+
+    def locate(self, head: str) -> Spot:
+        """Look at a directory of targets, and keep what was found."""
+        real = self.resolve(head)
+        mount, _, place = self.standing(real)
+        spot = Spot(real, self.unit_of(real), mount, place)
+        if place.state == HEALTHY:
+            spot.slow = self.is_slow(real) or self.stuck
+            self.here.slot.touch(real, place)
+            with contextlib.suppress(OSError):
+                spot.device = os.stat(real).st_dev
+        if len(self.spots) >= CACHE_SIZE:
+            self.spots.clear()
+        self.spots[head] = spot
+        return spot
+
+    def resolve(self, path: str, hops: int = 0) -> str:
+        """Return the physical path of a directory, as the kernel walks it; names that do not exist
+        stay.  Nothing beneath a sealed point is touched.  Each directory is looked up once.
+        """
+        real = self.real_dirs.get(path)
+        if real is not None:
+            return real
+        head, _, name = path.rpartition("/")
+        parent = self.resolve(head, hops) if head else "/"
+        real = f"{parent.rstrip('/')}/{name}"
+        if name in ("", "."):
+            real = parent
+        elif name == "..":
+            real = parent.rpartition("/")[0] or "/"
+        elif not (self.sealed and find_ancestor(real, self.sealed)):
+            slot = getattr(self.here, "slot", None)
+            if slot:
+                slot.touch(real)
+            with contextlib.suppress(OSError):
+                link = os.readlink(real)
+                if hops < 40:
+                    real = self.resolve(os.path.join(parent, link), hops + 1)
+        if len(self.real_dirs) >= CACHE_SIZE:
+            self.real_dirs = {}
+        self.real_dirs[path] = real
+        return real
 
     def trace(self, full: str) -> str:
         """Return where a chain of links ends, whether or not anything is there."""
+        final = full
         for _ in range(40):
             head, _, name = full.rpartition("/")
-            real = self.resolve(head)
-            final = (
-                f"{real.rstrip('/')}/{name}" if name not in ("", ".", "..") else self.resolve(full)
-            )
-            if find_ancestor(real, self.sealed):
-                return final
+            real = self.resolve(head or "/")
+            final = f"{real.rstrip('/')}/{name}"
+            if name in ("", ".", "..") or find_ancestor(real, self.sealed):
+                break
             try:
-                link = os.readlink(final)
+                full = os.path.join(real, os.readlink(final))
             except OSError:
-                return final
-            full = link if link.startswith("/") else f"{real.rstrip('/')}/{link}"
+                break
         return final
-
-    def nearest_directory(self, directory: str) -> Optional[str]:
-        """Return the nearest existing directory if it is empty, '' if not, None if unreadable."""
-        for path in ancestors(directory):
-            if path in self.sealed:
-                return ""
-            try:
-                with os.scandir(path) as entries:
-                    if next(entries, None) is not None:
-                        return ""
-                self.empty_dirs.add(path)
-                return path
-            except OSError as exc:
-                if exc.errno not in GONE_ERRNOS:
-                    return None
-        return ""
 
 
 class Worker:
@@ -2542,16 +2375,14 @@ class Worker:
     def __init__(self, job: ScanJob) -> None:
         self._stall_limit = job.stat_timeout + 3 * HEARTBEAT
         self._reader, writer = os.pipe()
-        with contextlib.suppress(ImportError, AttributeError, OSError):
-            import fcntl
-
-            fcntl.fcntl(writer, 1031, 1 << 20)  # F_SETPIPE_SZ: let the worker run ahead
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(writer, F_SETPIPE_SZ, 1 << 20)  # let the worker run ahead
         with warnings.catch_warnings():
             # 3.12 warns of threads in the parent; the child takes none of their locks.
             warnings.simplefilter("ignore", DeprecationWarning)
             self._pid = os.fork()
         if self._pid == 0:
-            _run_worker(job, writer, self._reader)
+            _run_worker(job, writer)
         os.close(writer)
 
     def messages(self) -> Iterator[Tuple[Any, ...]]:
@@ -2594,20 +2425,18 @@ class Worker:
             return
 
 
-def _run_worker(job: ScanJob, writer: int, reader: int) -> None:
+def _run_worker(job: ScanJob, writer: int) -> None:
     """Be the worker process; never returns."""
     try:
-        import gc
-
         gc.disable()
+        sys.setrecursionlimit(10000)  # paths of many directories
         os.setsid()  # Ctrl-C is the parent's business
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.close(reader)
         null = os.open(os.devnull, os.O_RDWR)
+        writer = os.dup(writer)
         for descriptor in (0, 1, 2):
             os.dup2(null, descriptor)  # a stuck worker must not keep anybody's pipe open
-        writer = os.dup2(writer, 3)
-        os.closerange(4, 4096)  # nor the database, nor the lock
+        os.closerange(3, writer)  # nor the database, nor the lock
         lock = threading.Lock()
 
         def send(message: Tuple[Any, ...]) -> None:
@@ -2622,8 +2451,6 @@ def _run_worker(job: ScanJob, writer: int, reader: int) -> None:
         except BrokenPipeError:
             pass
         except BaseException as exc:
-            import traceback
-
             send(("crash", f"{type(exc).__name__}: {exc}\n{traceback.format_exc()}"))
     finally:
         os._exit(0)
@@ -2834,7 +2661,7 @@ class ScanRecord:
             links = [link for link in links if link[2] != JUDGED_GONE]
             with transaction(self.conn):
                 self.conn.executemany(
-                    "INSERT INTO temp.gone (path, target, unit, emptied, root) VALUES (?, ?, ?, ?, ?)",
+                    "INSERT INTO temp.gone VALUES (NULL, ?, ?, ?, ?, ?)",
                     [(to_db(g[0]), to_db(g[1]), g[3], to_db(g[4]), g[5]) for g in gone],
                 )
         for start in range(0, len(links), _LOOKUP):
@@ -3165,8 +2992,6 @@ def scan_library(
 
     Raises RefresherrError when the worker fails; what was recorded by then stays, and is true.
     """
-    import gc
-
     started = time.monotonic()
     record = ScanRecord(conn, job, max_new_broken, accept_breakage)
     worker = Worker(job)
@@ -3227,10 +3052,10 @@ def collect_stats(conn: sqlite3.Connection, top: int = 10) -> JsonObject:
         "SELECT path FROM symlinks WHERE status <> 'ok' AND status = 'broken'"
     ):
         worst[os.path.dirname(from_db(path))] += 1
-    actions = dict(
-        (row[0] or "unknown", row[1])
+    actions = {
+        row[0] or "unknown": row[1]
         for row in conn.execute("SELECT status, count(*) FROM actions GROUP BY status")
-    )
+    }
     media = {
         table: conn.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
         for table in ("movies", "movie_files", "series", "episode_files")
