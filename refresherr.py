@@ -3147,51 +3147,33 @@ def _link_to_json(row: sqlite3.Row) -> JsonObject:
 def format_prometheus(stats: JsonObject) -> str:
     """Return the statistics in the text format of Prometheus' textfile collector."""
     last = stats["last_scan"]
+    links = [(f'{{status="{status}"}}', stats["symlinks"][status]) for status in STATUSES]
+    actions = [(f'{{status="{_label(s)}"}}', n) for s, n in sorted(stats["actions"].items())]
+    media = [(f'{{kind="{kind}"}}', count) for kind, count in stats["media"].items()]
+    worst = [
+        (f'{{directory="{_label(entry["directory"])}"}}', entry["count"])
+        for entry in stats["top_broken"]
+    ]
     metrics: List[Tuple[str, str, List[Tuple[str, Any]]]] = [
-        (
-            "refresherr_symlinks",
-            "Symlinks by state.",
-            [(f'{{status="{s}"}}', stats["symlinks"][s]) for s in STATUSES],
-        ),
-        (
-            "refresherr_actions",
-            "Repair actions by status.",
-            [(f'{{status="{_label(s)}"}}', n) for s, n in sorted(stats["actions"].items())],
-        ),
-        (
-            "refresherr_media",
-            "Rows mirrored from Sonarr and Radarr.",
-            [(f'{{kind="{kind}"}}', count) for kind, count in stats["media"].items()],
-        ),
-        (
-            "refresherr_broken_in_directory",
-            "Broken symlinks in the worst directories.",
-            [
-                (f'{{directory="{_label(d["directory"])}"}}', d["count"])
-                for d in stats["top_broken"]
-            ],
-        ),
-        ("refresherr_database_bytes", "Database size.", [("", stats["database"]["size_bytes"])]),
+        ("symlinks", "Symlinks by state.", links),
+        ("actions", "Repair actions by status.", actions),
+        ("media", "Rows mirrored from Sonarr and Radarr.", media),
+        ("broken_in_directory", "Broken symlinks in the worst directories.", worst),
+        ("database_bytes", "Size of the database.", [("", stats["database"]["size_bytes"])]),
     ]
     if last.get("finished"):
+        ended = int(parse_time(last["finished"]) or 0)
+        tripped = int(bool(last["guard"].get("tripped")))
         metrics += [
-            (
-                "refresherr_last_scan_timestamp_seconds",
-                "When the last scan ended.",
-                [("", int(parse_time(last["finished"]) or 0))],
-            ),
-            ("refresherr_last_scan_exit_code", "Its exit status.", [("", last["exit_code"])]),
-            (
-                "refresherr_guard_tripped",
-                "Whether the mass-breakage guard held links back.",
-                [("", int(bool(last["guard"].get("tripped"))))],
-            ),
+            ("last_scan_timestamp_seconds", "When the last scan ended.", [("", ended)]),
+            ("last_scan_exit_code", "Its exit status.", [("", last["exit_code"])]),
+            ("guard_tripped", "Whether the mass-breakage guard held links back.", [("", tripped)]),
         ]
     lines = []
     for name, help_text, samples in metrics:
         if samples:
-            lines += [f"# HELP {name} {help_text}", f"# TYPE {name} gauge"]
-            lines += [f"{name}{labels} {value}" for labels, value in samples]
+            lines += [f"# HELP refresherr_{name} {help_text}", f"# TYPE refresherr_{name} gauge"]
+            lines += [f"refresherr_{name}{labels} {value}" for labels, value in samples]
     return "\n".join(lines) + "\n"
 
 
@@ -3349,9 +3331,10 @@ class Context:
             with scratch_database(self.db_path) as conn:
                 yield conn, {}
             return
-        with process_lock(self.db_path, self.args.lock_wait), self.database() as conn:
-            with recorded_run(conn, command) as summary:
-                yield conn, summary
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(process_lock(self.db_path, self.args.lock_wait))
+            conn = stack.enter_context(self.database())
+            yield conn, stack.enter_context(recorded_run(conn, command))
 
 
 def run_scan(context: Context) -> JsonObject:
@@ -3372,8 +3355,8 @@ def run_scan(context: Context) -> JsonObject:
         failed = [root for root in result["roots"] if root["state"] != "scanned"]
         if result["guard"]["tripped"]:
             result["message"] = (
-                f"{result['guard']['reason']}: taken for an outage, nothing of it is marked broken; "
-                "`scan --accept-breakage` confirms a real loss"
+                f"{result['guard']['reason']}: taken for an outage, nothing of it is marked "
+                "broken; `scan --accept-breakage` confirms a real loss"
             )
             log.warning("%s", result["message"])
         elif result["exit_code"] == EXIT_FAILED:
@@ -3621,9 +3604,7 @@ def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 COUNT = argument_type(parse_count)
 DURATION = argument_type(parse_duration)
-DRY_RUN = option(
-    "-n", "--dry-run", action="store_true", help="change nothing, not even the database"
-)
+WORKERS = argument_type(parse_workers)
 
 
 class Command(NamedTuple):
@@ -3638,89 +3619,39 @@ class Command(NamedTuple):
     options: Sequence[Tuple[Tuple[str, ...], Dict[str, Any]]]
 
 
+# fmt: off
+DRY_RUN = option("-n", "--dry-run", action="store_true", help="change nothing at all")
 COMMANDS = (
-    Command(
-        "scan",
-        "",
-        "walk the roots, judge every symlink, record it",
-        "scan /opt/media/tv /opt/media/movies",
-        run_scan,
-        show_scan,
-        (
-            option("roots", nargs="*", metavar="ROOT", help="in place of the configured roots"),
-            option(
-                "--workers", type=argument_type(parse_workers), metavar="N", help="on slow mounts"
-            ),
-            option("--accept-breakage", action="store_true", help="confirm a real loss"),
-            option("--exit-code", action="store_true", help="exit with 10 if links are broken"),
-            option(
-                "--forget-mount",
-                action="append",
-                default=[],
-                metavar="DIR",
-                help="a mount point that moved or changed its type for good",
-            ),
-            DRY_RUN,
-        ),
-    ),
-    Command(
-        "broken",
-        "",
-        "list links that need attention",
-        "broken --limit 20",
-        run_broken,
-        show_broken,
-        (
-            option("--limit", type=COUNT, metavar="N", help="show no more than N"),
-            option("--status", choices=STATUSES[1:], default=BROKEN, help="default: broken"),
-        ),
-    ),
-    Command(
-        "stats",
-        "db-stats",
-        "counts, worst directories, queue, media, database",
+    Command("scan", "", "walk the roots, judge every symlink, record it",
+        "scan /opt/media/tv /opt/media/movies", run_scan, show_scan, (
+        option("roots", nargs="*", metavar="ROOT", help="in place of the configured roots"),
+        option("--workers", type=WORKERS, metavar="N", help="look-ups at once on a slow mount"),
+        option("--accept-breakage", action="store_true", help="confirm a real loss"),
+        option("--exit-code", action="store_true", help="exit with 10 if links are broken"),
+        option("--forget-mount", action="append", default=[], metavar="DIR",
+            help="a mount point that moved, or changed its type, for good"),
+        DRY_RUN)),
+    Command("broken", "", "list links that need attention",
+        "broken --limit 20", run_broken, show_broken, (
+        option("--limit", type=COUNT, metavar="N", help="show no more than N"),
+        option("--status", choices=STATUSES[1:], default=BROKEN, help="default: broken"))),
+    Command("stats", "db-stats", "counts, worst directories, queue, media, database",
         "stats --format prometheus --output /var/lib/node_exporter/refresherr.prom",
-        run_stats,
-        None,
-        (
-            option("--top", type=COUNT, default=10, metavar="N", help="so many directories"),
-            option("--format", choices=("text", "json", "prometheus"), default="text"),
-            option("--output", metavar="FILE", help="write there, whole or not at all"),
-        ),
-    ),
-    Command(
-        "doctor",
-        "",
-        "check interpreter, database, mounts, roots and config",
-        "doctor --config /etc/refresherr.ini",
-        run_doctor,
-        show_doctor,
-        (),
-    ),
-    Command(
-        "db",
-        "",
-        "look after the database",
-        "db backup /backup/symlinks.db",
-        run_db,
-        show_db,
-        (
-            option("action", choices=("path", "check", "backup", "nuke")),
-            option("file", nargs="?", metavar="FILE", help="for backup"),
-            option("--yes", action="store_true", help="nuke: yes, delete everything"),
-        ),
-    ),
-    Command(
-        "config",
-        "",
-        "effective settings, redacted; a commented sample",
-        "config sample > refresherr.ini",
-        run_config,
-        show_config,
-        (option("action", choices=("show", "check", "sample")),),
-    ),
+        run_stats, None, (
+        option("--top", type=COUNT, default=10, metavar="N", help="so many directories"),
+        option("--format", choices=("text", "json", "prometheus"), default="text"),
+        option("--output", metavar="FILE", help="write there, whole or not at all"))),
+    Command("doctor", "", "check interpreter, database, mounts, roots and config",
+        "doctor --config /etc/refresherr.ini", run_doctor, show_doctor, ()),
+    Command("db", "", "look after the database",
+        "db backup /backup/symlinks.db", run_db, show_db, (
+        option("action", choices=("path", "check", "backup", "nuke")),
+        option("file", nargs="?", metavar="FILE", help="for backup"),
+        option("--yes", action="store_true", help="nuke: yes, delete everything"))),
+    Command("config", "", "effective settings, redacted; a commented sample",
+        "config sample > refresherr.ini", run_config, show_config, (
+        option("action", choices=("show", "check", "sample")),)),
 )
-
 GLOBAL_OPTIONS = (
     option("--config", metavar="FILE", help="the config file"),
     option("--db", metavar="FILE", help="the database file"),
@@ -3729,14 +3660,10 @@ GLOBAL_OPTIONS = (
     option("-v", "--verbose", action="count", default=0, help="say more; -vv with tracebacks"),
     option("-q", "--quiet", action="store_true", help="warnings and errors only"),
     option("--no-color", action="store_true", help="no colours"),
-    option(
-        "--lock-wait",
-        type=DURATION,
-        default=0.0,
-        metavar="SECONDS",
-        help="wait that long for another run to end",
-    ),
+    option("--lock-wait", type=DURATION, default=0.0, metavar="SECONDS",
+        help="wait that long for another run to end"),
 )
+# fmt: on
 
 
 class Parser(argparse.ArgumentParser):

@@ -119,11 +119,7 @@ def test_every_shape_of_link_is_judged(refresherr: Refresherr, library: Library)
     counts = {word: list(expected.values()).count(word) for word in ("ok", "broken")}
     totals = {**counts, "examined": len(expected), "unreachable": 0, "missing": 0, "ignored": 0}
     assert scan["totals"] == totals
-    assert scan["changes"] == {
-        **NO_CHANGES,
-        "new": len(expected),
-        "newly_broken": counts["broken"],
-    }
+    assert scan["changes"] == {**NO_CHANGES, "new": len(expected), "newly_broken": counts["broken"]}
     assert (scan["exit_code"], scan["status"], scan["command"]) == (0, "ok", "scan")
     assert refresherr.scan(media)["changes"] == NO_CHANGES
 
