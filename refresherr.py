@@ -2473,7 +2473,7 @@ UNJUDGED = "never judged: "  # then the reason
 
 @dataclasses.dataclass
 class Unit:
-    """What the guard counts for a directory of targets; `name` is '' in a mount's own top."""
+    """What the guard counts for a mount point, or a directory directly beneath one (`name`)."""
 
     mount: str
     name: str
@@ -2491,6 +2491,8 @@ class Unit:
 
     def is_suspicious(self, limit: float) -> bool:
         """Tell whether more is gone at once than breaks by itself; `limit` is a share."""
+        if self.name != self.mount and self.total < GUARD_CHILD_LINKS:
+            return False
         good = self.total - self.known_broken
         if self.fresh * 2 > good:
             limit = max(limit, GUARD_FRESH_SHARE)
@@ -2539,29 +2541,25 @@ class ScanRecord:
     Every batch is one short transaction: a scan that is interrupted leaves true rows.
     """
 
-    def __init__(
-        self,
-        conn: sqlite3.Connection,
-        job: ScanJob,
-        max_new_broken: float = 0.2,
-        accept_breakage: bool = False,
-    ) -> None:
+    def __init__(self, conn: sqlite3.Connection, job: ScanJob, limit: float = 0.2) -> None:
         self.conn = conn
         self.job = job
-        self.limit = 1.0 if accept_breakage else max_new_broken
+        self.limit = limit  # [scan] max_new_broken; 1.0 switches the guard off
         self.now = utc_now()
         self.roots = [RootTally(root) for root in job.roots]
         self.units: Dict[int, Unit] = {}
         self.changes: Counter[str] = Counter()
         self.unread: Dict[str, str] = {}
         self.ignored = 0
-        self.held_back = 0
         self.guard_reasons: List[str] = []
         self.refused = False
+        self._rows: List[Tuple[Any, ...]] = []  # to be written by the next _write()
+        self._events: List[Event] = []
         self.mounts: List[JsonObject] = []
         self._blocked: Mapping[int, str] = {}
         self._uninhabited: Set[str] = set()
-        self._suspicious: Set[str] = set()
+        self._suspicious: Dict[str, Unit] = {}
+        self._held: Counter[str] = Counter()
         self._remembered = {
             from_db(row[0]): row[1]
             for row in conn.execute("SELECT mount_point, first_seen_utc FROM mounts")
@@ -2629,12 +2627,8 @@ class ScanRecord:
         for point, fs_type, state, reason, role in places:
             if point in worst and (state == HEALTHY or worst[point]["state"] != HEALTHY):
                 continue
-            worst[point] = {
-                "mount_point": point,
-                "fs_type": fs_type,
-                "state": state,
-                "reason": reason,
-            }
+            worst[point] = {"mount_point": point, "fs_type": fs_type}
+            worst[point].update(state=state, reason=reason)
             if state != HEALTHY and role != "seen":
                 self.refused = True
         self.mounts = [worst[point] for point in sorted(worst)]
@@ -2652,6 +2646,8 @@ class ScanRecord:
                 tally.ok += count
             elif judgement != JUDGED_GONE:
                 tally.unreachable += count
+            if judgement == JUDGED_BLOCKED:
+                self.refused = True
         for (number, judgement), count in Counter((link[3], link[2]) for link in links).items():
             self.units[number].total += count
             if judgement == JUDGED_OK:
@@ -2672,9 +2668,7 @@ class ScanRecord:
         keys = [link[0] if link[0].isascii() else to_db(link[0]) for link in links]
         known = self._find(keys)
         unchanged: List[int] = []
-        rows: List[Tuple[Any, ...]] = []
-        events: List[Event] = []
-        now, seen = self.now, self._seen
+        seen = self._seen
         for key, (path, target, judgement, number, detail, _) in zip(keys, links):
             old = known.get(key)
             if old is None:
@@ -2691,16 +2685,11 @@ class ScanRecord:
                 elif (old[5] or "").startswith(UNJUDGED):
                     self.units[number].fresh += 1
             status = OK if judgement == JUDGED_OK else UNREACHABLE
-            self._judge(
-                rows, events, path, target, status, detail, KnownLink(*old) if old else None
-            )
+            self._judge(path, target, status, detail, KnownLink(*old) if old else None)
         with transaction(self.conn):
             if unchanged:
-                self._touch(unchanged, now)
-            if rows:
-                self.conn.executemany(_WRITE_LINK, rows)
-            if events:
-                _write_events(self.conn, events)
+                self._touch(unchanged)
+            self._write(_WRITE_LINK)
 
     def _find(self, keys: Sequence[Union[str, bytes]]) -> Dict[Union[str, bytes], Any]:
         if not self._last_rowid:
@@ -2711,27 +2700,20 @@ class ScanRecord:
         )
         return {row[0]: row[1:] for row in rows}
 
-    def _touch(self, rowids: List[int], now: str) -> None:
+    def _touch(self, rowids: List[int]) -> None:
         """Move `last_seen_utc` on; rows found together mostly stand together."""
         if max(rowids) - min(rowids) + 1 == len(rowids):
             condition, values = "BETWEEN ? AND ?", [min(rowids), max(rowids)]
         else:
             condition, values = f"IN ({','.join('?' * len(rowids))})", rowids
         self.conn.execute(
-            f"UPDATE symlinks SET last_seen_utc = ? WHERE rowid {condition}", [now, *values]
+            f"UPDATE symlinks SET last_seen_utc = ? WHERE rowid {condition}", [self.now, *values]
         )
 
     def _judge(
-        self,
-        rows: List[Tuple[Any, ...]],
-        events: List[Event],
-        path: str,
-        target: str,
-        status: str,
-        reason: str,
-        old: Optional[KnownLink],
+        self, path: str, target: str, status: str, reason: str, old: Optional[KnownLink]
     ) -> None:
-        """Append the row, and the event if there is one, that a verdict makes."""
+        """Make the row of a verdict, and its event if there is one, for the next `_write`."""
         error = (old.error if old else "") or ""
         if status == UNREACHABLE:
             if error.startswith(HELD):
@@ -2741,8 +2723,14 @@ class ScanRecord:
         change = classify_change(old, status)
         if change:
             self.changes[change] += 1
-            events.append(link_event(path, target, change, status))
-        rows.append(link_row(path, target, status, reason, self.now, old))
+            self._events.append(link_event(path, target, change, status))
+        self._rows.append(link_row(path, target, status, reason, self.now, old))
+
+    def _write(self, statement: str) -> None:
+        with transaction(self.conn):
+            self.conn.executemany(statement, self._rows)
+            _write_events(self.conn, self._events)
+        self._rows, self._events = [], []
 
     # The end of the walk: what is gone, what has vanished
 
@@ -2751,13 +2739,17 @@ class ScanRecord:
         for link in self._gone_links():
             self._weigh(link)
         self._suspicious = self._find_suspicious()
-        batch: List[GoneLink] = []
         for link in self._gone_links():
-            batch.append(link)
-            if len(batch) == _LOOKUP:
-                self._record_gone(batch)
-                batch = []
-        self._record_gone(batch)
+            self._record_gone(link)
+            if len(self._rows) == _LOOKUP:
+                self._write(_WRITE_LINK)
+        self._write(_WRITE_LINK)
+        for name, count in self._held.items():
+            unit = self._suspicious[name]
+            whole = plural(unit.total - unit.known_broken, "good link")
+            self.guard_reasons.append(
+                f"{count:,} of {whole} into {name} lost their targets at once"
+            )
         self._record_vanished()
         with transaction(self.conn):
             good: Counter[str] = Counter()
@@ -2801,49 +2793,33 @@ class ScanRecord:
         if link.unit not in self._blocked:
             unit.gone += 1
 
-    def _find_suspicious(self) -> Set[str]:
+    def _find_suspicious(self) -> Dict[str, Unit]:
         """Return the units in which too much is gone at once, or still is what was held back."""
         if self.limit >= 1.0:
-            return set()
+            return {}
         groups: Dict[str, Unit] = {}
         for unit in self.units.values():
-            groups.setdefault(unit.mount, Unit(unit.mount, "")).add(unit)
-            if unit.name:
-                groups.setdefault(unit.name, Unit(unit.mount, unit.name)).add(unit)
-        still_held: Counter[str] = Counter()
-        for row in self.conn.execute(
+            for name in {unit.mount, unit.name or unit.mount}:
+                groups.setdefault(name, Unit(unit.mount, name)).add(unit)
+        held = self.conn.execute(
             "SELECT s.error, count(*) FROM temp.gone g JOIN symlinks s ON s.path = g.path "
             "WHERE s.status <> 'ok' AND substr(s.error, 1, ?) = ? GROUP BY s.error",
             (len(HELD), HELD),
-        ):
-            still_held[row[0][len(HELD) :]] = row[1]
-        suspicious = set()
-        for name, group in groups.items():
-            counts = not group.name or group.total >= GUARD_CHILD_LINKS
-            if (counts and group.is_suspicious(self.limit)) or still_held[name] >= GUARD_MINIMUM:
-                suspicious.add(name)
-                self.guard_reasons.append(
-                    f"{group.gone:,} of {plural(group.total - group.known_broken, 'good link')} "
-                    f"into {name} lost their targets at once"
-                )
-        return suspicious
+        )
+        still_held = {error[len(HELD) :]: count for error, count in held}
+        return {
+            name: unit
+            for name, unit in groups.items()
+            if still_held.get(name, 0) >= GUARD_MINIMUM or unit.is_suspicious(self.limit)
+        }
 
-    def _record_gone(self, links: Sequence[GoneLink]) -> None:
-        rows: List[Tuple[Any, ...]] = []
-        events: List[Event] = []
-        for link in links:
-            status, reason = self._verdict(link)
-            if link.known is None:
-                self.changes["new"] += 1
-            root = self.roots[link.root]
-            if status == BROKEN:
-                root.broken += 1
-            else:
-                root.unreachable += 1
-            self._judge(rows, events, link.path, link.target, status, reason, link.known)
-        with transaction(self.conn):
-            self.conn.executemany(_WRITE_LINK, rows)
-            _write_events(self.conn, events)
+    def _record_gone(self, link: GoneLink) -> None:
+        status, reason = self._verdict(link)
+        self.changes["new"] += link.known is None
+        root = self.roots[link.root]
+        root.broken += status == BROKEN
+        root.unreachable += status != BROKEN
+        self._judge(link.path, link.target, status, reason, link.known)
 
     def _verdict(self, link: GoneLink) -> Tuple[str, str]:
         """Return (status, reason): broken only where the file system is proven healthy."""
@@ -2857,7 +2833,7 @@ class ScanRecord:
         if not (link.known and link.known.broken_since):
             for name in (unit.name, unit.mount):
                 if name in self._suspicious:
-                    self.held_back += 1
+                    self._held[name] += 1
                     return UNREACHABLE, HELD + name
         return BROKEN, ""
 
@@ -2918,33 +2894,25 @@ class ScanRecord:
             gone.append(rowid)
         with transaction(self.conn):
             self.conn.executemany("DELETE FROM symlinks WHERE rowid = ?", ignored)
-        rows = []
-        for start in range(0, len(gone), _LOOKUP):
-            part = gone[start : start + _LOOKUP]
-            rows += self.conn.execute(
-                f"SELECT path, {_KNOWN_COLUMNS} FROM symlinks "
-                f"WHERE rowid IN ({','.join('?' * len(part))})",
-                part,
-            ).fetchall()
         present = self._count(root, "status IS NOT 'missing'")
-        if self.limit < 1.0 and GUARD_MINIMUM <= len(rows) > self.limit * present:
-            self.held_back += len(rows)
+        if self.limit < 1.0 and GUARD_MINIMUM <= len(gone) > self.limit * present:
+            self._held[root.path] += len(gone)
             self.guard_reasons.append(
-                f"{len(rows):,} of {plural(present, 'link')} vanished from {root.path} at once"
+                f"{len(gone):,} of {plural(present, 'link')} vanished from {root.path} at once"
             )
             return
-        writes: List[Tuple[Any, ...]] = []
-        events: List[Event] = []
-        for row in rows:
-            old = KnownLink(*tuple(row)[1:])
-            self._judge(writes, events, from_db(row[0]), from_db(old.target), MISSING, "", old)
-        with transaction(self.conn):
-            # Not through _WRITE_LINK: a missing link was not seen, whatever `now` says.
-            self.conn.executemany(
-                "UPDATE symlinks SET status = ?, last_status = ?, error = NULL WHERE path = ?",
-                [(MISSING, MISSING, row[0]) for row in writes],
-            )
-            _write_events(self.conn, events)
+        for rowid in gone:
+            path, *known = self._cursor.execute(
+                f"SELECT path, {_KNOWN_COLUMNS} FROM symlinks WHERE rowid = ?", (rowid,)
+            ).fetchone()
+            old = KnownLink(*known)
+            self._judge(from_db(path), from_db(old.target), MISSING, "", old)
+        # Not _WRITE_LINK: what is missing was not seen now.
+        self._rows = [(row[0],) for row in self._rows]
+        self._write(
+            "UPDATE symlinks SET status = 'missing', last_status = 'missing', error = NULL "
+            "WHERE path = ?"
+        )
 
     # The result
 
@@ -2954,10 +2922,8 @@ class ScanRecord:
             name: sum(getattr(root, name) for root in self.roots)
             for name in ("examined", "ok", "broken", "unreachable")
         }
-        missing = 0
-        for root in self.roots:
-            if not root.covered:
-                missing += self._count(root, "status <> 'ok' AND status = 'missing'")
+        gone = "status <> 'ok' AND status = 'missing'"
+        missing = sum(self._count(root, gone) for root in self.roots if not root.covered)
         names = ("new", "newly_broken", "recovered", "vanished")
         return {
             "roots": [root.to_json() for root in self.roots],
@@ -2966,7 +2932,7 @@ class ScanRecord:
             "mounts": self.mounts,
             "guard": {
                 "tripped": bool(self.guard_reasons),
-                "held_back": self.held_back,
+                "held_back": sum(self._held.values()),
                 "reason": "; ".join(self.guard_reasons),
             },
             "exit_code": self._exit_code(totals["unreachable"]),
@@ -2982,18 +2948,15 @@ class ScanRecord:
 
 
 def scan_library(
-    conn: sqlite3.Connection,
-    job: ScanJob,
-    max_new_broken: float,
-    accept_breakage: bool,
-    progress: Callable[[str], None],
+    conn: sqlite3.Connection, job: ScanJob, max_new_broken: float, progress: Callable[[str], None]
 ) -> JsonObject:
     """Walk the job's roots, record every link, and return the result as `scan --json` shows it.
 
-    Raises RefresherrError when the worker fails; what was recorded by then stays, and is true.
+    `max_new_broken` is a share; 1.0 accepts any loss.  Raises RefresherrError when the worker
+    fails; what was recorded by then stays, and is true.
     """
     started = time.monotonic()
-    record = ScanRecord(conn, job, max_new_broken, accept_breakage)
+    record = ScanRecord(conn, job, max_new_broken)
     worker = Worker(job)
     collecting = gc.isenabled()
     gc.disable()  # nothing here is cyclic; measured: it costs a tenth of a scan
@@ -3347,9 +3310,8 @@ def run_scan(context: Context) -> JsonObject:
             if not forget_mount(conn, os.path.abspath(point)):
                 raise UsageError(f"{point} is not a remembered mount point")
         job = plan_scan(conn, settings, roots)
-        result = scan_library(
-            conn, job, settings.max_new_broken, args.accept_breakage, context.terminal.progress
-        )
+        limit = 1.0 if args.accept_breakage else settings.max_new_broken
+        result = scan_library(conn, job, limit, context.terminal.progress)
         if args.exit_code and result["exit_code"] == EXIT_OK and result["totals"]["broken"]:
             result["exit_code"] = EXIT_BROKEN
         failed = [root for root in result["roots"] if root["state"] != "scanned"]
