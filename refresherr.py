@@ -16,8 +16,8 @@ The sections, bottom-up; each uses only those above it:
     Terminal                messages, progress, colour
     Configuration           one table of settings -> one frozen Config
     Mounts                  what is mounted where
-    Database                connection, migrations, the public functions of the schema document
     Names                   what a path says about the show or movie behind it
+    Database                connection, migrations, the public functions of the schema document
     Scan: the worker        a process that walks and judges, and cannot be hung by a mount
     Scan: the record        verdicts -> states, guards, rows, events
     Statistics              what the database knows, for people and for Prometheus
@@ -39,9 +39,11 @@ import errno
 import fcntl
 import functools
 import gc
+import io
 import json
 import logging
 import marshal
+import math
 import os
 import re
 import select
@@ -128,7 +130,9 @@ class ConfigError(UsageError):
 
 
 class DatabaseError(RefresherrError):
-    """The database cannot be opened, read or written."""
+    """The database cannot be opened, read or written; `damaged` if it is no database any more."""
+
+    damaged = False
 
 
 class LockedError(RefresherrError):
@@ -142,8 +146,8 @@ class LockedError(RefresherrError):
 # ---------------------------------------------------------------------------------------------
 
 _SECRET_QUERY = re.compile(r"(?i)([?&;](?:[a-z_-]*token|api_?key|access_key)=)[^&#\s'\"]*")
-_USERINFO = re.compile(r"(?i)\b(https?://)[^/\s@'\"]+@")
-_TOKEN_PARAMETER = re.compile(r"(?i)(?<=[?&])(?:token|api_?key)=[^&#]*(?:&|(?=#)|$)")
+_USERINFO = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^/\s'\"]+@")
+_TOKEN_PARAMETER = re.compile(r"(?i)([?&])(?:token|api_?key)=[^&#]*(&?)")
 _DURATION_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
@@ -173,8 +177,10 @@ def redact(text: str) -> str:
 
 def strip_secrets(url: str) -> str:
     """Return `url` without its token or key parameter and without user and password."""
-    bare = _TOKEN_PARAMETER.sub("", url)
-    return _USERINFO.sub(r"\1", bare.rstrip("?&") if bare != url else bare)
+    bare = _USERINFO.sub(r"\1", url)
+    while _TOKEN_PARAMETER.search(bare):
+        bare = _TOKEN_PARAMETER.sub(lambda match: match.group(1) if match.group(2) else "", bare)
+    return bare
 
 
 def plural(count: int, noun: str) -> str:
@@ -240,10 +246,8 @@ def parse_time(value: Union[str, int, float, None]) -> Optional[float]:
     if value is None or isinstance(value, (int, float)):
         return value
     text = str(value).strip()
-    try:
-        return float(text)
-    except ValueError:
-        pass
+    with contextlib.suppress(ValueError):
+        return float(text) if math.isfinite(float(text)) else None
     try:
         moment = datetime.datetime.fromisoformat(text.replace("Z", "+00:00"))
     except ValueError:
@@ -657,9 +661,7 @@ def load_config(
 
 
 def _read_config_file(file: str) -> Tuple[Values, List[str]]:
-    parser = configparser.ConfigParser(
-        interpolation=None, default_section="\0", empty_lines_in_values=False
-    )
+    parser = configparser.ConfigParser(interpolation=None, default_section="\0")
     try:
         with open(file, encoding="utf-8-sig") as stream:
             mode = os.fstat(stream.fileno()).st_mode
@@ -669,7 +671,12 @@ def _read_config_file(file: str) -> Tuple[Values, List[str]]:
     except UnicodeDecodeError as exc:
         raise ConfigError(f"{file} is not UTF-8 text; save it as UTF-8") from exc
     except configparser.Error as exc:
-        raise ConfigError(f"{file}: {' '.join(str(exc.message).split())}") from exc
+        # Not its own words: they quote the line, and that may be a key.
+        what = "is no 'key = value' below a [section]"
+        if isinstance(exc, (configparser.DuplicateSectionError, configparser.DuplicateOptionError)):
+            what = f"has [{exc.section}] {getattr(exc, 'option', '')} a second time"
+        errors = getattr(exc, "errors", None) or [(getattr(exc, "lineno", "?"), "")]
+        raise ConfigError(f"{file}: line {errors[0][0]} {what}") from None
     values: Values = {}
     for title in parser.sections():
         section = _section_name(title, file)
@@ -695,7 +702,8 @@ def _section_name(title: str, file: str) -> str:
         return words[0]
     if words and words[0] in INSTANCE_KINDS:
         raise ConfigError(f"{file}: give the server a one-word name, such as [{words[0]} main]")
-    raise ConfigError(f"{file}: unknown section [{title}]{_nearest(title.lower(), SECTIONS)}")
+    hint = _nearest((words or [""])[0], [*SECTIONS, *INSTANCE_KINDS])
+    raise ConfigError(f"{file}: unknown section [{title}]{hint}")
 
 
 def _fields(section: str) -> Tuple[Any, ...]:
@@ -756,7 +764,7 @@ def _parse_section(section: str, table: Type[Any], texts: Mapping[str, str]) -> 
         try:
             parsed[field.name] = field.metadata["parse"](text)
         except ValueError as exc:
-            shown = "" if field.metadata["secret"] else f" ({text.strip()!r})"
+            shown = "" if field.metadata["secret"] else f" ({redact(text.strip())!r})"
             raise ConfigError(f"config: [{section}] {field.name}{shown}: {exc}") from exc
     return table(**parsed)
 
@@ -796,6 +804,8 @@ def config_to_json(config: Config) -> JsonObject:
                 value = "***" if value else ""
             elif field.metadata["parse"] is parse_map:
                 value = dict(value)
+            elif field.metadata["parse"] is parse_workers:
+                value = value or "auto"
             elif isinstance(value, tuple):
                 value = list(value)
             elif isinstance(value, str):
@@ -886,6 +896,96 @@ def mount_of(path: str, mounts: Mapping[str, str]) -> Tuple[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------
+# Names
+# ---------------------------------------------------------------------------------------------
+
+_EPISODE = re.compile(
+    r"(?i)(?<![a-z0-9])s(\d{1,4})[ ._-]*e(\d{1,4})"
+    r"((?:[ ._]*-?[ ._]*e\d{1,4}|-\d{1,3}(?![\dpi]))*)(?!\d)"
+)
+_CROSS_EPISODE = re.compile(r"(?i)(?<![a-z0-9])(\d{1,2})x(\d{2,3})(?![0-9])")
+_AIR_DATE = re.compile(r"(?<!\d)(?:19|20)\d\d[ ._-](?:0[1-9]|1[0-2])[ ._-](?:[0-2]\d|3[01])(?!\d)")
+_SEASON_FOLDER = re.compile(r"(?i)(?:season|series|staffel|saison|temporada|s)[ ._-]*(\d{1,4})")
+_YEAR = re.compile(r"(?<!\d)[(\[]?((?:19|20)\d\d)[)\]]?(?![\dpi])")
+_TAGS = re.compile(r"\s*(?:\{[^}]*\}|\[[^\]]*\])")
+
+
+class Media(NamedTuple):
+    """What a path says: `kind` is 'episode', 'movie' or 'other'; `name` the show or movie."""
+
+    kind: str
+    name: str
+    season: Optional[int]
+    episodes: Tuple[int, ...]
+
+
+def parse_media(path: str) -> Media:
+    """Return what the folders and the file name of a link say about its content."""
+    folder, _, file = path.rpartition("/")
+    parent = folder.rpartition("/")[2]
+    stem = file.rpartition(".")[0] or file
+    season = parse_season_folder(parent)
+    match = _EPISODE.search(stem)
+    if match:
+        numbers = _episode_numbers(match.group(2), match.group(3))
+        return Media(
+            "episode", _show_name(folder, stem, match.start()), int(match.group(1)), numbers
+        )
+    match = _CROSS_EPISODE.search(stem)
+    if match:
+        name = _show_name(folder, stem, match.start())
+        return Media("episode", name, int(match.group(1)), (int(match.group(2)),))
+    match = _AIR_DATE.search(stem)
+    if match or season is not None:
+        start = match.start() if match else 0
+        return Media("episode", _show_name(folder, stem, start), season, ())
+    for name in (parent, stem):
+        if _YEAR.search(name, 1):
+            return Media("movie", clean_title(name), None, ())
+    return Media("other", clean_title(stem), None, ())
+
+
+def parse_season_folder(name: str) -> Optional[int]:
+    """Return the season that a folder's name stands for, None if it is no season folder."""
+    if name.lower() == "specials":
+        return 0
+    match = _SEASON_FOLDER.fullmatch(name)
+    return int(match.group(1)) if match else None
+
+
+def clean_title(name: str) -> str:
+    """Return a folder's or release's name without tags, dots and what follows the year."""
+    bare = _TAGS.sub("", name).strip() or name
+    if " " not in bare:
+        bare = re.sub(r"[._]+", " ", bare).strip()
+    years = list(_YEAR.finditer(bare, 1))
+    if not years:
+        return bare
+    year = years[-1]  # the last one: "2012 (2009)", "Blade Runner 2049 (2017)"
+    return f"{bare[: year.start()].strip(' -')} ({year.group(1)})"
+
+
+def _episode_numbers(first: str, more: str) -> Tuple[int, ...]:
+    """Return the episodes of 'E01', 'E01E02' (both) and 'E01-E03' (all three)."""
+    numbers = [int(first)]
+    for dash, digits in re.findall(r"(?i)(-?)[ ._]*e?(\d{1,4})", more):
+        number = int(digits)
+        if dash and numbers[-1] < number <= numbers[-1] + 50:
+            numbers.extend(range(numbers[-1] + 1, number + 1))
+        else:
+            numbers.append(number)
+    return tuple(numbers)
+
+
+def _show_name(folder: str, stem: str, end: int) -> str:
+    parent = folder.rpartition("/")[2]
+    if parse_season_folder(parent) is not None:
+        return clean_title(folder.rpartition("/")[0].rpartition("/")[2])
+    before = stem[:end].strip(" ._-[(")
+    return clean_title(before or parent)
+
+
+# ---------------------------------------------------------------------------------------------
 # Database
 # ---------------------------------------------------------------------------------------------
 
@@ -893,6 +993,7 @@ BUSY_TIMEOUT = 60.0  # seconds a writer waits for another before "database is lo
 _LOOKUP = 500  # paths in one SELECT; SQLite before 3.32 binds 999 parameters at the most
 
 _write_lock = threading.Lock()
+_create_lock = threading.Lock()
 
 _V1_TABLES = """
 CREATE TABLE IF NOT EXISTS schema_version (
@@ -976,9 +1077,12 @@ def to_db(text: str) -> Union[str, bytes]:
     """Return `text` as SQLite can hold it: a name that is not UTF-8 goes in as its bytes."""
     try:
         text.encode()
+        return text
     except UnicodeEncodeError:
-        return os.fsencode(text)
-    return text
+        # Lone surrogates: of a file name they stand for bytes, of a server's JSON for nothing.
+        with contextlib.suppress(UnicodeEncodeError):
+            return os.fsencode(text)
+        return text.encode("utf-8", "surrogatepass")
 
 
 def from_db(value: Union[str, bytes, None]) -> str:
@@ -999,7 +1103,9 @@ def explain_database_error(exc: sqlite3.Error, path: str) -> DatabaseError:
         "not a database": "it is no SQLite file; move it away, or name another with --db",
     }
     what = next((hint for part, hint in advice.items() if part in text), "run `db check`")
-    return DatabaseError(f"database {path}: {text}; {what}")
+    error = DatabaseError(f"database {path}: {text}; {what}")
+    error.damaged = "malformed" in text or "not a database" in text
+    return error
 
 
 def get_connection(db_path: Optional[str] = None) -> sqlite3.Connection:
@@ -1012,13 +1118,11 @@ def get_connection(db_path: Optional[str] = None) -> sqlite3.Connection:
     if sqlite3.sqlite_version_info < (3, 24):
         raise DatabaseError(f"SQLite {sqlite3.sqlite_version} is too old; 3.24 is needed")
     try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        _make_database_file(path)
     except OSError as exc:
-        hint = "it is a directory; " if exc.errno == errno.EISDIR else ""
         raise DatabaseError(
-            f"cannot open the database {path}: {exc.strerror}; {hint}"
-            "name a writable place with --data-dir DIR"
+            f"cannot open the database {path}: {exc.strerror}; name a writable place with "
+            "--data-dir DIR"
         ) from exc
     try:
         conn = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None)
@@ -1034,6 +1138,17 @@ def get_connection(db_path: Optional[str] = None) -> sqlite3.Connection:
             raise explain_database_error(exc, path) from exc
         raise
     return conn
+
+
+def _make_database_file(path: str) -> None:
+    """Make the file with its mode before SQLite does, with the umask's."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    # Never open a database that is in use: closing any descriptor of a file drops all POSIX locks
+    # that this process holds on it, those of SQLite's connections in other threads included.
+    with _create_lock, contextlib.suppress(FileExistsError):
+        os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
 
 
 def _refuse_newer_schema(conn: sqlite3.Connection, path: str) -> None:
@@ -1181,12 +1296,15 @@ def initialize_schema(conn: Optional[sqlite3.Connection] = None) -> None:
         version = schema_version(conn)
         if version == SCHEMA_VERSION:
             return
-        if _holds_data(conn):
+        holds_data = _holds_data(conn)
+        if holds_data:
             _back_up_before_migration(conn, version)
         # What is overwritten may be a token: leave no copy of it in a freed page.
         conn.execute("PRAGMA secure_delete=ON")
         for step in range(version + 1, SCHEMA_VERSION + 1):
             _migrate(conn, step)
+        if holds_data:
+            _scrub(conn)
     except sqlite3.Error as exc:
         raise explain_database_error(exc, database_path(conn)) from exc
 
@@ -1199,6 +1317,15 @@ def _migrate(conn: sqlite3.Connection, version: int) -> None:
         conn.execute(
             "INSERT INTO schema_version (version, applied_utc) VALUES (?, ?)", (version, utc_now())
         )
+
+
+def _scrub(conn: sqlite3.Connection) -> None:
+    """Write the whole file anew: its free pages may hold tokens from before."""
+    try:
+        conn.execute("VACUUM")
+        conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    except sqlite3.Error as exc:
+        log.warning("old tokens may linger in free pages of the database: %s", exc)
 
 
 def _tables(conn: sqlite3.Connection) -> List[str]:
@@ -1356,7 +1483,7 @@ def enqueue_action(url: str, reason: str = "", related_path: Optional[str] = Non
         cursor = conn.execute(
             "INSERT INTO actions (url, status, reason, related_path, created_utc) "
             "VALUES (?, 'pending', ?, ?, ?)",
-            (bare, redact(reason), to_db(related_path) if related_path else None, utc_now()),
+            (bare, to_db(redact(reason)), to_db(related_path) if related_path else None, utc_now()),
         )
         return int(cursor.lastrowid or 0)
 
@@ -1379,6 +1506,20 @@ def mark_action_sent(action_id: int, ok: bool = True) -> None:
 
 
 Event = Tuple[int, Union[str, bytes, None], Union[str, bytes, None], str, str, str, str]
+
+
+def link_event(path: str, target: str, action: str, status: str) -> Event:
+    """Return the event row for something that happened to a link now."""
+    media = parse_media(path)
+    return (
+        int(time.time()),
+        to_db(path),
+        to_db(target),
+        media.kind,
+        media.name.encode("utf-8", "replace").decode(),
+        action,
+        status,
+    )
 
 
 def add_events(rows: Iterable[Sequence[Any]]) -> None:
@@ -1497,110 +1638,6 @@ def recorded_run(conn: sqlite3.Connection, command: str) -> Iterator[JsonObject]
 
 
 # ---------------------------------------------------------------------------------------------
-# Names
-# ---------------------------------------------------------------------------------------------
-
-_EPISODE = re.compile(
-    r"(?i)(?<![a-z0-9])s(\d{1,4})[ ._-]*e(\d{1,4})"
-    r"((?:[ ._]*-?[ ._]*e\d{1,4}|-\d{1,3}(?![\dpi]))*)(?!\d)"
-)
-_CROSS_EPISODE = re.compile(r"(?i)(?<![a-z0-9])(\d{1,2})x(\d{2,3})(?![0-9])")
-_AIR_DATE = re.compile(r"(?<!\d)(?:19|20)\d\d[ ._-](?:0[1-9]|1[0-2])[ ._-](?:[0-2]\d|3[01])(?!\d)")
-_SEASON_FOLDER = re.compile(r"(?i)(?:season|series|staffel|saison|temporada|s)[ ._-]*(\d{1,4})")
-_YEAR = re.compile(r"(?<!\d)[(\[]?((?:19|20)\d\d)[)\]]?(?![\dpi])")
-_TAGS = re.compile(r"\s*(?:\{[^}]*\}|\[[^\]]*\])")
-
-
-class Media(NamedTuple):
-    """What a path says: `kind` is 'episode', 'movie' or 'other'; `name` the show or movie."""
-
-    kind: str
-    name: str
-    season: Optional[int]
-    episodes: Tuple[int, ...]
-
-
-def parse_media(path: str) -> Media:
-    """Return what the folders and the file name of a link say about its content."""
-    folder, _, file = path.rpartition("/")
-    parent = folder.rpartition("/")[2]
-    stem = file.rpartition(".")[0] or file
-    season = parse_season_folder(parent)
-    match = _EPISODE.search(stem)
-    if match:
-        numbers = _episode_numbers(match.group(2), match.group(3))
-        return Media(
-            "episode", _show_name(folder, stem, match.start()), int(match.group(1)), numbers
-        )
-    match = _CROSS_EPISODE.search(stem)
-    if match:
-        name = _show_name(folder, stem, match.start())
-        return Media("episode", name, int(match.group(1)), (int(match.group(2)),))
-    match = _AIR_DATE.search(stem)
-    if match or season is not None:
-        start = match.start() if match else 0
-        return Media("episode", _show_name(folder, stem, start), season, ())
-    for name in (parent, stem):
-        if _YEAR.search(name, 1):
-            return Media("movie", clean_title(name), None, ())
-    return Media("other", clean_title(stem), None, ())
-
-
-def parse_season_folder(name: str) -> Optional[int]:
-    """Return the season that a folder's name stands for, None if it is no season folder."""
-    if name.lower() == "specials":
-        return 0
-    match = _SEASON_FOLDER.fullmatch(name)
-    return int(match.group(1)) if match else None
-
-
-def clean_title(name: str) -> str:
-    """Return a folder's or release's name without tags, dots and what follows the year."""
-    bare = _TAGS.sub("", name).strip() or name
-    if " " not in bare:
-        bare = re.sub(r"[._]+", " ", bare).strip()
-    years = list(_YEAR.finditer(bare, 1))
-    if not years:
-        return bare
-    year = years[-1]  # the last one: "2012 (2009)", "Blade Runner 2049 (2017)"
-    return f"{bare[: year.start()].strip(' -')} ({year.group(1)})"
-
-
-def _episode_numbers(first: str, more: str) -> Tuple[int, ...]:
-    """Return the episodes of 'E01', 'E01E02' (both) and 'E01-E03' (all three)."""
-    numbers = [int(first)]
-    for dash, digits in re.findall(r"(?i)(-?)[ ._]*e?(\d{1,4})", more):
-        number = int(digits)
-        if dash and numbers[-1] < number <= numbers[-1] + 50:
-            numbers.extend(range(numbers[-1] + 1, number + 1))
-        else:
-            numbers.append(number)
-    return tuple(numbers)
-
-
-def _show_name(folder: str, stem: str, end: int) -> str:
-    parent = folder.rpartition("/")[2]
-    if parse_season_folder(parent) is not None:
-        return clean_title(folder.rpartition("/")[0].rpartition("/")[2])
-    before = stem[:end].strip(" ._-[(")
-    return clean_title(before or parent)
-
-
-def link_event(path: str, target: str, action: str, status: str) -> Event:
-    """Return the event row for something that happened to a link now."""
-    media = parse_media(path)
-    return (
-        int(time.time()),
-        to_db(path),
-        to_db(target),
-        media.kind,
-        media.name.encode("utf-8", "replace").decode(),
-        action,
-        status,
-    )
-
-
-# ---------------------------------------------------------------------------------------------
 # Scan: the worker
 # ---------------------------------------------------------------------------------------------
 # The one mechanism for speed and for safety.  A forked process walks and judges and reports
@@ -1613,6 +1650,7 @@ def link_event(path: str, target: str, action: str, status: str) -> Event:
 GONE_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 AUTO_WORKERS = 16  # a libfuse daemon has some ten threads
 SLOW_SECONDS = 0.001  # a look-up that takes longer does not come from a local disk's cache
+LIST_SECONDS = 0.002  # a look-up that takes longer is dearer than its share of a listing
 SLOW_STREAK = 8  # so many slow look-ups in a row are no hiccup
 WINDOW = 16384  # links that wait to be judged together with others of their target directory
 BATCH = 1000  # links in one message to the parent
@@ -2173,20 +2211,23 @@ class Surveyor:
         return f"{directory}/".startswith(tuple(self.slow_mounts))
 
     def judge_directory(self, slot: Slot, task: Task, links: List[Waiting]) -> None:
-        """Judge links into one slow directory: one listing costs less than many look-ups."""
+        """Judge links into one directory of a slow mount.
+
+        Where the first answer takes long, one listing costs less than asking for every name.
+        """
         slot.touch(task.directory)
         spot = self.spots.get(task.directory) or self.locate(task.directory)
         names: Set[str] = set()
-        if len(links) > 2 and spot.place.state == HEALTHY:
-            names = self.list_names(slot, spot, {link[1].rpartition("/")[2] for link in links})
-        for link in links:
+        for number, link in enumerate(links):
             path, full, target, root = link
             if full.rpartition("/")[2] in names:
                 self.mark_good(full, spot, spot.device)
                 task.found.append((path, target, JUDGED_OK, spot.unit, "", root))
-            else:
-                slot.touch(full)
-                task.found.append(self.judge(slot, spot, link))
+                continue
+            slot.touch(full)
+            task.found.append(self.judge(slot, spot, link))
+            if number == 0 and len(links) > 3 and time.monotonic() - slot.since > LIST_SECONDS:
+                names = self.list_names(slot, spot, {link[1].rpartition("/")[2] for link in links})
 
     def list_names(self, slot: Slot, spot: Spot, wanted: Set[str]) -> Set[str]:
         """Return the names in a directory that exist for sure; not links, they may lead nowhere.
@@ -2606,7 +2647,7 @@ class ScanRecord:
         if state == "refused":
             self.refused = True
         if state != "scanned":
-            log.warning("root %s: %s; its links stay as they were", root.path, reason)
+            log.error("root %s: %s; its links stay as they were", root.path, reason)
             return
         for point, fs_type in read_mounts().items():
             # What the library itself lives on: its links vanish with it.
@@ -3039,7 +3080,9 @@ def collect_stats(conn: sqlite3.Connection, top: int = 10) -> JsonObject:
         "last_scan": _last_scan(conn),
         "database": {
             "path": path,
-            "size_bytes": os.path.getsize(path),
+            "size_bytes": sum(
+                os.path.getsize(path + part) for part in ("", "-wal") if os.path.exists(path + part)
+            ),
             "schema_version": schema_version(conn),
             "journal_mode": conn.execute("PRAGMA journal_mode").fetchone()[0],
         },
@@ -3301,6 +3344,7 @@ class Context:
 
 
 def run_scan(context: Context) -> JsonObject:
+    """Walk the roots and record what is found."""
     args, settings = context.args, context.config.scan
     if args.workers is not None:
         settings = dataclasses.replace(settings, workers=args.workers)
@@ -3331,6 +3375,7 @@ def run_scan(context: Context) -> JsonObject:
 
 
 def show_scan(terminal: Terminal, result: JsonObject) -> None:
+    """Print a scan's result."""
     for root in result["roots"]:
         if root["state"] == "scanned":
             terminal.line(
@@ -3350,12 +3395,14 @@ def show_scan(terminal: Terminal, result: JsonObject) -> None:
 
 
 def run_broken(context: Context) -> JsonObject:
+    """List the links of a status."""
     with context.database() as conn:
         links, count = list_links(conn, context.args.status, context.args.limit)
     return {"links": links, "count": count}
 
 
 def show_broken(terminal: Terminal, result: JsonObject) -> None:
+    """Print links, what is wrong with them and what to do."""
     for link in result["links"]:
         since = f", since {link['since'][:16].replace('T', ' ')}" if link["since"] else ""
         terminal.line(escape(link["path"]))
@@ -3369,6 +3416,7 @@ def show_broken(terminal: Terminal, result: JsonObject) -> None:
 
 
 def run_stats(context: Context) -> JsonObject:
+    """Count, and write or print it in the format that is asked for."""
     args = context.args
     with context.database() as conn:
         result = collect_stats(conn, args.top)
@@ -3383,8 +3431,13 @@ def run_stats(context: Context) -> JsonObject:
         write_file(args.output, text, 0o644 if args.format == "prometheus" else 0o600)
         log.info("wrote %s", args.output)
     elif not args.json:
-        context.terminal.out.write(text)
+        result["text"] = text
     return result
+
+
+def show_stats(terminal: Terminal, result: JsonObject) -> None:
+    """Print the statistics."""
+    terminal.out.write(result.get("text", ""))
 
 
 def format_stats(stats: JsonObject, terminal: Terminal) -> List[str]:
@@ -3433,6 +3486,7 @@ def format_bar(value: int, whole: int, width: int = 30) -> str:
 
 
 def run_doctor(context: Context) -> JsonObject:
+    """Look at everything a scan depends on."""
     findings = examine_runtime()
     if context.config_error:
         findings.append(Finding("config", "failed", context.config_error, "correct the file"))
@@ -3453,6 +3507,7 @@ def run_doctor(context: Context) -> JsonObject:
 
 
 def show_doctor(terminal: Terminal, result: JsonObject) -> None:
+    """Print findings and advice."""
     styles = {"ok": "green", "warning": "yellow", "failed": "red"}
     for finding in result["findings"]:
         state = terminal.paint(f"{finding['state']:<8}", styles[finding["state"]])
@@ -3464,6 +3519,7 @@ def show_doctor(terminal: Terminal, result: JsonObject) -> None:
 
 
 def run_db(context: Context) -> JsonObject:
+    """Look after the database."""
     args, path = context.args, context.db_path
     if (args.file is not None) != (args.action == "backup"):
         raise UsageError("db backup takes the FILE to write; the other db commands take none")
@@ -3495,8 +3551,8 @@ def _nuke(path: str) -> None:
     try:
         with contextlib.closing(get_connection(path)) as conn:
             nuke_database(conn, confirm=True)
-    except DatabaseError:
-        if not os.path.isfile(path):
+    except DatabaseError as exc:
+        if not exc.damaged:
             raise
         aside = f"{path}.damaged-{int(time.time())}"
         for suffix in ("", "-wal", "-shm"):
@@ -3507,6 +3563,7 @@ def _nuke(path: str) -> None:
 
 
 def show_db(terminal: Terminal, result: JsonObject) -> None:
+    """Print what was done to the database."""
     path = escape(result["path"])
     if result["action"] == "path":
         terminal.line(path)
@@ -3521,6 +3578,7 @@ def show_db(terminal: Terminal, result: JsonObject) -> None:
 
 
 def run_config(context: Context) -> JsonObject:
+    """Show the settings, or a sample."""
     action = context.args.action
     if action == "sample":
         return {"action": action, "sample": format_sample_config()}
@@ -3531,6 +3589,7 @@ def run_config(context: Context) -> JsonObject:
 
 
 def show_config(terminal: Terminal, result: JsonObject) -> None:
+    """Print settings in the form of the file."""
     if result["action"] == "sample":
         terminal.out.write(result["sample"])
     elif result["action"] == "check":
@@ -3577,7 +3636,7 @@ class Command(NamedTuple):
     help: str
     example: str
     run: Callable[[Context], JsonObject]
-    show: Optional[Callable[[Terminal, JsonObject], None]]
+    show: Callable[[Terminal, JsonObject], None]
     options: Sequence[Tuple[Tuple[str, ...], Dict[str, Any]]]
 
 
@@ -3599,7 +3658,7 @@ COMMANDS = (
         option("--status", choices=STATUSES[1:], default=BROKEN, help="default: broken"))),
     Command("stats", "db-stats", "counts, worst directories, queue, media, database",
         "stats --format prometheus --output /var/lib/node_exporter/refresherr.prom",
-        run_stats, None, (
+        run_stats, show_stats, (
         option("--top", type=COUNT, default=10, metavar="N", help="so many directories"),
         option("--format", choices=("text", "json", "prometheus"), default="text"),
         option("--output", metavar="FILE", help="write there, whole or not at all"))),
@@ -3680,6 +3739,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def set_up_logging(terminal: Terminal, level: int, tracebacks: bool) -> None:
+    """Have the log on stderr, and nowhere else."""
     log.handlers[:] = [TerminalHandler(terminal, tracebacks)]
     log.propagate = False
     log.setLevel(level)
@@ -3712,81 +3772,94 @@ def load_context(
     return Context(args, config, terminal, error)
 
 
-def run_command(argv: Sequence[str], terminal: Terminal, environ: Mapping[str, str]) -> JsonObject:
-    """Run one command and return its result; raises what stops it."""
+def run_command(argv: Sequence[str], terminal: Terminal) -> Tuple[JsonObject, Callable[[], None]]:
+    """Run one command; return its result and what shows it.  Raises what stops it."""
     args = parse_arguments(argv)
-    context = load_context(args, terminal, environ)
+    context = load_context(args, terminal, os.environ)
     try:
-        result = args.chosen.run(context)
+        result: JsonObject = {"exit_code": EXIT_OK, **args.chosen.run(context)}
     except sqlite3.Error as exc:
         raise explain_database_error(exc, context.db_path) from exc
-    result.setdefault("exit_code", EXIT_OK)
-    if args.chosen.show and not args.json:
-        args.chosen.show(terminal, result)
-    return dict(result)
+    return result, lambda: args.chosen.show(terminal, result)
+
+
+def attempt_command(
+    argv: Sequence[str], terminal: Terminal
+) -> Tuple[JsonObject, Callable[[], None]]:
+    """Run one command; the one place that turns what stops it into a result."""
+    try:
+        return run_command(argv, terminal)
+    except SystemExit as exc:  # --help and --version
+        return {"exit_code": exc.code}, lambda: None
+    except (Exception, KeyboardInterrupt) as exc:
+        code = EXIT_FAILED
+        message = f"internal error: {type(exc).__name__}: {exc}; run it with -vv and report it"
+        if isinstance(exc, KeyboardInterrupt):
+            code, message = EXIT_INTERRUPTED, "interrupted; what was recorded stays"
+        elif isinstance(exc, RefresherrError):
+            code, message = exc.exit_code, str(exc)
+        log.error("%s", message, exc_info=code not in (EXIT_USAGE, EXIT_LOCKED))
+        return {"exit_code": code, "message": redact(message)}, lambda: None
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the program and return its exit status; the one place that turns errors into it."""
+    """Run the program and return its exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in argv
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+    out, err = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
+    for stream in (out, err):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    plain = bool(os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb")
-    terminal = Terminal(
-        sys.stdout,
-        sys.stderr,
-        colour=not plain and "--no-color" not in argv,
-        progress=not as_json and not {"-q", "--quiet"} & set(argv) and not plain,
-    )
-    tracebacks = any(re.fullmatch(r"-v{2,}", word) for word in argv) or argv.count("-v") > 1
+    plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+    plain = plain or "--no-color" in argv
+    quiet = as_json or plain or "-q" in argv or "--quiet" in argv
+    terminal = Terminal(out, err, colour=not plain, progress=not quiet)
+    tracebacks = any(re.fullmatch("-v{2,}", word) for word in argv) or argv.count("-v") > 1
     set_up_logging(terminal, logging.INFO, tracebacks)
-    previous = signal.signal(signal.SIGTERM, _interrupt) if _in_main_thread() else None
-    result: JsonObject
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, _interrupt) if in_main_thread else None
     try:
-        result = run_command(argv, terminal, os.environ)
-    except KeyboardInterrupt:
-        result = _failure(
-            EXIT_INTERRUPTED, "interrupted; what was recorded stays, nothing is half done"
-        )
-    except RefresherrError as exc:
-        result = _failure(exc.exit_code, str(exc))
-    except BrokenPipeError:
-        # Whoever read our output has had enough; say no more, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
-    except Exception as exc:
-        message = f"internal error: {type(exc).__name__}: {exc}; run it with -vv and report it"
-        result = _failure(EXIT_FAILED, message.replace("\n", " "))
-    finally:
+        result, show = attempt_command(argv, terminal)
         terminal.clear()
+        if as_json:
+            out.write(format_envelope(argv, result))
+        else:
+            show()
+        out.flush()
+        return int(result["exit_code"])
+    except BrokenPipeError:
+        _discard(out)  # whoever read our output has had enough
+        return EXIT_OK
+    except OSError as exc:
+        log.error("cannot write the output: %s", exc.strerror)
+        _discard(out)
+        return EXIT_FAILED
+    finally:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
-    code = int(result.pop("exit_code"))
-    if as_json:
-        command = next((word for word in argv if not word.startswith("-")), "")
-        envelope = {
-            "command": result.pop("command", command),
-            "version": __version__,
-            "exit_code": code,
-            "status": EXIT_WORDS[code],
-        }
-        print(json.dumps({**envelope, **result}, indent=2))
-    return code
 
 
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
+def format_envelope(argv: Sequence[str], result: JsonObject) -> str:
+    """Return the one JSON object of --json."""
+    names = {name: row.name for row in COMMANDS for name in (row.name, row.alias)}
+    code = result["exit_code"]
+    head = {
+        "command": next((names[word] for word in argv if word in names), ""),
+        "version": __version__,
+        "exit_code": code,
+        "status": EXIT_WORDS[code],
+    }
+    return json.dumps({**head, **result}, indent=2) + "\n"
+
+
+def _discard(stream: TextIO) -> None:
+    """Have what is still buffered go nowhere, so that the exit does not fail on it again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _interrupt(signum: int, frame: Optional[FrameType]) -> None:
     raise KeyboardInterrupt
-
-
-def _failure(code: int, message: str) -> JsonObject:
-    log.error("%s", message, exc_info=code not in (EXIT_USAGE, EXIT_LOCKED))
-    return {"exit_code": code, "message": redact(message)}
 
 
 if __name__ == "__main__":

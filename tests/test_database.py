@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
-from conftest import PROGRAM, PROJECT, Library, Refresherr, Result
+from conftest import PROJECT, Library, Refresherr, Result
 from fuse_fs import tmpfs
 
 import refresherr as program
@@ -194,11 +194,11 @@ def test_versions_are_applied_one_after_the_other(
 # --- Databases of the container edition ------------------------------------------------------
 
 RELAY = "http://relay:5050/find?"
-ACTIONS = [  # url before, url after, status, related_path, created_utc
-    (f"{RELAY}type=sonarr_tv&scope=auto&term=Show+S01E02&token={SECRET}",) * 2,
-    (f"{RELAY}type=sonarr_tv&token={SECRET}&scope=season&term=Show+S01",) * 2,
-    (f"{RELAY}token={SECRET}&type=radarr_4k&scope=movie&term=Token+%26+Key+%282010%29",) * 2,
-    (f"{RELAY}type=radarr_4k&scope=movie&term=Movie",) * 2,
+URLS = [
+    f"{RELAY}type=sonarr_tv&scope=auto&term=Show+S01E02&token={SECRET}",
+    f"{RELAY}type=sonarr_tv&token={SECRET}&scope=season&term=Show+S01",
+    f"{RELAY}token={SECRET}&type=radarr_4k&scope=movie&term=Token+%26+Key+%282010%29",
+    f"{RELAY}type=radarr_4k&scope=movie&term=Movie",
 ]
 CREATED = ["2024-05-06T07:08:09.123456", 1714979289, "1714979289", "1714979289.25", None, ""]
 
@@ -213,6 +213,7 @@ def make_container_database(path: Path, version: int, journal: str = "delete") -
     with opened(path) as conn:
         conn.execute("PRAGMA secure_delete=OFF")  # what it deleted is still in free pages
         conn.execute(f"PRAGMA journal_mode={journal}")
+        conn.execute("BEGIN")
         for table, columns in seed_tables().items():
             if not table.startswith("cinesync_"):
                 # At version 2 the column had no type, so that Unix times stayed integers.
@@ -244,7 +245,7 @@ def make_container_database(path: Path, version: int, journal: str = "delete") -
                 "tv",
             )
             conn.execute("INSERT INTO symlinks VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
-        for url, _ in ACTIONS:
+        for url in URLS:
             for status in ("pending", "pending", "sent", "failed"):
                 for created in CREATED:
                     conn.execute(
@@ -265,6 +266,7 @@ def make_container_database(path: Path, version: int, journal: str = "delete") -
             conn.execute("INSERT INTO repair_runs VALUES (1, 'a'), (2, NULL)")
             conn.execute("INSERT INTO repair_stats VALUES (1, 2, 0.5)")
             conn.execute("INSERT INTO orchestrator_state VALUES ('auto', x'00ff')")
+        conn.execute("COMMIT")
 
 
 @pytest.mark.parametrize("journal", ["delete", "wal"])
@@ -326,8 +328,8 @@ def test_a_migrated_database_works(refresherr: Refresherr, library: Library) -> 
 def test_duplicates_stay_and_are_not_added_to(api_db: Path) -> None:
     make_container_database(api_db, 1)
     pending = program.get_pending_actions(limit=1000)
-    assert len(pending) == len(ACTIONS) * 2 * len(CREATED) + 1
-    program.enqueue_action(ACTIONS[0][0])
+    assert len(pending) == len(URLS) * 2 * len(CREATED) + 1
+    program.enqueue_action(URLS[0])
     assert len(program.get_pending_actions(limit=1000)) == len(pending)
 
 
@@ -475,11 +477,12 @@ def test_the_schema_documents_examples(api_db: Path) -> None:
         assert versions_of(conn) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("arguments", [{}, {"confirm": False}])
-def test_nuke_wants_a_confirmation(api_db: Path, arguments: Dict[str, bool]) -> None:
+def test_nuke_wants_a_confirmation(api_db: Path) -> None:
     program.enqueue_action("http://relay/find?x")
     with pytest.raises(ValueError, match="confirm"):
-        program.nuke_database(**arguments)
+        program.nuke_database()
+    with pytest.raises(ValueError, match="confirm"):
+        program.nuke_database(confirm=False)
     assert len(program.get_pending_actions()) == 1
 
 
@@ -488,7 +491,7 @@ def test_nuke_drops_every_table(api_db: Path) -> None:
     with contextlib.closing(program.get_connection()) as conn:
         program.nuke_database(conn, confirm=True)
         assert set(tables_of(conn)) == set(seed_tables()) | V3_TABLES
-        assert SECRET.encode() not in api_db.read_bytes()
+    assert SECRET.encode() not in api_db.read_bytes()
 
 
 def test_broken_since_outlives_an_outage(api_db: Path) -> None:
@@ -977,4 +980,3 @@ def test_db_nuke(refresherr: Refresherr, library: Library) -> None:
     with opened(refresherr.db_path) as conn:
         assert versions_of(conn) == [1, 2, 3]
     assert mode_of(refresherr.db_path) == 0o600
-    assert PROGRAM.exists()

@@ -6,6 +6,7 @@ import ast
 import dis
 import importlib.util
 import re
+import sys
 import sysconfig
 from types import CodeType
 from typing import Any, Dict, Iterator, List, NamedTuple, Set, Tuple
@@ -151,6 +152,8 @@ def foreign_imports(source: str) -> List[str]:
 def _is_standard(module: str) -> bool:
     if module.startswith("."):
         return False
+    if module in sys.builtin_module_names:
+        return True
     spec = importlib.util.find_spec(module)
     origin = (spec and spec.origin) or ""
     if origin in ("built-in", "frozen"):

@@ -1,0 +1,255 @@
+"""Measure the scan against find: python3 tests/benchmark.py [--help]
+
+Ratios, not seconds: each pair of commands runs alternately in this very run (A B A B ...) and the
+medians are compared.  The program runs as a whole process, its database included, with the Python
+that runs this file.  Needs GNU find; TMPDIR says where the libraries are made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Callable, Dict, Iterator, List, Tuple
+
+from fuse_fs import FuseMount, fuse_available
+
+PROJECT = Path(__file__).resolve().parent.parent
+STALL_LIMIT = 3.0
+QUIET = subprocess.DEVNULL
+
+# 8 links a season, 2 seasons a show: 5.3 links a directory, the show's own included.
+LINKS_PER_SEASON, SEASONS, SHOWS_PER_ROOT_FOLDER = 8, 2, 500
+LINKS_PER_TARGET_FOLDER = 11
+BROKEN_EVERY = 50  # 2 %
+
+
+def make_library(links: int, root: Path, files: Path, seen_at: Path) -> None:
+    """Make links below `root` that point into `seen_at`, and their targets in `files`."""
+    for number in range(links):
+        show, episode = divmod(number, LINKS_PER_SEASON * SEASONS)
+        season, episode = divmod(episode, LINKS_PER_SEASON)
+        folder = root / f"shows {show // SHOWS_PER_ROOT_FOLDER}" / f"Show {show} (2001)"
+        folder /= f"Season {season + 1:02d}"
+        if episode == 0:
+            folder.mkdir(parents=True)
+        release, file = divmod(number, LINKS_PER_TARGET_FOLDER)
+        target = f"Release.{release}.1080p.WEB/Episode.{file:02d}.mkv"
+        if file == 0:
+            (files / target).parent.mkdir(parents=True)
+        if number % BROKEN_EVERY:
+            os.close(os.open(files / target, os.O_CREAT | os.O_WRONLY))
+        name = f"Show {show} - S{season + 1:02d}E{episode + 1:02d}.mkv"
+        os.symlink(seen_at / target, folder / name)
+
+
+def seconds(*command: object, status: int = 0) -> float:
+    """Run a command to its end and return the wall time."""
+    words = [str(word) for word in command]
+    began = time.perf_counter()
+    code = subprocess.call(words, stdin=QUIET, stdout=QUIET)
+    took = time.perf_counter() - began
+    if code != status:
+        sys.exit(f"exit status {code}: {' '.join(words)}")
+    return took
+
+
+def alternate(runs: int, *measures: Callable[[], float]) -> List[float]:
+    """Take each measure in turn, `runs` times; return the median of each."""
+    rounds = [[measure() for measure in measures] for _ in range(runs)]
+    return [statistics.median(results) for results in zip(*rounds)]
+
+
+class Table:
+    """Prints the results, row by row as they come."""
+
+    def row(self, what: str, result: str, reach: str = "", stretch: str = "") -> None:
+        print(f"{what:<58} {result:>12} {reach:>9} {stretch:>9}", flush=True)
+
+    def note(self, text: str) -> None:
+        print(f"    {text}", flush=True)
+
+
+def scan_command(data_dir: Path, root: Path, *options: object) -> List[object]:
+    program = [sys.executable, PROJECT / "refresherr.py", "--data-dir", data_dir]
+    return [*program, "scan", "-q", *options, root]
+
+
+def measure_scan(table: Table, scratch: Path, links: int, runs: int) -> None:
+    """First scan and unchanged rescan, each against find."""
+    root, files = scratch / "media", scratch / "files"
+    make_library(links, root, files, files)
+    find = ["find", root, "-xtype", "l"]
+    fresh = (scratch / f"data-{number}" for number in itertools.count())
+    kept = next(fresh)
+    seconds(*find)  # warms the cache
+    seconds(*scan_command(kept, root))
+    medians = alternate(
+        runs,
+        lambda: seconds(*find),
+        lambda: seconds(*scan_command(next(fresh), root)),
+        lambda: seconds(*find),
+        lambda: seconds(*scan_command(kept, root)),
+    )
+    find_1, first, find_2, rescan = medians
+    table.row(f"first scan of {links:,} links / find", f"{first / find_1:.2f}", "2.0", "1.4")
+    table.row("unchanged rescan / find", f"{rescan / find_2:.2f}", "1.4", "0.97")
+    table.note(f"find {find_1:.2f} and {find_2:.2f} s, first {first:.2f} s, rescan {rescan:.2f} s")
+
+
+def peaks(command: List[object]) -> Tuple[float, float, float]:
+    """Run the program; return the peak memory in MB of itself, its worker, and after wait4.
+
+    The first two are the kernel's VmHWM of the process and of its child, polled.  The worker is a
+    fork, so that pages the two still share count in both.  The third is what wait4 says at the
+    end: the larger of the two, where the worker was waited for.
+    """
+    process = subprocess.Popen([str(word) for word in command], stdin=QUIET, stdout=QUIET)
+    high: Dict[str, int] = {}
+    done = threading.Event()
+
+    def poll() -> None:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while not done.wait(0.02):
+            with contextlib.suppress(OSError):
+                for pid in (str(process.pid), *children.read_text().split()):
+                    status = Path(f"/proc/{pid}/status").read_text()
+                    if "VmHWM:" in status:
+                        high[pid] = int(status.split("VmHWM:")[1].split()[0])
+
+    poller = threading.Thread(target=poll)
+    poller.start()
+    _, status, usage = os.wait4(process.pid, 0)
+    done.set()
+    poller.join()
+    process.returncode = status
+    if status:
+        sys.exit(f"wait status {status}: {command}")
+    own = high.pop(str(process.pid), 0)
+    return own / 1024, max(high.values(), default=0) / 1024, usage.ru_maxrss / 1024
+
+
+def measure_memory(table: Table, scratch: Path, links: int) -> None:
+    """Peak memory of a first scan and of a rescan."""
+    root, files = scratch / "media", scratch / "files"
+    make_library(links, root, files, files)
+    for what in ("first scan", "rescan"):
+        own, worker, waited = peaks(scan_command(scratch / "data", root))
+        label = f"peak MB, {what} of {links:,} links: the program"
+        table.row(label, f"{own:.0f}", "150", "100")
+        table.row("    its worker (VmHWM, pages shared with the program too)", f"{worker:.0f}")
+        table.note(f"wait4 ru_maxrss (the larger of the two): {waited:.0f}")
+
+
+@contextlib.contextmanager
+def slow_library(scratch: Path, links: int) -> Iterator[Tuple[Path, Callable[[], FuseMount]]]:
+    """A local library of links into a mount that takes 5 ms a request: (root, make the mount)."""
+    root, files, mount = scratch / "media", scratch / "files", scratch / "mount"
+    mount.mkdir()
+    make_library(links, root, files, mount)
+    yield root, lambda: FuseMount(mount, files, latency=0.005)
+
+
+def measure_slow_mount(table: Table, scratch: Path, links: int, runs: int) -> None:
+    """First scan against find, where each request takes 5 ms."""
+    with slow_library(scratch, links) as (root, make_mount):
+        fresh = (scratch / f"data-{number}" for number in itertools.count())
+
+        def mounted(make_command: Callable[[], List[object]]) -> float:
+            with make_mount():  # a new one each time, for the kernel keeps what it was told
+                return seconds(*make_command())
+
+        find, scan = alternate(
+            runs,
+            lambda: mounted(lambda: ["find", root, "-xtype", "l"]),
+            lambda: mounted(lambda: scan_command(next(fresh), root)),
+        )
+    table.row(
+        f"first scan, 5 ms mount, {links:,} links: find / scan", f"{find / scan:.0f}", "25", "60"
+    )
+    table.note(f"find {find:.1f} s, scan {scan:.2f} s")
+
+
+def measure_hung_mount(table: Table, scratch: Path, links: int) -> None:
+    """How long after the stall limit the program ends."""
+    config = scratch / "refresherr.ini"
+    config.write_text(f"[scan]\nstat_timeout = {STALL_LIMIT:.0f}s\n")
+    config.chmod(0o600)
+    with slow_library(scratch, links) as (root, make_mount):
+        for what, delay in (("from the start", 0.0), ("in the middle of the scan", 0.3)):
+            command = scan_command(scratch / f"data {what}", root, "--config", config)
+            with make_mount() as mount:
+                if not delay:
+                    mount.hang()
+                process = subprocess.Popen(
+                    [str(word) for word in command], stdin=QUIET, stdout=QUIET, stderr=QUIET
+                )
+                if delay:
+                    time.sleep(delay)
+                    mount.hang()
+                began = time.perf_counter()
+                code = process.wait(timeout=120)
+                late = time.perf_counter() - began - STALL_LIMIT
+            label = f"hung {what}: seconds from limit to end"
+            table.row(label, f"{late:+.2f}", "+5", "+0.5")
+            table.note(f"stat_timeout {STALL_LIMIT:.0f} s, exit status {code}")
+
+
+def measure_start(table: Table, scratch: Path, runs: int) -> None:
+    """refresherr.pyz --version against an interpreter that does nothing."""
+    pyz = scratch / "refresherr.pyz"
+    seconds(sys.executable, PROJECT / "build_zipapp.py", "-o", pyz)
+    idle, version, sample = alternate(
+        runs,
+        lambda: seconds(sys.executable, "-c", "pass"),
+        lambda: seconds(sys.executable, pyz, "--version"),
+        lambda: seconds(sys.executable, pyz, "config", "sample"),
+    )
+    what = "refresherr.pyz --version / python3 -c pass"
+    table.row(what, f"{version / idle:.2f}", "3", "1.5")
+    table.note(
+        f"pass {idle * 1000:.0f} ms, --version {version * 1000:.0f} ms, "
+        f"a command that does nothing much (config sample) {sample * 1000:.0f} ms"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the scan against find.")
+    parser.add_argument("--links", type=int, default=100_000)
+    parser.add_argument("--million", action="store_true", help="memory at 1,000,000 links")
+    parser.add_argument("--slow-links", type=int, default=5_000)
+    parser.add_argument("--runs", type=int, default=3)
+    args = parser.parse_args()
+    table = Table()
+    table.row("what", "measured", "reach", "stretch")
+
+    def scratch() -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory(prefix="refresherr-benchmark-")
+
+    with scratch() as folder:
+        measure_start(table, Path(folder), max(args.runs, 20))
+    with scratch() as folder:
+        measure_scan(table, Path(folder), args.links, args.runs)
+    reason = fuse_available()
+    if reason:
+        table.note(f"slow and hung mount skipped: {reason}")
+    else:
+        with scratch() as folder:
+            measure_slow_mount(table, Path(folder), args.slow_links, args.runs)
+        with scratch() as folder:
+            measure_hung_mount(table, Path(folder), args.slow_links)
+    if args.million:
+        with scratch() as folder:
+            measure_memory(table, Path(folder), 1_000_000)
+
+
+if __name__ == "__main__":
+    main()
