@@ -1660,7 +1660,8 @@ HEARTBEAT = 1.0  # seconds between signs of life
 F_SETPIPE_SZ = 1031  # Linux, missing from `fcntl` before 3.10
 
 # What the worker says of a link: (path, target, judgement, unit number, detail, root number).
-# The detail is the emptied directory for JUDGED_GONE ('' if there is none), else the reason.
+# The detail of JUDGED_GONE is the nearest existing directory if that is empty, with a slash behind
+# it where it is the target's own; of the others it is the reason.
 JUDGED_OK, JUDGED_GONE, JUDGED_UNKNOWN, JUDGED_BLOCKED = range(4)
 Judged = Tuple[str, str, int, int, str, int]
 # A link that waits to be judged: (path, its target as a path to ask for, its text, root number).
@@ -1722,9 +1723,6 @@ class Place:
             with contextlib.suppress(PermissionError):  # mounted and alive, not for us to list
                 empty = is_empty(self.probe)
         except FileNotFoundError:
-            if self.role == "check":
-                # Was it to be a sentinel?  Nobody knows: it speaks for its directory then.
-                self.point = os.path.dirname(self.probe).rstrip("/") or self.probe
             return ABSENT, f"{self.probe} does not exist"
         except OSError as exc:
             return ERROR, f"{self.probe}: {exc.strerror}"
@@ -1881,7 +1879,12 @@ class Surveyor:
         """Do the job and say 'done'."""
         mounts = read_mounts()
         self.slow_mounts = {f"{point}/" for point, kind in mounts.items() if is_network_type(kind)}
-        watched = [Place(check, "check") for check in self.job.mount_checks]
+        watched = []
+        for check in self.job.mount_checks:
+            # While it cannot be looked at, only its name and place tell a sentinel from a mount.
+            folder, name = os.path.split(check)
+            is_file = "." in name or folder in mounts or folder in self.job.remembered
+            watched.append(Place(folder if is_file else check, "check", probe=check))
         watched += [Place(p, "remembered", kind) for p, kind in self.job.remembered.items()]
         self.probe(watched)
         for place in watched + [Place(p, "seen", kind) for p, kind in mounts.items()]:
@@ -1905,8 +1908,6 @@ class Surveyor:
         for place, answer in zip(places, answers):
             if answer is None:
                 answer = UNRESPONSIVE, f"{place.probe} did not answer within {self.limit}"
-                if place.role == "check" and place.probe not in read_mounts():
-                    place.point = os.path.dirname(place.probe)
             if answer[0] != HEALTHY:
                 self.seal(place, *answer)
 
@@ -2281,7 +2282,8 @@ class Surveyor:
             try:
                 if is_empty(near):
                     self.empty_dirs.add(near)
-                    return (path, target, JUDGED_GONE, unit, near, root)
+                    detail = near + "/" if near == directory else near
+                    return (path, target, JUDGED_GONE, unit, detail, root)
                 break
             except OSError as exc:
                 if exc.errno not in GONE_ERRNOS:
@@ -2601,6 +2603,7 @@ class ScanRecord:
         self._uninhabited: Set[str] = set()
         self._suspicious: Dict[str, Unit] = {}
         self._held: Counter[str] = Counter()
+        self._emptied: Counter[str] = Counter()
         self._remembered = {
             from_db(row[0]): row[1]
             for row in conn.execute("SELECT mount_point, first_seen_utc FROM mounts")
@@ -2647,7 +2650,7 @@ class ScanRecord:
         if state == "refused":
             self.refused = True
         if state != "scanned":
-            log.error("root %s: %s; its links stay as they were", root.path, reason)
+            log.error("root %s: %s; its known links stay as they were", root.path, reason)
             return
         for point, fs_type in read_mounts().items():
             # What the library itself lives on: its links vanish with it.
@@ -2800,7 +2803,13 @@ class ScanRecord:
                 "UPDATE mounts SET good_targets = ?, last_seen_utc = ? WHERE mount_point = ?",
                 [(count, self.now, to_db(point)) for point, count in good.items() if count],
             )
-        if self.guard_reasons:
+        for directory, count in self._emptied.most_common(5):
+            log.warning(
+                "%s is empty: perhaps nothing is mounted there; %s into it not judged",
+                directory,
+                plural(count, "link"),
+            )
+        if self.guard_reasons or self._emptied:
             self.refused = True
 
     def _gone_links(self) -> Iterator[GoneLink]:
@@ -2868,9 +2877,10 @@ class ScanRecord:
             self.refused = True
             return UNREACHABLE, self._blocked[link.unit]
         unit = self.units[link.unit]
-        if link.emptied in self._uninhabited and not self._has_history(link, unit.mount):
-            self.refused = True
-            return UNREACHABLE, f"{UNJUDGED}{link.emptied} is empty: nothing may be mounted there"
+        emptied = link.emptied.rstrip("/") or "/"
+        if link.emptied and emptied in self._uninhabited and not self._is_lone_loss(link, unit):
+            self._emptied[emptied] += 1
+            return UNREACHABLE, f"{UNJUDGED}{emptied} is empty: perhaps nothing is mounted there"
         if not (link.known and link.known.broken_since):
             for name in (unit.name, unit.mount):
                 if name in self._suspicious:
@@ -2878,14 +2888,18 @@ class ScanRecord:
                     return UNREACHABLE, HELD + name
         return BROKEN, ""
 
-    def _has_history(self, link: GoneLink, mount: str) -> bool:
-        """Tell whether this very target was once seen good on a mount that was remembered then."""
+    def _is_lone_loss(self, link: GoneLink, unit: Unit) -> bool:
+        """Tell whether a target that left an empty directory is likelier gone than not mounted.
+
+        That is so if it was seen good there, on a mount that was remembered then, and its own
+        directory still stands.
+        """
         return (
             link.known is not None
             and link.was_judged
+            and link.emptied.endswith("/")
             and from_db(link.known.target) == link.target
-            and mount in self._remembered
-            and link.last_seen >= self._remembered[mount]
+            and link.last_seen >= self._remembered.get(unit.mount, "~")
         )
 
     def _record_vanished(self) -> None:
@@ -3366,10 +3380,7 @@ def run_scan(context: Context) -> JsonObject:
             )
             log.warning("%s", result["message"])
         elif result["exit_code"] == EXIT_FAILED:
-            result["message"] = (
-                f"no root could be scanned: {failed[0]['path']} {failed[0]['reason']}"
-            )
-            log.error("%s", result["message"])
+            result["message"] = f"no root could be scanned: {failed[0]['reason']}"
         summary.update(result)
     return result
 
@@ -3385,6 +3396,8 @@ def show_scan(terminal: Terminal, result: JsonObject) -> None:
             )
         else:
             terminal.line(f"{escape(root['path'])}: not scanned: {escape(root['reason'])}")
+    if result["exit_code"] == EXIT_FAILED:
+        return
     changes, totals = result["changes"], result["totals"]
     terminal.line(
         f"{changes['new']:,} new, {changes['newly_broken']:,} newly broken, "

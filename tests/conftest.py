@@ -26,7 +26,8 @@ class Result(NamedTuple):
 
     @property
     def json(self) -> Dict[str, Any]:
-        return json.loads(self.out)
+        result: Dict[str, Any] = json.loads(self.out)
+        return result
 
 
 class Refresherr:
@@ -48,8 +49,7 @@ class Refresherr:
             self.command(*args),
             env={**self.env, **(env or {})},
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             encoding="utf-8",
             errors="surrogateescape",
             check=False,

@@ -171,7 +171,6 @@ def test_json_is_one_object(
         (["--lock-wait", "1", "-v", "config", "check", "--json"], "config"),
         (["--data-dir", "{tmp}", "scan", "--frobnicate", "--json"], "scan"),
         (["--config", "{tmp}/absent", "stats", "--json"], "stats"),
-        (["--data-dir={tmp}", "--json", "frobnicate"], "frobnicate"),
     ],
 )
 def test_json_names_the_command(
