@@ -1883,7 +1883,7 @@ class Surveyor:
         for check in self.job.mount_checks:
             # While it cannot be looked at, only its name and place tell a sentinel from a mount.
             folder, name = os.path.split(check)
-            is_file = "." in name or folder in mounts or folder in self.job.remembered
+            is_file = "." in name or find_ancestor(folder, {**mounts, **self.job.remembered}) != "/"
             watched.append(Place(folder if is_file else check, "check", probe=check))
         watched += [Place(p, "remembered", kind) for p, kind in self.job.remembered.items()]
         self.probe(watched)
