@@ -2189,7 +2189,6 @@ class Surveyor:
                     continue
                 slot.place = spot.place
                 slot.path = full
-                slot.since = start = clock()
                 try:
                     # The common case, a good target where it seems to be, stands here for speed.
                     if spot.good and stat_target(full).st_dev == spot.device:
@@ -2199,7 +2198,9 @@ class Surveyor:
                 except OSError:
                     found.append(self.judge(slot, spot, (path, full, target, root)))
                 slot.path = prefix
-                streak = streak + 1 if clock() - start > SLOW_SECONDS else 0
+                now = clock()
+                streak = streak + 1 if now - slot.since > SLOW_SECONDS else 0
+                slot.since = now
                 if streak >= SLOW_STREAK:
                     # From now on judge this mount directory by directory, many at once.
                     self.slow_mounts.add(spot.mount.point.rstrip("/") + "/")

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import itertools
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -228,6 +229,7 @@ def main() -> None:
     parser.add_argument("--slow-links", type=int, default=5_000)
     parser.add_argument("--runs", type=int, default=3)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up, as Ctrl-C does
     table = Table()
     table.row("what", "measured", "reach", "stretch")
 
