@@ -1654,6 +1654,7 @@ LIST_SECONDS = 0.002  # a look-up that takes longer is dearer than its share of 
 SLOW_STREAK = 8  # so many slow look-ups in a row are no hiccup
 WINDOW = 16384  # links that wait to be judged together with others of their target directory
 BATCH = 1000  # links in one message to the parent
+SPREAD = 64  # directories on the pile before it is worth dividing
 CACHE_SIZE = 20000  # directories remembered by each cache of the worker
 STUCK_LIMIT = 3  # look-ups that time out on a mount before it counts as unresponsive
 HEARTBEAT = 1.0  # seconds between signs of life
@@ -1675,7 +1676,8 @@ class ScanJob:
     """What a worker is to do; everything it may not ask for once it runs.
 
     `remembered` maps the mount points that earlier scans saw in use to their file system types.
-    With `look_only` the worker says how roots and mounts are, and walks nothing.
+    With `look_only` the worker says how roots and mounts are, and walks nothing; with `split` it
+    may divide itself in two.
     """
 
     roots: Tuple[str, ...]
@@ -1685,6 +1687,7 @@ class ScanJob:
     workers: int = 0
     stat_timeout: float = 30.0
     look_only: bool = False
+    split: bool = True
 
 
 @dataclasses.dataclass(eq=False)
@@ -1782,20 +1785,20 @@ class Slot:
 
 
 class Task:
-    """A directory to walk, or one of targets with the `links` to judge there; and what came of it.
+    """Directories to walk, or one of targets with the `links` to judge there; and what came of it.
 
-    What a task found counts only once it is finished: a thread that hangs takes it along.
+    What a task found counts only once it is finished: a thread that hangs takes it along, and
+    what was `taken` is given to another.
     """
 
-    __slots__ = ("deeper", "directory", "found", "ignored", "later", "links", "root")
+    __slots__ = ("found", "ignored", "later", "links", "taken", "todo")
 
-    def __init__(self, directory: str, root: int, links: Optional[List[Waiting]] = None) -> None:
-        self.directory = directory
-        self.root = root
+    def __init__(self, todo: List[Tuple[str, int]], links: Optional[List[Waiting]] = None) -> None:
+        self.todo = todo  # (directory, root number)
+        self.taken = list(todo)
         self.links = links
         self.found: List[Judged] = []
         self.later: List[Tuple[str, Waiting]] = []
-        self.deeper: List[Tuple[str, int]] = []
         self.ignored = 0
 
 
@@ -1858,7 +1861,7 @@ class Surveyor:
         self.change = threading.Condition()
         self.slots: Set[Slot] = set()
         self.here = threading.local()  # .slot is the thread's own
-        self.walks: List[Task] = []
+        self.walks: List[Tuple[str, int]] = []
         self.batches: List[Task] = []
         self.waiting: Dict[str, List[Waiting]] = {}
         self.waiting_count = 0
@@ -1866,6 +1869,11 @@ class Surveyor:
         self.working = 0
         self.outbox: List[Judged] = []
         self.crash: Optional[BaseException] = None
+        self.spreading = False  # whether to stop once there is a pile to split
+        self.half = 0
+        self.twin_of: Optional[int] = None
+        self.threads: List[threading.Thread] = []
+        self.over = threading.Event()  # not `change`: the watch is not to be woken by every task
 
     def forget(self) -> None:
         """Empty the caches: they are full, or something is no longer what it was."""
@@ -1878,7 +1886,9 @@ class Surveyor:
     def run(self) -> None:
         """Do the job and say 'done'."""
         mounts = read_mounts()
-        self.slow_mounts = {f"{point}/" for point, kind in mounts.items() if is_network_type(kind)}
+        self.slow_mounts = {
+            point.rstrip("/") + "/" for point, kind in mounts.items() if is_network_type(kind)
+        }
         watched = []
         for check in self.job.mount_checks:
             # While it cannot be looked at, only its name and place tell a sentinel from a mount.
@@ -1893,14 +1903,80 @@ class Surveyor:
         self.places.setdefault("/", [Place("/", "seen", "unknown")])
         self.open_roots()
         if not self.job.look_only:
+            self.spreading = self.job.split
+            self.hire(1)
+            self.watch()
+            self.spreading = False
+            twin = self.split()
+            self.over.clear()
             self.hire(1)
             self.watch()
             self.flush(force=True)
             self.send(("ignored", self.ignored))
+            if self.twin_of is not None:
+                self.end_twin(self.twin_of)
+            if twin is not None:
+                self.join_twin(twin)
             # Once more: a mount may have gone while its targets were looked for.
             everywhere = [place for group in self.places.values() for place in group]
             self.probe([p for p in everywhere if p.used and p.state == HEALTHY])
         self.report()
+
+    def split(self) -> Optional[int]:
+        """Fork a twin that takes every other directory of the pile, where a second core is idle.
+
+        Returns the pipe that the twin's findings come from; None if there is no twin, or in it.
+        """
+        if len(self.walks) < SPREAD or self.waiting or len(os.sched_getaffinity(0)) < 2:
+            return None
+        for thread in self.threads:
+            thread.join()  # a fork copies the locks, but not those who would release them
+        self.flush(force=True)
+        reader, writer = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            is_twin = os.fork() == 0
+        self.half = int(is_twin)
+        self.walks = self.walks[self.half :: 2]
+        os.close(reader if is_twin else writer)
+        if not is_twin:
+            return reader
+        self.ignored = 0
+        self.twin_of = writer
+        return None
+
+    def end_twin(self, writer: int) -> None:
+        """Leave to the first half what it must know for the verdicts, and end this process."""
+        places = {
+            (place.point, place.role): (place.state, place.reason)
+            for group in self.places.values()
+            for place in group
+            if place.used
+        }
+        data = marshal.dumps((places, list(self.empty_dirs), list(self.inhabited)))
+        while data:
+            data = data[os.write(writer, data) :]
+        os._exit(0)
+
+    def join_twin(self, reader: int) -> None:
+        """Wait for the twin, and add what it found to this half's knowledge."""
+        data = b""
+        while True:
+            if not select.select([reader], [], [], HEARTBEAT)[0]:
+                self.send(("beat",))
+                continue
+            chunk = os.read(reader, 1 << 20)
+            if not chunk:
+                break
+            data += chunk
+        places, empty_dirs, inhabited = marshal.loads(data)
+        self.empty_dirs.update(empty_dirs)
+        self.inhabited.update(inhabited)
+        for place in [place for group in self.places.values() for place in group]:
+            state, reason = places.get((place.point, place.role), (None, ""))
+            place.used = place.used or state is not None
+            if state not in (None, HEALTHY):
+                self.seal(place, state, reason)
 
     def probe(self, places: Sequence[Place]) -> None:
         """Ask all places at once how they are, and seal off what is not well."""
@@ -1970,7 +2046,7 @@ class Surveyor:
             ]
             self.send(("root", number, "scanned", "", path, bool(outer)))
             if not outer:
-                self.walks.append(Task(self.job.roots[number].rstrip("/"), number))
+                self.walks.append((self.job.roots[number].rstrip("/"), number))
             for other in outer:
                 seen_as = self.job.roots[other].rstrip("/") + path[len(real[other].rstrip("/")) :]
                 self.covered_roots[seen_as] = number
@@ -1999,9 +2075,12 @@ class Surveyor:
             for _ in range(count - len(self.slots)):
                 slot = Slot()
                 self.slots.add(slot)
-                threading.Thread(target=self.labour, args=(slot,), daemon=True).start()
+                thread = threading.Thread(target=self.labour, args=(slot,), daemon=True)
+                self.threads.append(thread)
+                thread.start()
 
     def hire_all(self) -> None:
+        self.spreading = False
         if len(self.slots) == 1:
             self.hire(self.job.workers or AUTO_WORKERS)
 
@@ -2017,31 +2096,39 @@ class Surveyor:
                     self.judge_directory(slot, slot.task, slot.task.links)
                 self.finish_task(slot)
         except BaseException as exc:  # a bug: the errand cannot be trusted any more
-            with self.change:
-                self.crash = exc
-                self.change.notify_all()
+            self.crash = exc
+            self.over.set()
 
     def next_task(self, slot: Slot) -> bool:
         """Give the thread a task; False when there is nothing left to do for it."""
         with self.change:
             while not slot.lost:
                 if self.waiting_count >= WINDOW or not (self.walks or self.walking):
-                    self.batches += [Task(d, -1, links) for d, links in self.waiting.items()]
+                    self.batches += [Task([(d, 0)], links) for d, links in self.waiting.items()]
                     self.change.notify(len(self.waiting))
                     self.waiting = {}
                     self.waiting_count = 0
-                if self.batches or self.walks:
+                resting = self.spreading and len(self.walks) >= SPREAD
+                if (self.batches or self.walks) and not resting:
                     slot.path = ""
-                    slot.task = (self.batches or self.walks).pop()
+                    slot.task = self.batches.pop() if self.batches else self.take_walk()
                     self.walking += slot.task.links is None
                     self.working += 1
                     return True
                 if self.working == 0:
                     self.slots.discard(slot)
-                    self.change.notify_all()
+                    if not self.slots:
+                        self.over.set()
                     return False
                 self.change.wait()
         return False
+
+    def take_walk(self) -> Task:
+        """Take the whole pile where only one thread is at work, else one directory of it."""
+        if len(self.slots) > 1:
+            return Task([self.walks.pop()])
+        pile, self.walks = self.walks, []
+        return Task(pile)
 
     def finish_task(self, slot: Slot) -> None:
         task = slot.task
@@ -2051,10 +2138,12 @@ class Surveyor:
             for directory, link in task.later:
                 self.waiting.setdefault(directory, []).append(link)
             self.waiting_count += len(task.later)
-            self.walks += [Task(directory, root) for directory, root in task.deeper]
+            if task.links is None:
+                self.walks += task.todo
             self.outbox += task.found
             self.ignored += task.ignored
-            self.change.notify(len(task.deeper))
+            if len(self.slots) > 1:
+                self.change.notify(len(task.todo))
             self.end_task(slot)
         if task.later:
             self.hire_all()
@@ -2065,7 +2154,7 @@ class Surveyor:
         self.working -= 1
         self.walking -= slot.task is not None and slot.task.links is None
         slot.task = None
-        if self.working == 0 or (self.walking == 0 and self.waiting):
+        if len(self.slots) > 1 and (self.working == 0 or (self.walking == 0 and self.waiting)):
             self.change.notify_all()
 
     def flush(self, force: bool = False) -> None:
@@ -2081,13 +2170,8 @@ class Surveyor:
         """Wait for the crew; give up threads that wait too long for a path."""
         limit = self.job.stat_timeout
         next_beat = 0.0
-        while True:
+        while not self.over.wait(min(HEARTBEAT, limit / 8)):
             with self.change:
-                if self.crash:
-                    raise self.crash
-                if not self.slots:
-                    return
-                self.change.wait(min(HEARTBEAT, limit / 8))
                 waiting = [slot for slot in self.slots if slot.task and slot.path]
             now = time.monotonic()
             for slot in waiting:
@@ -2102,6 +2186,8 @@ class Surveyor:
                 next_beat = now + HEARTBEAT
                 self.flush(force=True)
                 self.send(("beat",))
+        if self.crash:
+            raise self.crash
 
     def suspect(self, place: Place) -> None:
         """Ask the mount of a path that keeps us waiting whether it is alive at all."""
@@ -2125,18 +2211,20 @@ class Surveyor:
             self.seal(place, UNRESPONSIVE, f"{place.point} did not answer within {self.limit}")
             slot.lost = True
             self.slots.discard(slot)
-            task = Task(slot.task.directory, slot.task.root, slot.task.links)
+            task = slot.task
             self.end_task(slot)
-            (self.walks if task.links is None else self.batches).append(task)
+            if task.links is None:
+                self.walks += task.taken
+            else:
+                self.batches.append(Task(task.taken, task.links))
             self.hire(len(self.slots) + 1)
 
     # Walking and judging
 
     def walk(self, slot: Slot, task: Task) -> None:
-        """Walk a directory, and while only one thread is at work those beneath it, too."""
-        task.deeper.append((task.directory, task.root))
-        while task.deeper:
-            directory, root = task.deeper.pop()
+        """Walk a directory; while only one thread is at work, go on with those beneath it."""
+        while task.todo:
+            directory, root = task.todo.pop()
             slot.touch(directory + "/")
             try:
                 if self.sealed:
@@ -2147,6 +2235,8 @@ class Surveyor:
             except OSError as exc:
                 self.send(("unread", directory or "/", exc.strerror))
             if len(task.found) >= BATCH or len(self.slots) > 1:
+                return
+            if self.spreading and len(task.todo) >= SPREAD:
                 return
 
     def walk_directory(self, slot: Slot, task: Task, directory: str, root: int) -> None:
@@ -2168,7 +2258,7 @@ class Surveyor:
                     continue
                 path = prefix + name
                 if not is_link:
-                    task.deeper.append((path, self.covered_roots.get(path, root)))
+                    task.todo.append((path, self.covered_roots.get(path, root)))
                     continue
                 try:
                     target = readlink(path)
@@ -2217,8 +2307,9 @@ class Surveyor:
 
         Where the first answer takes long, one listing costs less than asking for every name.
         """
-        slot.touch(task.directory)
-        spot = self.spots.get(task.directory) or self.locate(task.directory)
+        head = task.taken[0][0]
+        slot.touch(head)
+        spot = self.spots.get(head) or self.locate(head)
         names: Set[str] = set()
         for number, link in enumerate(links):
             path, full, target, root = link
@@ -2351,7 +2442,7 @@ class Surveyor:
         number = self.units.get(key)
         if number is None:
             with self.change:
-                number = self.units.setdefault(key, len(self.units))
+                number = self.units.setdefault(key, 2 * len(self.units) + self.half)
             self.send(("unit", number, mount.point, child))
         return number
 
@@ -2459,8 +2550,9 @@ class Worker:
     def close(self) -> None:
         """Kill the worker; never wait for one that the kernel holds."""
         os.close(self._reader)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGKILL)
+        for kill in (os.killpg, os.kill):  # the twin, too; and if there is no group yet, the one
+            with contextlib.suppress(ProcessLookupError):
+                kill(self._pid, signal.SIGKILL)
         for _ in range(20):
             with contextlib.suppress(ChildProcessError):
                 if os.waitpid(self._pid, os.WNOHANG)[0] == 0:
@@ -2481,14 +2573,19 @@ def _run_worker(job: ScanJob, writer: int) -> None:
         for descriptor in (0, 1, 2):
             os.dup2(null, descriptor)  # a stuck worker must not keep anybody's pipe open
         os.closerange(3, writer)  # nor the database, nor the lock
-        lock = threading.Lock()
+        # A byte in a pipe is a lock between all threads of the worker and of its twin.
+        take, give = os.pipe()
+        os.write(give, b"!")
 
         def send(message: Tuple[Any, ...]) -> None:
             data = marshal.dumps(message)
             data = len(data).to_bytes(4, "big") + data
-            with lock:
+            os.read(take, 1)
+            try:
                 while data:
                     data = data[os.write(writer, data) :]
+            finally:
+                os.write(give, b"!")
 
         try:
             Surveyor(job, send).run()
@@ -2637,7 +2734,7 @@ class ScanRecord:
         elif kind == "root":
             self._take_root(*message[1:])
         elif kind == "ignored":
-            self.ignored = message[1]
+            self.ignored += message[1]
         elif kind == "done":
             self._take_places(message[1])
             self._blocked = message[2]
