@@ -40,6 +40,7 @@ import fcntl
 import functools
 import gc
 import io
+import itertools
 import json
 import logging
 import marshal
@@ -1407,6 +1408,10 @@ class KnownLink(NamedTuple):
 
 
 _KNOWN_COLUMNS = "rowid, last_target, status, last_status, broken_since_utc, error"
+_SEE_LINK = """
+UPDATE symlinks SET last_seen_utc = ?
+WHERE path = ? AND last_target = ? AND status = 'ok' AND last_status = 'ok'
+"""
 _WRITE_LINK = """
 INSERT INTO symlinks (path, last_target, status, last_status, first_seen_utc, last_seen_utc,
                       broken_since_utc, error)
@@ -1596,11 +1601,12 @@ def scratch_database(db_path: str) -> Iterator[sqlite3.Connection]:
     with tempfile.TemporaryDirectory(prefix="refresherr-") as folder:
         copy = os.path.join(folder, "symlinks.db")
         if os.path.exists(db_path):
+            # Without a journal nobody is writing; 'immutable' then leaves no file of ours behind.
+            flag = "mode=ro" if os.path.exists(db_path + "-wal") else "immutable=1"
             try:
-                with contextlib.closing(
-                    sqlite3.connect(f"file:{quote(db_path)}?mode=ro", uri=True)
-                ) as conn:
-                    backup_database(conn, copy)
+                source = sqlite3.connect(f"file:{quote(db_path)}?{flag}", uri=True)
+                with contextlib.closing(source):
+                    backup_database(source, copy)
             except sqlite3.Error as exc:
                 raise explain_database_error(exc, db_path) from exc
         with contextlib.closing(open_database(copy)) as conn:
@@ -1665,6 +1671,8 @@ F_SETPIPE_SZ = 1031  # Linux, missing from `fcntl` before 3.10
 # it where it is the target's own; of the others it is the reason.
 JUDGED_OK, JUDGED_GONE, JUDGED_UNKNOWN, JUDGED_BLOCKED = range(4)
 Judged = Tuple[str, str, int, int, str, int]
+# Good links, most of all, travel as three lists: their paths, targets and unit numbers.
+Good = Tuple[List[str], List[str], List[int]]
 # A link that waits to be judged: (path, its target as a path to ask for, its text, root number).
 Waiting = Tuple[str, str, str, int]
 
@@ -1791,15 +1799,34 @@ class Task:
     what was `taken` is given to another.
     """
 
-    __slots__ = ("found", "ignored", "later", "links", "taken", "todo")
+    __slots__ = ("found", "good", "ignored", "later", "links", "taken", "todo")
 
     def __init__(self, todo: List[Tuple[str, int]], links: Optional[List[Waiting]] = None) -> None:
         self.todo = todo  # (directory, root number)
         self.taken = list(todo)
         self.links = links
+        self.good: Dict[int, Good] = {}
         self.found: List[Judged] = []
         self.later: List[Tuple[str, Waiting]] = []
         self.ignored = 0
+
+    def good_of(self, root: int) -> Good:
+        """Return the lists of good links of a root."""
+        return self.good.setdefault(root, ([], [], []))
+
+    def add(self, judged: Judged) -> None:
+        """Add a verdict to what was found."""
+        if judged[2] != JUDGED_OK:
+            self.found.append(judged)
+            return
+        paths, targets, units = self.good_of(judged[5])
+        paths.append(judged[0])
+        targets.append(judged[1])
+        units.append(judged[3])
+
+    def size(self) -> int:
+        """Return how many links were judged."""
+        return len(self.found) + sum(len(good[0]) for good in self.good.values())
 
 
 class Ignore:
@@ -1837,9 +1864,10 @@ class Surveyor:
     """Walks roots and judges links; lives in the worker process.
 
     `send` takes a tuple whose first item names the message:
-    ('links', [Judged]), ('unit', number, mount point, child directory), ('mount', point, type),
-    ('unread', directory, reason), ('root', number, state, reason, real path, covered),
-    ('ignored', count), ('beat',), ('done', places, blocked units, uninhabited directories).
+    ('good', root number, *Good), ('links', [Judged]), ('mount', point, type),
+    ('unit', number, mount point, child directory), ('unread', directory, reason),
+    ('root', number, state, reason, real path, covered), ('ignored', count), ('beat',),
+    ('done', places, blocked units, uninhabited directories).
     """
 
     def __init__(self, job: ScanJob, send: Callable[[Tuple[Any, ...]], None]) -> None:
@@ -1867,7 +1895,7 @@ class Surveyor:
         self.waiting_count = 0
         self.walking = 0
         self.working = 0
-        self.outbox: List[Judged] = []
+        self.outbox = Task([])  # what is judged and not yet sent
         self.crash: Optional[BaseException] = None
         self.spreading = False  # whether to stop once there is a pile to split
         self.half = 0
@@ -1879,6 +1907,7 @@ class Surveyor:
         """Empty the caches: they are full, or something is no longer what it was."""
         self.spots: Dict[str, Spot] = {}
         self.real_dirs: Dict[str, str] = {}
+        self.devices: Dict[str, int] = {}
         self.standings: Dict[str, Tuple[Place, str, Place]] = {}
 
     # The whole errand
@@ -2140,15 +2169,19 @@ class Surveyor:
             self.waiting_count += len(task.later)
             if task.links is None:
                 self.walks += task.todo
-            self.outbox += task.found
+            for root, good in task.good.items():
+                paths, targets, units = self.outbox.good_of(root)
+                paths += good[0]
+                targets += good[1]
+                units += good[2]
+            self.outbox.found += task.found
             self.ignored += task.ignored
             if len(self.slots) > 1:
                 self.change.notify(len(task.todo))
             self.end_task(slot)
         if task.later:
             self.hire_all()
-        if len(self.outbox) >= BATCH:
-            self.flush()
+        self.flush()
 
     def end_task(self, slot: Slot) -> None:
         self.working -= 1
@@ -2160,11 +2193,13 @@ class Surveyor:
     def flush(self, force: bool = False) -> None:
         """Send what has been judged, in large messages."""
         with self.change:
-            links: List[Judged] = []
-            if force or len(self.outbox) >= BATCH:
-                links, self.outbox = self.outbox, links
-        if links:
-            self.send(("links", links))
+            if not force and self.outbox.size() < BATCH:
+                return
+            full, self.outbox = self.outbox, Task([])
+        for root, good in full.good.items():
+            self.send(("good", root, *good))
+        if full.found:
+            self.send(("links", full.found))
 
     def watch(self) -> None:
         """Wait for the crew; give up threads that wait too long for a path."""
@@ -2234,7 +2269,7 @@ class Surveyor:
                 self.walk_directory(slot, task, directory, root)
             except OSError as exc:
                 self.send(("unread", directory or "/", exc.strerror))
-            if len(task.found) >= BATCH or len(self.slots) > 1:
+            if task.size() >= BATCH or len(self.slots) > 1:
                 return
             if self.spreading and len(task.todo) >= SPREAD:
                 return
@@ -2244,7 +2279,7 @@ class Surveyor:
         prefix = directory + "/"
         ignore = self.ignore.matches if self.ignore.active else None
         clock, readlink, stat_target = time.monotonic, os.readlink, os.stat
-        found = task.found
+        paths, targets, units = task.good_of(root)
         spots = self.spots
         streak = 0
         with os.scandir(prefix) as entries:
@@ -2282,11 +2317,13 @@ class Surveyor:
                 try:
                     # The common case, a good target where it seems to be, stands here for speed.
                     if spot.good and stat_target(full).st_dev == spot.device:
-                        found.append((path, target, JUDGED_OK, spot.unit, "", root))
+                        paths.append(path)
+                        targets.append(target)
+                        units.append(spot.unit)
                     else:
-                        found.append(self.judge(slot, spot, (path, full, target, root)))
+                        task.add(self.judge(slot, spot, (path, full, target, root)))
                 except OSError:
-                    found.append(self.judge(slot, spot, (path, full, target, root)))
+                    task.add(self.judge(slot, spot, (path, full, target, root)))
                 slot.path = prefix
                 now = clock()
                 streak = streak + 1 if now - slot.since > SLOW_SECONDS else 0
@@ -2315,10 +2352,10 @@ class Surveyor:
             path, full, target, root = link
             if full.rpartition("/")[2] in names:
                 self.mark_good(full, spot, spot.device)
-                task.found.append((path, target, JUDGED_OK, spot.unit, "", root))
+                task.add((path, target, JUDGED_OK, spot.unit, "", root))
                 continue
             slot.touch(full)
-            task.found.append(self.judge(slot, spot, link))
+            task.add(self.judge(slot, spot, link))
             if number == 0 and len(links) > 3 and time.monotonic() - slot.since > LIST_SECONDS:
                 names = self.list_names(slot, spot, {link[1].rpartition("/")[2] for link in links})
 
@@ -2354,6 +2391,7 @@ class Surveyor:
         except OSError as exc:
             if exc.errno not in GONE_ERRNOS:
                 reason = exc.strerror or str(exc)
+                spot.mount.used = place.used = True  # is it only this one?
                 return (path, target, JUDGED_UNKNOWN, spot.unit, reason, root)
             return self.judge_gone(link)
         unit = spot.unit
@@ -2451,11 +2489,8 @@ class Surveyor:
         real = self.resolve(head)
         mount, _, place = self.standing(real)
         spot = Spot(real, self.unit_of(real), mount, place)
-        if place.state == HEALTHY:
-            spot.slow = self.is_slow(real) or self.stuck
-            self.here.slot.touch(real, place)
-            with contextlib.suppress(OSError):
-                spot.device = os.stat(real).st_dev
+        spot.device = self.devices.get(real, -1)
+        spot.slow = place.state == HEALTHY and (self.is_slow(real) or self.stuck)
         if len(self.spots) >= CACHE_SIZE:
             self.spots.clear()
         self.spots[head] = spot
@@ -2480,11 +2515,12 @@ class Surveyor:
             if slot:
                 slot.touch(real)
             with contextlib.suppress(OSError):
-                link = os.readlink(real)
-                if hops < 40:
-                    real = self.resolve(os.path.join(parent, link), hops + 1)
+                status = os.lstat(real)
+                self.devices[real] = status.st_dev
+                if stat.S_ISLNK(status.st_mode) and hops < 40:
+                    real = self.resolve(os.path.join(parent, os.readlink(real)), hops + 1)
         if len(self.real_dirs) >= CACHE_SIZE:
-            self.real_dirs = {}
+            self.real_dirs, self.devices = {}, {}
         self.real_dirs[path] = real
         return real
 
@@ -2686,7 +2722,7 @@ class ScanRecord:
         self.conn = conn
         self.job = job
         self.limit = limit  # [scan] max_new_broken; 1.0 switches the guard off
-        self.now = utc_now()
+        self.now = datetime.datetime.now(datetime.timezone.utc).isoformat()  # no two scans share it
         self.roots = [RootTally(root) for root in job.roots]
         self.units: Dict[int, Unit] = {}
         self.changes: Counter[str] = Counter()
@@ -2707,7 +2743,8 @@ class ScanRecord:
             for row in conn.execute("SELECT mount_point, first_seen_utc FROM mounts")
         }
         self._last_rowid = conn.execute("SELECT max(rowid) FROM symlinks").fetchone()[0] or 0
-        self._seen = bytearray(self._last_rowid + 1)
+        self._seen = 0  # of the rows that stood there before this scan
+        conn.execute("PRAGMA wal_autocheckpoint=8000")  # 32 MB: fewer pages are written twice
         self._cursor = conn.cursor()
         self._cursor.row_factory = None
         conn.execute("DROP TABLE IF EXISTS temp.gone")
@@ -2722,7 +2759,9 @@ class ScanRecord:
     def take(self, message: Tuple[Any, ...]) -> None:
         """Record one message of the worker."""
         kind = message[0]
-        if kind == "links":
+        if kind == "good":
+            self._take_good(*message[1:])
+        elif kind == "links":
             self._take_links(message[1])
         elif kind == "unit":
             self.units[message[1]] = Unit(message[2], message[3])
@@ -2766,12 +2805,12 @@ class ScanRecord:
 
     def _take_places(self, places: Iterable[Tuple[str, str, str, str, str]]) -> None:
         worst: Dict[str, JsonObject] = {}
-        for point, fs_type, state, reason, role in places:
+        for point, fs_type, state, reason, _ in places:
             if point in worst and (state == HEALTHY or worst[point]["state"] != HEALTHY):
                 continue
             worst[point] = {"mount_point": point, "fs_type": fs_type}
             worst[point].update(state=state, reason=reason)
-            if state != HEALTHY and role != "seen":
+            if state != HEALTHY:
                 self.refused = True
         self.mounts = [worst[point] for point in sorted(worst)]
         for mount in self.mounts:
@@ -2780,77 +2819,70 @@ class ScanRecord:
 
     # Links, as they come
 
-    def _take_links(self, links: Sequence[Judged]) -> None:
-        for (root, judgement), count in Counter((link[5], link[2]) for link in links).items():
-            tally = self.roots[root]
-            tally.examined += count
-            if judgement == JUDGED_OK:
-                tally.ok += count
-            elif judgement != JUDGED_GONE:
-                tally.unreachable += count
-            if judgement == JUDGED_BLOCKED:
-                self.refused = True
-        for (number, judgement), count in Counter((link[3], link[2]) for link in links).items():
+    def _take_good(self, root: int, paths: List[str], targets: List[str], units: List[int]) -> None:
+        """Record good links.  Mostly nothing has changed, and moving `last_seen_utc` on is all."""
+        self.roots[root].examined += len(paths)
+        self.roots[root].ok += len(paths)
+        for number, count in Counter(units).items():
             self.units[number].total += count
-            if judgement == JUDGED_OK:
-                self.units[number].ok += count
-        gone = [link for link in links if link[2] == JUDGED_GONE]
-        if gone:
-            links = [link for link in links if link[2] != JUDGED_GONE]
-            with transaction(self.conn):
-                self.conn.executemany(
-                    "INSERT INTO temp.gone VALUES (NULL, ?, ?, ?, ?, ?)",
-                    [(to_db(g[0]), to_db(g[1]), g[3], to_db(g[4]), g[5]) for g in gone],
-                )
-        for start in range(0, len(links), _LOOKUP):
-            self._record(links[start : start + _LOOKUP])
+            self.units[number].ok += count
+        with transaction(self.conn), contextlib.suppress(UnicodeEncodeError):
+            rows = zip(itertools.repeat(self.now), paths, targets)
+            if self._last_rowid and self.conn.executemany(_SEE_LINK, rows).rowcount == len(paths):
+                self._seen += len(paths)
+                return
+        self._record(
+            [(p, t, JUDGED_OK, unit, "", root) for p, t, unit in zip(paths, targets, units)]
+        )
+
+    def _take_links(self, links: Sequence[Judged]) -> None:
+        for judged in links:
+            tally = self.roots[judged[5]]
+            tally.examined += 1
+            tally.unreachable += judged[2] != JUDGED_GONE
+            self.units[judged[3]].total += 1
+            self.refused = self.refused or judged[2] == JUDGED_BLOCKED
+        gone = [(g[0], g[1], g[3], g[4], g[5]) for g in links if g[2] == JUDGED_GONE]
+        with transaction(self.conn):
+            self.conn.executemany(
+                "INSERT INTO temp.gone VALUES (NULL, ?, ?, ?, ?, ?)",
+                [(to_db(p), to_db(t), unit, to_db(e), root) for p, t, unit, e, root in gone],
+            )
+        self._record([link for link in links if link[2] != JUDGED_GONE])
 
     def _record(self, links: Sequence[Judged]) -> None:
-        """Write what has changed of some links; of the others only when they were seen last."""
-        keys = [link[0] if link[0].isascii() else to_db(link[0]) for link in links]
-        known = self._find(keys)
-        unchanged: List[int] = []
-        seen = self._seen
-        for key, (path, target, judgement, number, detail, _) in zip(keys, links):
-            old = known.get(key)
-            if old is None:
-                self.changes["new"] += 1
-                self.units[number].fresh += 1
-            else:
-                if old[0] < len(seen):
-                    seen[old[0]] = 1
-                if judgement == JUDGED_OK and old[1] == target and old[2] == OK == old[3]:
-                    unchanged.append(old[0])
-                    continue
-                if old[4]:
-                    self.units[number].known_broken += 1
-                elif (old[5] or "").startswith(UNJUDGED):
+        """Write what has changed of good and unreachable links, and that they were seen."""
+        for start in range(0, len(links), _LOOKUP):
+            part = links[start : start + _LOOKUP]
+            known = self._find([to_db(link[0]) for link in part])
+            for path, target, judgement, number, detail, _ in part:
+                old = known.get(path)
+                status = OK if judgement == JUDGED_OK else UNREACHABLE
+                if old is None:
+                    self.changes["new"] += 1
                     self.units[number].fresh += 1
-            status = OK if judgement == JUDGED_OK else UNREACHABLE
-            self._judge(path, target, status, detail, KnownLink(*old) if old else None)
-        with transaction(self.conn):
-            if unchanged:
-                self._touch(unchanged)
+                    if status == OK:  # most links of a first scan: no event, no reason
+                        row = (to_db(path), to_db(target), OK, OK, self.now, self.now, None, None)
+                        self._rows.append(row)
+                        continue
+                else:
+                    self._seen += old.rowid <= self._last_rowid
+                    if old.broken_since:
+                        self.units[number].known_broken += 1
+                    elif (old.error or "").startswith(UNJUDGED):
+                        self.units[number].fresh += 1
+                self._judge(path, target, status, detail, old)
             self._write(_WRITE_LINK)
 
-    def _find(self, keys: Sequence[Union[str, bytes]]) -> Dict[Union[str, bytes], Any]:
+    def _find(self, keys: Sequence[Union[str, bytes]]) -> Dict[str, KnownLink]:
         if not self._last_rowid:
             return {}
-        marks = ",".join("?" * len(keys))
         rows = self._cursor.execute(
-            f"SELECT path, {_KNOWN_COLUMNS} FROM symlinks WHERE path IN ({marks})", keys
+            f"SELECT path, {_KNOWN_COLUMNS} FROM symlinks "
+            f"WHERE path IN ({','.join('?' * len(keys))})",
+            keys,
         )
-        return {row[0]: row[1:] for row in rows}
-
-    def _touch(self, rowids: List[int]) -> None:
-        """Move `last_seen_utc` on; rows found together mostly stand together."""
-        if max(rowids) - min(rowids) + 1 == len(rowids):
-            condition, values = "BETWEEN ? AND ?", [min(rowids), max(rowids)]
-        else:
-            condition, values = f"IN ({','.join('?' * len(rowids))})", rowids
-        self.conn.execute(
-            f"UPDATE symlinks SET last_seen_utc = ? WHERE rowid {condition}", [self.now, *values]
-        )
+        return {from_db(row[0]): KnownLink(*row[1:]) for row in rows}
 
     def _judge(
         self, path: str, target: str, status: str, reason: str, old: Optional[KnownLink]
@@ -2931,8 +2963,7 @@ class ScanRecord:
     def _weigh(self, link: GoneLink) -> None:
         """Count a link whose target is gone for the guard."""
         unit = self.units[link.unit]
-        if link.known and link.known.rowid < len(self._seen):
-            self._seen[link.known.rowid] = 1
+        self._seen += link.known is not None and link.known.rowid <= self._last_rowid
         if link.known and link.known.broken_since:
             unit.known_broken += 1
             return
@@ -3005,17 +3036,17 @@ class ScanRecord:
         walked = [root for root in self.roots if root.state == "scanned" and not root.covered]
         known = sum(self._count(root) for root in walked)
         missing = sum(self._count(root, "status <> 'ok' AND status = 'missing'") for root in walked)
-        if known - missing == self._seen.count(1):
+        if known - missing == self._seen:
             return
         mounted = read_mounts()
         for root in walked:
             condition, values = beneath(root.path)
             rows = self._cursor.execute(
                 "SELECT rowid, path FROM symlinks WHERE status IS NOT 'missing' "
-                f"AND {condition} AND rowid <= ?",
-                [*values, self._last_rowid],
+                f"AND last_seen_utc IS NOT ? AND {condition} AND rowid <= ?",
+                [self.now, *values, self._last_rowid],
             )
-            unseen = [(row[0], from_db(row[1])) for row in rows if not self._seen[row[0]]]
+            unseen = [(row[0], from_db(row[1])) for row in rows]
             if unseen:
                 self._judge_unseen(root, unseen, mounted)
 
