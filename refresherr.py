@@ -58,24 +58,14 @@ import time
 import traceback
 import warnings
 from collections import Counter
+
+# isort: off
+# fmt: off
 from typing import (
-    TYPE_CHECKING,
-    Any,
-    Callable,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Set,
-    TextIO,
-    Tuple,
-    Type,
-    Union,
-)
+    TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
+    Sequence, Set, TextIO, Tuple, Type, Union)
+# fmt: on
+# isort: on
 from urllib.parse import quote
 
 if TYPE_CHECKING:
