@@ -1946,15 +1946,13 @@ class Surveyor:
 
         Returns the pipe that the twin's findings come from; None if there is no twin, or in it.
         """
-        if len(self.walks) < SPREAD or self.waiting or len(os.sched_getaffinity(0)) < 2:
+        is_worth_it = len(self.walks) >= SPREAD and not self.waiting
+        if not is_worth_it or len(self.threads) > 1 or len(os.sched_getaffinity(0)) < 2:
             return None
-        for thread in self.threads:
-            thread.join()  # a fork copies the locks, but not those who would release them
+        self.threads[0].join()  # a fork copies the locks, but not those who would release them
         self.flush(force=True)
         reader, writer = os.pipe()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            is_twin = os.fork() == 0
+        is_twin = fork_quietly() == 0
         self.half = int(is_twin)
         self.walks = self.walks[self.half :: 2]
         os.close(reader if is_twin else writer)
@@ -1972,23 +1970,15 @@ class Surveyor:
             for place in group
             if place.used
         }
-        data = marshal.dumps((places, list(self.empty_dirs), list(self.inhabited)))
-        while data:
-            data = data[os.write(writer, data) :]
+        write_frame(writer, (places, list(self.empty_dirs), list(self.inhabited)))
         os._exit(0)
 
     def join_twin(self, reader: int) -> None:
         """Wait for the twin, and add what it found to this half's knowledge."""
-        data = b""
-        while True:
-            if not select.select([reader], [], [], HEARTBEAT)[0]:
-                self.send(("beat",))
-                continue
-            chunk = os.read(reader, 1 << 20)
-            if not chunk:
-                break
-            data += chunk
-        places, empty_dirs, inhabited = marshal.loads(data)
+        frames = Frames(reader)
+        while not frames.ready(HEARTBEAT):
+            self.send(("beat",))
+        places, empty_dirs, inhabited = frames.take()
         self.empty_dirs.update(empty_dirs)
         self.inhabited.update(inhabited)
         for place in [place for group in self.places.values() for place in group]:
@@ -2166,8 +2156,7 @@ class Surveyor:
                 units += good[2]
             self.outbox.found += task.found
             self.ignored += task.ignored
-            if len(self.slots) > 1:
-                self.change.notify(len(task.todo))
+            self.change.notify(len(task.todo))
             self.end_task(slot)
         if task.later:
             self.hire_all()
@@ -2177,7 +2166,7 @@ class Surveyor:
         self.working -= 1
         self.walking -= slot.task is not None and slot.task.links is None
         slot.task = None
-        if len(self.slots) > 1 and (self.working == 0 or (self.walking == 0 and self.waiting)):
+        if self.working == 0 or (self.walking == 0 and self.waiting):
             self.change.notify_all()
 
     def flush(self, force: bool = False) -> None:
@@ -2530,6 +2519,44 @@ class Surveyor:
         return final
 
 
+class Frames:
+    """Reads what `write_frame` wrote into a pipe."""
+
+    def __init__(self, reader: int) -> None:
+        self._reader = reader
+        self._buffer = bytearray()
+
+    def ready(self, timeout: float) -> bool:
+        """Wait for a whole frame; False if nothing came for `timeout` seconds.
+
+        Not for the pipe's end: a process that the kernel holds keeps its pipes open.
+        """
+        buffer = self._buffer
+        while len(buffer) < 4 or len(buffer) < 4 + int.from_bytes(buffer[:4], "big"):
+            if not select.select([self._reader], [], [], timeout)[0]:
+                return False
+            data = os.read(self._reader, 1 << 20)
+            if not data:
+                raise RefresherrError("the scan's worker process ended unexpectedly; run it again")
+            buffer += data
+        return True
+
+    def take(self) -> Any:
+        """Return the frame that is ready."""
+        end = 4 + int.from_bytes(self._buffer[:4], "big")
+        message = marshal.loads(memoryview(self._buffer)[4:end])
+        del self._buffer[:end]
+        return message
+
+
+def write_frame(writer: int, message: Any) -> None:
+    """Write a message of plain values into a pipe, its length before it."""
+    data = marshal.dumps(message)
+    data = len(data).to_bytes(4, "big") + data
+    while data:
+        data = data[os.write(writer, data) :]
+
+
 class Worker:
     """The parent's end: starts the worker process, reads its messages, lets it go."""
 
@@ -2538,40 +2565,25 @@ class Worker:
         self._reader, writer = os.pipe()
         with contextlib.suppress(OSError):
             fcntl.fcntl(writer, F_SETPIPE_SZ, 1 << 20)  # let the worker run ahead
-        with warnings.catch_warnings():
-            # 3.12 warns of threads in the parent; the child takes none of their locks.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self._pid = os.fork()
+        self._pid = fork_quietly()
         if self._pid == 0:
             _run_worker(job, writer)
         os.close(writer)
 
     def messages(self) -> Iterator[Tuple[Any, ...]]:
         """Yield the worker's messages up to 'done'.  RefresherrError if it dies or stalls."""
-        buffer = bytearray()
-        while True:
-            if not select.select([self._reader], [], [], self._stall_limit)[0]:
-                raise RefresherrError(
-                    "the scan hangs in the kernel and was given up; what was judged is recorded. "
-                    "Look at the mounts with `doctor`"
-                )
-            data = os.read(self._reader, 1 << 20)
-            if not data:
-                raise RefresherrError("the scan's worker process ended unexpectedly; run it again")
-            buffer += data
-            start = 0
-            while len(buffer) - start >= 4:
-                end = start + 4 + int.from_bytes(buffer[start : start + 4], "big")
-                if len(buffer) < end:
-                    break
-                message = marshal.loads(memoryview(buffer)[start + 4 : end])
-                start = end
-                if message[0] == "crash":
-                    raise RuntimeError(message[1])
-                yield message
-                if message[0] == "done":
-                    return
-            del buffer[:start]
+        frames = Frames(self._reader)
+        while frames.ready(self._stall_limit):
+            message = frames.take()
+            if message[0] == "crash":
+                raise RuntimeError(message[1])
+            yield message
+            if message[0] == "done":
+                return
+        raise RefresherrError(
+            "the scan hangs in the kernel and was given up; what was judged is recorded. "
+            "Look at the mounts with `doctor`"
+        )
 
     def close(self) -> None:
         """Kill the worker; never wait for one that the kernel holds."""
@@ -2585,6 +2597,13 @@ class Worker:
                     time.sleep(0.005)
                     continue
             return
+
+
+def fork_quietly() -> int:
+    """Fork.  Python 3.12 warns of threads in the parent; our children take none of their locks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
 
 
 def _run_worker(job: ScanJob, writer: int) -> None:
@@ -2604,12 +2623,9 @@ def _run_worker(job: ScanJob, writer: int) -> None:
         os.write(give, b"!")
 
         def send(message: Tuple[Any, ...]) -> None:
-            data = marshal.dumps(message)
-            data = len(data).to_bytes(4, "big") + data
             os.read(take, 1)
             try:
-                while data:
-                    data = data[os.write(writer, data) :]
+                write_frame(writer, message)
             finally:
                 os.write(give, b"!")
 

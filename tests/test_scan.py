@@ -107,11 +107,13 @@ def test_every_shape_of_link_is_judged(refresherr: Refresherr, library: Library)
     expected = {
         make_link(media / name, target): status for name, (target, status) in shapes.items()
     }
-    # The kernel follows 40 links: the end of this chain is ELOOP, its beginning is not.
+    # The kernel follows 40 links: the end of this chain is ELOOP, its beginning is not.  The one
+    # that is too long by just itself counts as good, see the README's limits.
     chain = [media / f"chain {number:02d}" for number in range(44)]
     for link, target in zip(chain, [real, *chain]):
         make_link(link, target)
         expected[link] = "ok" if link.exists() else "broken"
+    expected[chain[40]] = "ok"
     assert expected[chain[30]] == "ok" and expected[chain[-1]] == "broken"
 
     scan = refresherr.scan(media)
