@@ -856,10 +856,11 @@ def is_network_type(fs_type: str) -> bool:
     return _NETWORK_TYPES.fullmatch(fs_type) is not None
 
 
-def parse_mountinfo(text: str) -> Dict[str, str]:
+def parse_mountinfo(text: str, identity: bool = False) -> Dict[str, str]:
     """Return {mount point: file system type} from /proc/self/mountinfo (proc(5), 3.5).
 
-    Mounts stack: of several on one mount point the last line is the visible one.
+    Mounts stack: of several on one mount point the last line is the visible one.  With `identity`
+    the values are mount and device numbers, which differ after a remount.
     """
     mounts = {}
     for line in text.splitlines():
@@ -867,15 +868,15 @@ def parse_mountinfo(text: str) -> Dict[str, str]:
         fields = left.split(" ")
         if len(fields) >= 5 and right:
             point = _OCTAL_ESCAPE.sub(lambda match: chr(int(match.group(1), 8)), fields[4])
-            mounts[point] = right.split(" ")[0]
+            mounts[point] = f"{fields[0]} {fields[2]}" if identity else right.split(" ")[0]
     return mounts
 
 
-def read_mounts() -> Dict[str, str]:
-    """Return {mount point: file system type} of this process; {'/': 'unknown'} without procfs."""
+def read_mounts(identity: bool = False) -> Dict[str, str]:
+    """Return `parse_mountinfo` of this process; {'/': 'unknown'} without procfs."""
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as stream:
-            return parse_mountinfo(stream.read()) or {"/": "unknown"}
+            return parse_mountinfo(stream.read(), identity) or {"/": "unknown"}
     except OSError:
         return {"/": "unknown"}
 
@@ -1650,10 +1651,12 @@ LIST_SECONDS = 0.002  # a look-up that takes longer is dearer than its share of 
 SLOW_STREAK = 8  # so many slow look-ups in a row are no hiccup
 WINDOW = 16384  # links that wait to be judged together with others of their target directory
 BATCH = 1000  # links in one message to the parent
+DOUBTFUL = 50000  # links that are looked at again; more than that is the guard's business
 SPREAD = 64  # directories on the pile before it is worth dividing
 CACHE_SIZE = 20000  # directories remembered by each cache of the worker
 STUCK_LIMIT = 3  # look-ups that time out on a mount before it counts as unresponsive
 HEARTBEAT = 1.0  # seconds between signs of life
+WORKER_ENDED = "the scan's worker process ended unexpectedly; run it again"
 F_SETPIPE_SZ = 1031  # Linux, missing from `fcntl` before 3.10
 
 # What the worker says of a link: (path, target, judgement, unit number, detail, root number).
@@ -1713,6 +1716,7 @@ class Place:
 
     def examine(self) -> Tuple[str, str]:
         """Ask the place how it is; may hang.  Returns (state, reason); finds its real `point`."""
+        self.point = os.path.realpath(self.point)
         try:
             if stat.S_ISREG(os.stat(self.probe).st_mode) and self.role == "check":
                 self.point = os.path.dirname(os.path.realpath(self.probe))
@@ -1789,7 +1793,7 @@ class Task:
     what was `taken` is given to another.
     """
 
-    __slots__ = ("found", "good", "ignored", "later", "links", "taken", "todo")
+    __slots__ = ("doubtful", "found", "good", "ignored", "later", "links", "taken", "todo")
 
     def __init__(self, todo: List[Tuple[str, int]], links: Optional[List[Waiting]] = None) -> None:
         self.todo = todo  # (directory, root number)
@@ -1798,14 +1802,17 @@ class Task:
         self.good: Dict[int, Good] = {}
         self.found: List[Judged] = []
         self.later: List[Tuple[str, Waiting]] = []
+        self.doubtful: List[Waiting] = []
         self.ignored = 0
 
     def good_of(self, root: int) -> Good:
         """Return the lists of good links of a root."""
         return self.good.setdefault(root, ([], [], []))
 
-    def add(self, judged: Judged) -> None:
-        """Add a verdict to what was found."""
+    def add(self, judged: Optional[Judged]) -> None:
+        """Add a verdict, if there is one yet, to what was found."""
+        if judged is None:
+            return
         if judged[2] != JUDGED_OK:
             self.found.append(judged)
             return
@@ -1887,9 +1894,11 @@ class Surveyor:
         self.working = 0
         self.outbox = Task([])  # what is judged and not yet sent
         self.crash: Optional[BaseException] = None
+        self.doubtful: Optional[List[Waiting]] = []  # gone at first sight; None: no more doubt
         self.spreading = False  # whether to stop once there is a pile to split
         self.half = 0
         self.twin_of: Optional[int] = None
+        self.twin_units: List[Tuple[str, int]] = []
         self.threads: List[threading.Thread] = []
         self.over = threading.Event()  # not `change`: the watch is not to be woken by every task
 
@@ -1912,8 +1921,10 @@ class Surveyor:
         for check in self.job.mount_checks:
             # While it cannot be looked at, only its name and place tell a sentinel from a mount.
             folder, name = os.path.split(check)
-            is_file = "." in name or find_ancestor(folder, {**mounts, **self.job.remembered}) != "/"
-            watched.append(Place(folder if is_file else check, "check", probe=check))
+            known = {**mounts, **self.job.remembered}
+            is_file = "." in name or find_ancestor(folder, known) != "/"
+            point = folder if is_file and check not in known else check
+            watched.append(Place(point, "check", probe=check))
         watched += [Place(p, "remembered", kind) for p, kind in self.job.remembered.items()]
         self.probe(watched)
         for place in watched + [Place(p, "seen", kind) for p, kind in mounts.items()]:
@@ -1923,13 +1934,11 @@ class Surveyor:
         self.open_roots()
         if not self.job.look_only:
             self.spreading = self.job.split
-            self.hire(1)
-            self.watch()
+            self.work()
             self.spreading = False
             twin = self.split()
-            self.over.clear()
-            self.hire(1)
-            self.watch()
+            self.work()
+            self.look_again()
             self.flush(force=True)
             self.send(("ignored", self.ignored))
             if self.twin_of is not None:
@@ -1940,6 +1949,22 @@ class Surveyor:
             everywhere = [place for group in self.places.values() for place in group]
             self.probe([p for p in everywhere if p.used and p.state == HEALTHY])
         self.report()
+
+    def work(self) -> None:
+        """Have the crew do what is on the piles."""
+        self.over.clear()
+        self.hire(1)
+        self.watch()
+
+    def look_again(self) -> None:
+        """Judge anew what was gone at first sight: a mount may have been away for a moment."""
+        links, self.doubtful = self.doubtful or [], None
+        self.forget()
+        heads: Dict[str, List[Waiting]] = {}
+        for link in links:
+            heads.setdefault(link[1].rpartition("/")[0], []).append(link)
+        self.batches = [Task([(head, 0)], group) for head, group in heads.items()]
+        self.work()
 
     def split(self) -> Optional[int]:
         """Fork a twin that takes every other directory of the pile, where a second core is idle.
@@ -1958,7 +1983,7 @@ class Surveyor:
         os.close(reader if is_twin else writer)
         if not is_twin:
             return reader
-        self.ignored = 0
+        self.ignored, self.doubtful = 0, []
         self.twin_of = writer
         return None
 
@@ -1970,7 +1995,8 @@ class Surveyor:
             for place in group
             if place.used
         }
-        write_frame(writer, (places, list(self.empty_dirs), list(self.inhabited)))
+        units = [(point, number) for (_, _, point), number in self.units.items()]
+        write_frame(writer, (places, units, list(self.empty_dirs), list(self.inhabited)))
         os._exit(0)
 
     def join_twin(self, reader: int) -> None:
@@ -1978,7 +2004,7 @@ class Surveyor:
         frames = Frames(reader)
         while not frames.ready(HEARTBEAT):
             self.send(("beat",))
-        places, empty_dirs, inhabited = frames.take()
+        places, self.twin_units, empty_dirs, inhabited = frames.take()
         self.empty_dirs.update(empty_dirs)
         self.inhabited.update(inhabited)
         for place in [place for group in self.places.values() for place in group]:
@@ -2029,7 +2055,8 @@ class Surveyor:
             if p.role == "check" or (p.used and p.role != "stuck")
         ]
         blocked = {}
-        for (_, _, point), number in self.units.items():
+        units = [(point, number) for (_, _, point), number in self.units.items()]
+        for point, number in units + self.twin_units:
             place = self.standing(point)[2]
             if place.state != HEALTHY and place.role != "stuck":
                 blocked[number] = place.reason
@@ -2047,6 +2074,10 @@ class Surveyor:
                 real[number] = path
             else:
                 self.send(("root", number, state, reason, path, False))
+        for place in [place for group in self.places.values() for place in group]:
+            # A library may have mounts in it: their links vanish with them.
+            inside = any(is_under(place.point, path) for path in real.values())
+            place.used = place.used or (inside and place.state != HEALTHY)
         for number, path in real.items():
             outer = [
                 other
@@ -2064,8 +2095,8 @@ class Surveyor:
         """Return (state, reason, real path) of a root: 'scanned', 'missing', 'error', 'refused'."""
         path = self.resolve(root)
         place = self.standing(path)[2]
+        place.used = place.used or place.state != HEALTHY
         if place.state not in (HEALTHY, EMPTY):
-            place.used = True
             return "refused", place.reason, path
         try:
             if not stat.S_ISDIR(os.stat(root).st_mode):
@@ -2155,6 +2186,8 @@ class Surveyor:
                 targets += good[1]
                 units += good[2]
             self.outbox.found += task.found
+            if self.doubtful is not None:
+                self.doubtful += task.doubtful
             self.ignored += task.ignored
             self.change.notify(len(task.todo))
             self.end_task(slot)
@@ -2300,9 +2333,9 @@ class Surveyor:
                         targets.append(target)
                         units.append(spot.unit)
                     else:
-                        task.add(self.judge(slot, spot, (path, full, target, root)))
+                        task.add(self.judge(slot, task, spot, (path, full, target, root)))
                 except OSError:
-                    task.add(self.judge(slot, spot, (path, full, target, root)))
+                    task.add(self.judge(slot, task, spot, (path, full, target, root)))
                 slot.path = prefix
                 now = clock()
                 streak = streak + 1 if now - slot.since > SLOW_SECONDS else 0
@@ -2334,7 +2367,7 @@ class Surveyor:
                 task.add((path, target, JUDGED_OK, spot.unit, "", root))
                 continue
             slot.touch(full)
-            task.add(self.judge(slot, spot, link))
+            task.add(self.judge(slot, task, spot, link))
             if number == 0 and len(links) > 3 and time.monotonic() - slot.since > LIST_SECONDS:
                 names = self.list_names(slot, spot, {link[1].rpartition("/")[2] for link in links})
 
@@ -2354,8 +2387,8 @@ class Surveyor:
                     break
         return names
 
-    def judge(self, slot: Slot, spot: Spot, link: Waiting) -> Judged:
-        """Judge a link by looking at its target."""
+    def judge(self, slot: Slot, task: Task, spot: Spot, link: Waiting) -> Optional[Judged]:
+        """Judge a link by looking at its target; None puts the verdict off to a second look."""
         path, full, target, root = link
         place = slot.place = spot.place
         if place.state != HEALTHY:
@@ -2372,6 +2405,9 @@ class Surveyor:
                 reason = exc.strerror or str(exc)
                 spot.mount.used = place.used = True  # is it only this one?
                 return (path, target, JUDGED_UNKNOWN, spot.unit, reason, root)
+            if self.doubtful is not None and len(self.doubtful) < DOUBTFUL:
+                task.doubtful.append(link)
+                return None
             return self.judge_gone(link)
         unit = spot.unit
         if device != spot.device or not spot.good:
@@ -2537,7 +2573,7 @@ class Frames:
                 return False
             data = os.read(self._reader, 1 << 20)
             if not data:
-                raise RefresherrError("the scan's worker process ended unexpectedly; run it again")
+                raise RefresherrError(WORKER_ENDED)
             buffer += data
         return True
 
@@ -2573,10 +2609,17 @@ class Worker:
     def messages(self) -> Iterator[Tuple[Any, ...]]:
         """Yield the worker's messages up to 'done'.  RefresherrError if it dies or stalls."""
         frames = Frames(self._reader)
-        while frames.ready(self._stall_limit):
+        silence = 0.0
+        while silence < self._stall_limit:
+            if not frames.ready(HEARTBEAT):
+                silence += HEARTBEAT
+                if os.waitpid(self._pid, os.WNOHANG)[0]:  # its twin may keep the pipe open
+                    raise RefresherrError(WORKER_ENDED)
+                continue
+            silence = 0.0
             message = frames.take()
             if message[0] == "crash":
-                raise RuntimeError(message[1])
+                raise RefresherrError(message[1]) if message[2] else RuntimeError(message[1])
             yield message
             if message[0] == "done":
                 return
@@ -2633,8 +2676,10 @@ def _run_worker(job: ScanJob, writer: int) -> None:
             Surveyor(job, send).run()
         except BrokenPipeError:
             pass
+        except RefresherrError as exc:
+            send(("crash", str(exc), True))
         except BaseException as exc:
-            send(("crash", f"{type(exc).__name__}: {exc}\n{traceback.format_exc()}"))
+            send(("crash", f"{type(exc).__name__}: {exc}\n{traceback.format_exc()}", False))
     finally:
         os._exit(0)
 
@@ -2698,6 +2743,10 @@ class GoneLink(NamedTuple):
     def was_judged(self) -> bool:
         return self.known is not None and not (self.known.error or "").startswith(UNJUDGED)
 
+    @property
+    def was_held(self) -> bool:
+        return self.known is not None and (self.known.error or "").startswith(HELD)
+
 
 @dataclasses.dataclass
 class RootTally:
@@ -2707,6 +2756,7 @@ class RootTally:
     state: str = "scanned"
     reason: str = ""
     covered: bool = False
+    real: str = ""
     examined: int = 0
     ok: int = 0
     broken: int = 0
@@ -2714,7 +2764,7 @@ class RootTally:
 
     def to_json(self) -> JsonObject:
         result = dataclasses.asdict(self)
-        del result["covered"]
+        del result["covered"], result["real"]
         return result
 
 
@@ -2727,7 +2777,9 @@ class ScanRecord:
     def __init__(self, conn: sqlite3.Connection, job: ScanJob, limit: float = 0.2) -> None:
         self.conn = conn
         self.job = job
-        self.limit = limit  # [scan] max_new_broken; 1.0 switches the guard off
+        # [scan] max_new_broken; 1.0 switches the guard off, infinity accepts any loss.
+        self.limit = limit
+        self._mounted: Dict[str, str] = {}
         self.now = datetime.datetime.now(datetime.timezone.utc).isoformat()  # no two scans share it
         self.roots = [RootTally(root) for root in job.roots]
         self.units: Dict[int, Unit] = {}
@@ -2739,7 +2791,8 @@ class ScanRecord:
         self._rows: List[Tuple[Any, ...]] = []  # to be written by the next _write()
         self._events: List[Event] = []
         self.mounts: List[JsonObject] = []
-        self._blocked: Mapping[int, str] = {}
+        self._blocked: Dict[int, str] = {}
+        self._unwell: Dict[str, str] = {}  # points beneath which no link counts as vanished
         self._uninhabited: Set[str] = set()
         self._suspicious: Dict[str, Unit] = {}
         self._held: Counter[str] = Counter()
@@ -2783,13 +2836,17 @@ class ScanRecord:
         elif kind == "done":
             self._take_places(message[1])
             self._blocked = message[2]
+            self._compare_mounts()
             self._uninhabited = set(message[3])
 
     def _take_root(self, number: int, state: str, reason: str, real: str, covered: bool) -> None:
+        # Now, not before: the worker has asked all mounts by now, which mounts autofs' promises.
+        self._mounted = self._mounted or read_mounts(identity=True)
         root = self.roots[number]
         root.state = ERROR if state == "refused" else state
         root.reason = reason
         root.covered = covered
+        root.real = real.rstrip("/")
         if state == "refused":
             self.refused = True
         if state != "scanned":
@@ -2821,7 +2878,25 @@ class ScanRecord:
         self.mounts = [worst[point] for point in sorted(worst)]
         for mount in self.mounts:
             if mount["state"] != HEALTHY:
+                self._unwell[mount["mount_point"]] = mount["reason"]
                 log.warning("%s; nothing beneath it is judged", mount["reason"])
+
+    def _compare_mounts(self) -> None:
+        """Refuse what was mounted or unmounted in the middle of the scan; remember what came."""
+        now, types = read_mounts(identity=True), read_mounts()
+        for point in {*now, *self._mounted}:
+            if now.get(point) == self._mounted.get(point):
+                continue
+            reason = f"{point} was mounted or unmounted during the scan"
+            self._unwell[point] = reason
+            for number, unit in self.units.items():
+                if unit.mount == point:
+                    self._blocked.setdefault(number, reason)
+            condition, values = beneath(point, "last_target")
+            sql = f"SELECT 1 FROM symlinks WHERE {condition} LIMIT 1"
+            if point in types and self.conn.execute(sql, values).fetchone():
+                self._remember_mount(point, types[point])
+        self._unwell.update((p, f"{p} is absent") for p in self._remembered if p not in now)
 
     # Links, as they come
 
@@ -2925,10 +3000,10 @@ class ScanRecord:
                 self._write(_WRITE_LINK)
         self._write(_WRITE_LINK)
         for name, count in self._held.items():
-            unit = self._suspicious[name]
-            whole = plural(unit.total - unit.known_broken, "good link")
+            unit = self._suspicious.get(name)
+            whole = f" of {unit.total - unit.known_broken:,}" if unit else ""
             self.guard_reasons.append(
-                f"{count:,} of {whole} into {name} lost their targets at once"
+                f"{count:,}{whole} good links into {name} lost their targets at once"
             )
         self._record_vanished()
         with transaction(self.conn):
@@ -2979,24 +3054,14 @@ class ScanRecord:
             unit.gone += 1
 
     def _find_suspicious(self) -> Dict[str, Unit]:
-        """Return the units in which too much is gone at once, or still is what was held back."""
+        """Return the units in which too much is gone at once."""
         if self.limit >= 1.0:
             return {}
         groups: Dict[str, Unit] = {}
         for unit in self.units.values():
             for name in {unit.mount, unit.name or unit.mount}:
                 groups.setdefault(name, Unit(unit.mount, name)).add(unit)
-        held = self.conn.execute(
-            "SELECT s.error, count(*) FROM temp.gone g JOIN symlinks s ON s.path = g.path "
-            "WHERE s.status <> 'ok' AND substr(s.error, 1, ?) = ? GROUP BY s.error",
-            (len(HELD), HELD),
-        )
-        still_held = {error[len(HELD) :]: count for error, count in held}
-        return {
-            name: unit
-            for name, unit in groups.items()
-            if still_held.get(name, 0) >= GUARD_MINIMUM or unit.is_suspicious(self.limit)
-        }
+        return {name: unit for name, unit in groups.items() if unit.is_suspicious(self.limit)}
 
     def _record_gone(self, link: GoneLink) -> None:
         status, reason = self._verdict(link)
@@ -3015,7 +3080,11 @@ class ScanRecord:
         emptied = link.emptied.rstrip("/") or "/"
         if link.emptied and emptied in self._uninhabited and not self._is_lone_loss(link, unit):
             self._emptied[emptied] += 1
-            return UNREACHABLE, f"{UNJUDGED}{emptied} is empty: perhaps nothing is mounted there"
+            return UNREACHABLE, f"{emptied} is empty: perhaps nothing is mounted there"
+        if self.limit < 1.0 and link.known and link.was_held:
+            name = (link.known.error or "")[len(HELD) :]  # held until it is back, or accepted
+            self._held[name] += 1
+            return UNREACHABLE, HELD + name
         if not (link.known and link.known.broken_since):
             for name in (unit.name, unit.mount):
                 if name in self._suspicious:
@@ -3026,15 +3095,17 @@ class ScanRecord:
     def _is_lone_loss(self, link: GoneLink, unit: Unit) -> bool:
         """Tell whether a target that left an empty directory is likelier gone than not mounted.
 
-        That is so if it was seen good there, on a mount that was remembered then, and its own
-        directory still stands.
+        That is so if it was seen good or broken there, on a mount that was remembered then, and
+        its own directory still stands; or if somebody has accepted the loss.
         """
-        return (
-            link.known is not None
-            and link.was_judged
-            and link.emptied.endswith("/")
-            and from_db(link.known.target) == link.target
-            and link.last_seen >= self._remembered.get(unit.mount, "~")
+        old = link.known
+        if old is None or not link.was_judged or unit.mount not in self._remembered:
+            return False
+        return self.limit == math.inf or (
+            link.emptied.endswith("/")
+            and from_db(old.target) == link.target
+            and link.last_seen >= self._remembered[unit.mount]
+            and (old.status != UNREACHABLE or old.broken_since is not None or link.was_held)
         )
 
     def _record_vanished(self) -> None:
@@ -3044,7 +3115,6 @@ class ScanRecord:
         missing = sum(self._count(root, "status <> 'ok' AND status = 'missing'") for root in walked)
         if known - missing == self._seen:
             return
-        mounted = read_mounts()
         for root in walked:
             condition, values = beneath(root.path)
             rows = self._cursor.execute(
@@ -3054,7 +3124,7 @@ class ScanRecord:
             )
             unseen = [(row[0], from_db(row[1])) for row in rows]
             if unseen:
-                self._judge_unseen(root, unseen, mounted)
+                self._judge_unseen(root, unseen)
 
     def _count(self, root: RootTally, condition: str = "1") -> int:
         """Count the rows beneath a root that stood there before this scan."""
@@ -3065,9 +3135,7 @@ class ScanRecord:
         ).fetchone()
         return int(row[0])
 
-    def _judge_unseen(
-        self, root: RootTally, unseen: List[Tuple[int, str]], mounted: Mapping[str, str]
-    ) -> None:
+    def _judge_unseen(self, root: RootTally, unseen: List[Tuple[int, str]]) -> None:
         ignore = Ignore(self.job.ignore)
         gone: List[int] = []
         ignored: List[Tuple[int]] = []
@@ -3077,8 +3145,7 @@ class ScanRecord:
             if ignore.active and ignore.matches_beneath(root.path, path):
                 ignored.append((rowid,))
                 continue
-            home = find_ancestor(path, self._remembered)
-            if home and home not in mounted:
+            if find_ancestor(root.real + path[len(root.path.rstrip("/")) :], self._unwell):
                 self.refused = True
                 continue
             gone.append(rowid)
@@ -3100,8 +3167,7 @@ class ScanRecord:
         # Not _WRITE_LINK: what is missing was not seen now.
         self._rows = [(row[0],) for row in self._rows]
         self._write(
-            "UPDATE symlinks SET status = 'missing', last_status = 'missing', error = NULL "
-            "WHERE path = ?"
+            "UPDATE symlinks SET status = 'missing', last_status = 'missing' WHERE path = ?"
         )
 
     # The result
@@ -3142,7 +3208,7 @@ def scan_library(
 ) -> JsonObject:
     """Walk the job's roots, record every link, and return the result as `scan --json` shows it.
 
-    `max_new_broken` is a share; 1.0 accepts any loss.  Raises RefresherrError when the worker
+    `max_new_broken` is a share; infinity accepts any loss.  Raises RefresherrError when the worker
     fails; what was recorded by then stays, and is true.
     """
     started = time.monotonic()
@@ -3503,7 +3569,7 @@ def run_scan(context: Context) -> JsonObject:
             if not forget_mount(conn, os.path.abspath(point)):
                 raise UsageError(f"{point} is not a remembered mount point")
         job = plan_scan(conn, settings, roots)
-        limit = 1.0 if args.accept_breakage else settings.max_new_broken
+        limit = math.inf if args.accept_breakage else settings.max_new_broken
         result = scan_library(conn, job, limit, context.terminal.progress)
         if args.exit_code and result["exit_code"] == EXIT_OK and result["totals"]["broken"]:
             result["exit_code"] = EXIT_BROKEN
