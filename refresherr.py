@@ -62,14 +62,11 @@ from collections import Counter
 # isort: off
 # fmt: off
 from typing import (
-    TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
-    Sequence, Set, TextIO, Tuple, Type, Union)
+    Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set,
+    TextIO, Tuple, Type, Union)
 # fmt: on
 # isort: on
 from urllib.parse import quote
-
-if TYPE_CHECKING:
-    from types import FrameType
 
 # ---------------------------------------------------------------------------------------------
 # Constants and errors
@@ -78,25 +75,14 @@ if TYPE_CHECKING:
 __version__ = "1.0.0"
 SCHEMA_VERSION = 3
 
-EXIT_OK = 0
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_PARTIAL = 3
-EXIT_REFUSED = 4
-EXIT_LOCKED = 5
-EXIT_BROKEN = 10
-EXIT_INTERRUPTED = 130
-
+# fmt: off
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_PARTIAL, EXIT_REFUSED, EXIT_LOCKED = range(6)
+EXIT_BROKEN, EXIT_INTERRUPTED = 10, 130
 EXIT_WORDS = {
-    EXIT_OK: "ok",
-    EXIT_FAILED: "error",
-    EXIT_USAGE: "error",
-    EXIT_PARTIAL: "partial",
-    EXIT_REFUSED: "refused",
-    EXIT_LOCKED: "locked",
-    EXIT_BROKEN: "ok",
-    EXIT_INTERRUPTED: "interrupted",
-}
+    EXIT_OK: "ok", EXIT_FAILED: "error", EXIT_USAGE: "error", EXIT_PARTIAL: "partial",
+    EXIT_REFUSED: "refused", EXIT_LOCKED: "locked", EXIT_BROKEN: "ok",
+    EXIT_INTERRUPTED: "interrupted"}
+# fmt: on
 
 OK, BROKEN, UNREACHABLE, MISSING = "ok", "broken", "unreachable", "missing"
 STATUSES = (OK, BROKEN, UNREACHABLE, MISSING)
@@ -153,12 +139,9 @@ def escape(text: str) -> str:
 
 
 def _escape_char(char: str) -> str:
-    code = ord(char)
-    if 0xDC80 <= code <= 0xDCFF:
-        code -= 0xDC00
-    if code < 0x100:
-        return {9: "\\t", 10: "\\n", 13: "\\r"}.get(code, f"\\x{code:02x}")
-    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+    if "\udc80" <= char <= "\udcff":
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    return char.encode("unicode_escape").decode()
 
 
 def redact(text: str) -> str:
@@ -191,13 +174,10 @@ def format_duration(seconds: float) -> str:
     """Return the two largest units: '3d 4h', '2m 5s', '0.4s'."""
     if seconds < 10:
         return f"{seconds:.1f}s"
-    parts = []
-    rest = int(seconds)
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
-        if rest >= size:
-            parts.append(f"{rest // size}{unit}")
-            rest %= size
-    return " ".join(parts[:2])
+    minutes, secs = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = {"d": hours // 24, "h": hours % 24, "m": minutes, "s": secs}
+    return " ".join([f"{count}{unit}" for unit, count in parts.items() if count][:2])
 
 
 def parse_percent(text: str) -> float:
@@ -210,12 +190,10 @@ def parse_percent(text: str) -> float:
 
 def parse_bool(text: str) -> bool:
     """Return the truth of yes/no, true/false, on/off, 1/0.  ValueError otherwise."""
-    word = text.strip().lower()
-    if word in ("yes", "true", "on", "1"):
-        return True
-    if word in ("no", "false", "off", "0"):
-        return False
-    raise ValueError("write yes or no")
+    truth = configparser.ConfigParser.BOOLEAN_STATES.get(text.strip().lower())
+    if truth is None:
+        raise ValueError("write yes or no")
+    return truth
 
 
 def utc_now() -> str:
@@ -225,8 +203,7 @@ def utc_now() -> str:
 
 def format_time(epoch: float) -> str:
     """Return a Unix time as ISO 8601 in UTC."""
-    moment = datetime.datetime.fromtimestamp(int(epoch), datetime.timezone.utc)
-    return moment.isoformat()
+    return datetime.datetime.fromtimestamp(int(epoch), datetime.timezone.utc).isoformat()
 
 
 def parse_time(value: Union[str, int, float, None]) -> Optional[float]:
@@ -234,18 +211,14 @@ def parse_time(value: Union[str, int, float, None]) -> Optional[float]:
 
     They wrote ISO 8601 with and without a zone (then UTC), and Unix times as numbers or text.
     """
-    if value is None or isinstance(value, (int, float)):
-        return value
     text = str(value).strip()
     with contextlib.suppress(ValueError):
         return float(text) if math.isfinite(float(text)) else None
-    try:
+    with contextlib.suppress(ValueError):
         moment = datetime.datetime.fromisoformat(text.replace("Z", "+00:00"))
-    except ValueError:
-        return None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=datetime.timezone.utc)
-    return moment.timestamp()
+        utc = datetime.timezone.utc
+        return (moment if moment.tzinfo else moment.replace(tzinfo=utc)).timestamp()
+    return None
 
 
 def is_under(path: str, prefix: str) -> bool:
@@ -375,16 +348,6 @@ def parse_url(text: str) -> str:
     return url
 
 
-def parse_secret(text: str) -> str:
-    """Return a key or token."""
-    return parse_text(text)
-
-
-def parse_secret_url(text: str) -> str:
-    """Return a URL that is a secret as a whole."""
-    return parse_url(text)
-
-
 def parse_count(text: str) -> int:
     """Return a whole number from 0."""
     if not re.fullmatch(r"\d+", text.strip()):
@@ -408,24 +371,24 @@ def parse_list(text: str) -> Tuple[str, ...]:
     return tuple(part.strip() for part in parts if part.strip())
 
 
-def parse_paths(text: str) -> Tuple[str, ...]:
-    """Return absolute paths, one a line or comma-separated.
+def _split_paths(text: str) -> List[str]:
+    # A comma separates only where another path begins: folders are called 'Movies, HD'.
+    parts = [part.strip(" ,") for part in re.split(r"\n|,\s*(?=[/~])", text)]
+    return [part for part in parts if part.strip()]
 
-    A comma separates only where another path begins: folders are called 'Movies, HD'.
-    """
-    parts = re.split(r"\n|,\s*(?=[/~])", text)
-    return tuple(parse_path(part.strip(" ,")) for part in parts if part.strip(" ,"))
+
+def parse_paths(text: str) -> Tuple[str, ...]:
+    """Return absolute paths, one a line or comma-separated."""
+    return tuple(map(parse_path, _split_paths(text)))
 
 
 def parse_map(text: str) -> Tuple[Tuple[str, str], ...]:
     """Return (path prefix, value) pairs from lines of 'prefix => value'; older: '='."""
     pairs = []
-    for part in re.split(r"\n|,\s*(?=[/~])", text):
-        if not part.strip(" ,"):
-            continue
-        left, arrow, right = part.strip(" ,").partition("=>" if "=>" in part else "=")
-        if not arrow or not left.strip() or not right.strip():
-            raise ValueError(f"write 'prefix => value', not {part.strip()!r}")
+    for part in _split_paths(text):
+        left, _, right = part.partition("=>" if "=>" in part else "=")
+        if not left.strip() or not right.strip():
+            raise ValueError(f"write 'prefix => value', not {part!r}")
         pairs.append((parse_path(left), right.strip().rstrip("/") or "/"))
     return tuple(pairs)
 
@@ -442,17 +405,19 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
-def setting(default: Any, parse: Callable[[str], Any], doc: str, sample: str, env: str = "") -> Any:
+def setting(
+    default: Any, parse: Callable[[str], Any], doc: str, sample: str, env: str = "", **more: bool
+) -> Any:
     """Describe one setting: a dataclass field with what the tables need in its metadata.
 
-    `env` is the container edition's name.  A secret (`parse_secret`, `parse_secret_url`) may also
-    come from the file that the key with `_file` behind it names, and is never shown.
+    `env` is the container edition's name.  A secret may also come from the file that the key with
+    `_file` behind it names, and is never shown.
     """
-    secret = parse in (parse_secret, parse_secret_url)
-    metadata = {"parse": parse, "doc": doc, "sample": sample, "env": env, "secret": secret}
+    metadata = {"parse": parse, "doc": doc, "sample": sample, "env": env, "secret": False, **more}
     return dataclasses.field(default=default, metadata=metadata)
 
 
+secret = functools.partial(setting, "", secret=True)
 Paths = Tuple[str, ...]
 PathMap = Tuple[Tuple[str, str], ...]
 _MAP_DOC = "A path here => the same path as the server sees it."
@@ -493,7 +458,7 @@ class InstanceSettings:
     """One Sonarr or Radarr."""
 
     url: str = setting("", parse_url, "With the URL base, if one is set.", "http://{kind}:{port}")
-    api_key: str = setting("", parse_secret, "Settings > General > API key.", "0123456789abcdef")
+    api_key: str = secret(parse_text, "Settings > General > API key.", "0123456789abcdef")
     roots: Paths = setting((), parse_paths, "The directories of links that this server owns.",
         "/opt/media/{folder}")
     path_map: PathMap = setting((), parse_map, _MAP_DOC, "/opt/media/{folder} => /{folder}")
@@ -504,7 +469,7 @@ class RelaySettings:
     """The relay URL of the container edition."""
 
     base: str = setting("", parse_url, "Its address.", "http://research-relay:5050", "RELAY_BASE")
-    token: str = setting("", parse_secret, "Its token.", "...", "RELAY_TOKEN")
+    token: str = secret(parse_text, "Its token.", "...", "RELAY_TOKEN")
     routes: PathMap = setting((), parse_map, "A path prefix => the relay's name for the instance.",
         "\n/opt/media/doc => radarr_doc", "ROUTE_MAP")
 
@@ -542,13 +507,13 @@ class CinesyncSettings:
 class NotifySettings:
     """Who is told about a run."""
 
-    discord: str = setting("", parse_secret_url, "Webhook.", "https://...", "DISCORD_WEBHOOK")
-    ntfy: str = setting("", parse_secret_url, "Topic.", "https://ntfy.sh/topic")
-    ntfy_token: str = setting("", parse_secret, "Access token.", "...")
-    apprise: str = setting("", parse_secret_url, "", "http://apprise:8000/notify/KEY")
-    webhook: str = setting("", parse_secret_url, "Gets JSON.", "https://...")
-    healthchecks: str = setting("", parse_secret_url, "", "https://hc-ping.com/UUID")
-    uptime_kuma: str = setting("", parse_secret_url, "", "https://kuma.example/api/push/TOKEN")
+    discord: str = secret(parse_url, "Webhook.", "https://...", "DISCORD_WEBHOOK")
+    ntfy: str = secret(parse_url, "Topic.", "https://ntfy.sh/topic")
+    ntfy_token: str = secret(parse_text, "Access token.", "...")
+    apprise: str = secret(parse_url, "", "http://apprise:8000/notify/KEY")
+    webhook: str = secret(parse_url, "Gets JSON.", "https://...")
+    healthchecks: str = secret(parse_url, "", "https://hc-ping.com/UUID")
+    uptime_kuma: str = secret(parse_url, "", "https://kuma.example/api/push/TOKEN")
     when: str = setting("changes", parse_choice("changes", "failures", "always"), "", "changes")
 
 
@@ -557,7 +522,7 @@ class PlexSettings:
     """Plex is told about the directories that changed."""
 
     url: str = setting("", parse_url, "", "http://plex:32400")
-    token: str = setting("", parse_secret, "", "...")
+    token: str = secret(parse_text, "", "...")
     path_map: PathMap = setting((), parse_map, _MAP_DOC, "/opt/media => /data")
 
 
@@ -566,7 +531,7 @@ class JellyfinSettings:
     """Jellyfin or Emby, likewise."""
 
     url: str = setting("", parse_url, "", "http://{kind}:8096")
-    api_key: str = setting("", parse_secret, "", "...")
+    api_key: str = secret(parse_text, "", "...")
     path_map: PathMap = setting((), parse_map, _MAP_DOC, "/opt/media => /data")
 # fmt: on
 
@@ -616,13 +581,10 @@ def find_config_file(
     if named:
         return os.path.abspath(os.path.expanduser(named))
     home = environ.get("XDG_CONFIG_HOME") or os.path.join(environ.get("HOME", "/"), ".config")
-    places = (
-        environ.get("CONFIG_FILE") or "",
-        os.path.join(os.path.dirname(os.path.abspath(program)), "refresherr.ini"),
-        os.path.join(home, "refresherr", "refresherr.ini"),
-        "/etc/refresherr.ini",
-    )
-    return next((place for place in places if place and os.path.isfile(place)), None)
+    beside = os.path.join(os.path.dirname(os.path.abspath(program)), "refresherr.ini")
+    at_home = os.path.join(home, "refresherr", "refresherr.ini")
+    places = (environ.get("CONFIG_FILE") or "", beside, at_home, "/etc/refresherr.ini")
+    return next(filter(os.path.isfile, places), None)
 
 
 def load_config(
@@ -669,20 +631,21 @@ def _read_config_file(file: str) -> Tuple[Values, List[str]]:
         errors = getattr(exc, "errors", None) or [(getattr(exc, "lineno", "?"), "")]
         raise ConfigError(f"{file}: line {errors[0][0]} {what}") from None
     values: Values = {}
+    exposed = False
     for title in parser.sections():
         section = _section_name(title, file)
         if section in values:
             raise ConfigError(f"{file}: the section [{title}] stands twice")
-        keys = _known_keys(section)
+        fields = {field.name: field.metadata["secret"] for field in _fields(section)}
+        known = [*fields, *(f"{name}_file" for name, is_secret in fields.items() if is_secret)]
         for key in parser[title]:
-            if key not in keys:
-                hint = _nearest(key, keys)
+            if key not in known:
+                hint = _nearest(key, known)
                 raise ConfigError(f"{file}: [{title}] has no setting {key!r}{hint}")
         values[section] = dict(parser[title])
-    warnings = []
-    if mode & 0o077 and any(_holds_secret(section, keys) for section, keys in values.items()):
-        warnings.append(f"others can read the secrets in {file}; run: chmod 600 {file}")
-    return values, warnings
+        exposed = exposed or any(fields.get(key) and text for key, text in parser[title].items())
+    advice = f"others can read the secrets in {file}; run: chmod 600 {file}"
+    return values, [advice] if exposed and mode & 0o077 else []
 
 
 def _section_name(title: str, file: str) -> str:
@@ -699,15 +662,6 @@ def _section_name(title: str, file: str) -> str:
 
 def _fields(section: str) -> Tuple[Any, ...]:
     return dataclasses.fields(SECTIONS.get(section, InstanceSettings))
-
-
-def _known_keys(section: str) -> List[str]:
-    keys = [field.name for field in _fields(section)]
-    return keys + [f"{field.name}_file" for field in _fields(section) if field.metadata["secret"]]
-
-
-def _holds_secret(section: str, values: Mapping[str, str]) -> bool:
-    return any(field.metadata["secret"] and values.get(field.name) for field in _fields(section))
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
@@ -727,33 +681,32 @@ def _merge_environment(values: Values, environ: Mapping[str, str]) -> None:
             if text:
                 values.setdefault(section, {})[field.name] = text
                 values[section].pop(f"{field.name}_file", None)
-    dry_run = environ.get("DRYRUN")
-    if dry_run:
+    if environ.get("DRYRUN"):
         try:
-            wanted = not parse_bool(dry_run)
+            dry_run = parse_bool(environ["DRYRUN"])
         except ValueError as exc:
             raise ConfigError(f"environment: DRYRUN: {exc}") from exc
         # A dry run that anybody asked for outranks an apply that anybody asked for.
-        if not wanted or not environ.get("REFRESHERR_APPLY"):
-            values.setdefault("refresherr", {})["apply"] = "yes" if wanted else "no"
+        if dry_run or not environ.get("REFRESHERR_APPLY"):
+            values.setdefault("refresherr", {})["apply"] = "no" if dry_run else "yes"
     for name, text in sorted(environ.items()):
         match = _INSTANCE_ENV.fullmatch(name)
         if match and text:
-            section = f"{match.group(1).lower()} {match.group(2).lower()}"
-            key = "url" if match.group(3) == "URL" else "api_key"
-            values.setdefault(section, {})[key] = text
+            kind, instance, key = match.groups()
+            server = values.setdefault(f"{kind} {instance}".lower(), {})
+            server["url" if key == "URL" else "api_key"] = text
 
 
 def _parse_section(section: str, table: Type[Any], texts: Mapping[str, str]) -> Any:
     parsed = {}
     for field in dataclasses.fields(table):
-        text = texts.get(field.name)
-        if field.metadata["secret"] and not text and texts.get(f"{field.name}_file"):
-            text = _read_secret(section, f"{field.name}_file", texts[f"{field.name}_file"])
-        if text is None or not text.strip():
-            continue
+        text = texts.get(field.name, "")
+        file = texts.get(f"{field.name}_file")
+        if field.metadata["secret"] and not text and file:
+            text = _read_secret(section, f"{field.name}_file", file)
         try:
-            parsed[field.name] = field.metadata["parse"](text)
+            if text.strip():
+                parsed[field.name] = field.metadata["parse"](text)
         except ValueError as exc:
             shown = "" if field.metadata["secret"] else f" ({redact(text.strip())!r})"
             raise ConfigError(f"config: [{section}] {field.name}{shown}: {exc}") from exc
@@ -776,8 +729,8 @@ def _check_config(config: Config) -> None:
     if config.scan.stat_timeout <= 0:
         raise ConfigError("config: [scan] stat_timeout: must be more than 0")
     base = config.cinesync.base
-    for root in config.cinesync.roots if base else ():
-        if is_under(base, root):
+    for root in config.cinesync.roots:
+        if base and is_under(base, root):
             raise ConfigError(
                 f"config: [cinesync] base {base} lies inside the repair root {root}; "
                 "Refresherr would repair CineSync's own links"
@@ -792,13 +745,11 @@ def config_to_json(config: Config) -> JsonObject:
         for field in dataclasses.fields(settings):
             value = getattr(settings, field.name)
             if field.metadata["secret"]:
-                value = "***" if value else ""
+                value = value and "***"
             elif field.metadata["parse"] is parse_map:
                 value = dict(value)
             elif field.metadata["parse"] is parse_workers:
                 value = value or "auto"
-            elif isinstance(value, tuple):
-                value = list(value)
             elif isinstance(value, str):
                 value = redact(value)
             result[field.name] = value
@@ -823,13 +774,10 @@ def format_sample_config() -> str:
     tv = {"kind": "sonarr", "port": "8989", "folder": "tv"}
     movies = {"kind": "radarr", "port": "7878", "folder": "movies"}
     sections = [(name, table, {"kind": name}) for name, table in SECTIONS.items()]
-    sections[2:2] = [
-        ("sonarr tv", InstanceSettings, tv),
-        ("radarr movies", InstanceSettings, movies),
-    ]
+    servers = (("sonarr tv", tv), ("radarr movies", movies))
+    sections[2:2] = [(title, InstanceSettings, words) for title, words in servers]
     for title, table, words in sections:
-        lines.append(f"; {' '.join((table.__doc__ or '').split())}")
-        lines.append(f"#[{title}]")
+        lines += [f"; {table.__doc__}", f"#[{title}]"]
         for field in dataclasses.fields(table):
             if field.metadata["doc"]:
                 lines.append(f"; {field.metadata['doc']}")
@@ -874,17 +822,10 @@ def parse_mountinfo(text: str, identity: bool = False) -> Dict[str, str]:
 
 def read_mounts(identity: bool = False) -> Dict[str, str]:
     """Return `parse_mountinfo` of this process; {'/': 'unknown'} without procfs."""
-    try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as stream:
-            return parse_mountinfo(stream.read(), identity) or {"/": "unknown"}
-    except OSError:
-        return {"/": "unknown"}
-
-
-def mount_of(path: str, mounts: Mapping[str, str]) -> Tuple[str, str]:
-    """Return (mount point, type) of an absolute, resolved path: the longest prefix wins."""
-    point = find_ancestor(path, mounts) or "/"
-    return point, mounts.get(point, "unknown")
+    mounts: Dict[str, str] = {}
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as stream:
+        mounts = parse_mountinfo(os.fsdecode(stream.read()), identity)
+    return mounts or {"/": "unknown"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -895,7 +836,7 @@ _EPISODE = re.compile(
     r"(?i)(?<![a-z0-9])s(\d{1,4})[ ._-]*e(\d{1,4})"
     r"((?:[ ._]*-?[ ._]*e\d{1,4}|-\d{1,3}(?![\dpi]))*)(?!\d)"
 )
-_CROSS_EPISODE = re.compile(r"(?i)(?<![a-z0-9])(\d{1,2})x(\d{2,3})(?![0-9])")
+_CROSS_EPISODE = re.compile(r"(?i)(?<![a-z0-9])(\d{1,2})x(\d{2,3})()(?![0-9])")
 _AIR_DATE = re.compile(r"(?<!\d)(?:19|20)\d\d[ ._-](?:0[1-9]|1[0-2])[ ._-](?:[0-2]\d|3[01])(?!\d)")
 _SEASON_FOLDER = re.compile(r"(?i)(?:season|series|staffel|saison|temporada|s)[ ._-]*(\d{1,4})")
 _YEAR = re.compile(r"(?<!\d)[(\[]?((?:19|20)\d\d)[)\]]?(?![\dpi])")
@@ -916,21 +857,15 @@ def parse_media(path: str) -> Media:
     folder, _, file = path.rpartition("/")
     parent = folder.rpartition("/")[2]
     stem = file.rpartition(".")[0] or file
-    season = parse_season_folder(parent)
-    match = _EPISODE.search(stem)
+    match = _EPISODE.search(stem) or _CROSS_EPISODE.search(stem)
     if match:
+        name = _show_name(folder, stem[: match.start()])
         numbers = _episode_numbers(match.group(2), match.group(3))
-        return Media(
-            "episode", _show_name(folder, stem, match.start()), int(match.group(1)), numbers
-        )
-    match = _CROSS_EPISODE.search(stem)
-    if match:
-        name = _show_name(folder, stem, match.start())
-        return Media("episode", name, int(match.group(1)), (int(match.group(2)),))
-    match = _AIR_DATE.search(stem)
+        return Media("episode", name, int(match.group(1)), numbers)
+    match, season = _AIR_DATE.search(stem), parse_season_folder(parent)
     if match or season is not None:
-        start = match.start() if match else 0
-        return Media("episode", _show_name(folder, stem, start), season, ())
+        name = _show_name(folder, stem[: match.start()] if match else "")
+        return Media("episode", name, season, ())
     for name in (parent, stem):
         if _YEAR.search(name, 1):
             return Media("movie", clean_title(name), None, ())
@@ -969,12 +904,11 @@ def _episode_numbers(first: str, more: str) -> Tuple[int, ...]:
     return tuple(numbers)
 
 
-def _show_name(folder: str, stem: str, end: int) -> str:
-    parent = folder.rpartition("/")[2]
+def _show_name(folder: str, before: str) -> str:
+    above, _, parent = folder.rpartition("/")
     if parse_season_folder(parent) is not None:
-        return clean_title(folder.rpartition("/")[0].rpartition("/")[2])
-    before = stem[:end].strip(" ._-[(")
-    return clean_title(before or parent)
+        return clean_title(above.rpartition("/")[2])
+    return clean_title(before.strip(" ._-[(") or parent)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1082,9 +1016,9 @@ def from_db(value: Union[str, bytes, None]) -> str:
     return os.fsdecode(value) if isinstance(value, bytes) else value or ""
 
 
-def explain_database_error(exc: sqlite3.Error, path: str) -> DatabaseError:
-    """Return the one line that says what is wrong with the database and what to do."""
-    text = str(exc)
+@contextlib.contextmanager
+def explained_errors(path: str) -> Iterator[None]:
+    """Turn an error of SQLite into one line that says what is wrong and what to do."""
     advice = {
         "unable to open": "check that the directory exists and is writable, or use --data-dir",
         "readonly": "make the file and its directory writable for this user, or use --data-dir",
@@ -1094,10 +1028,14 @@ def explain_database_error(exc: sqlite3.Error, path: str) -> DatabaseError:
         "malformed": "restore a backup, or start anew with `db nuke --yes`",
         "not a database": "it is no SQLite file; move it away, or name another with --db",
     }
-    what = next((hint for part, hint in advice.items() if part in text), "run `db check`")
-    error = DatabaseError(f"database {path}: {text}; {what}")
-    error.damaged = "malformed" in text or "not a database" in text
-    return error
+    try:
+        yield
+    except sqlite3.Error as exc:
+        text = str(exc)
+        what = next((hint for part, hint in advice.items() if part in text), "run `db check`")
+        error = DatabaseError(f"database {path}: {text}; {what}")
+        error.damaged = "malformed" in text or "not a database" in text
+        raise error from exc
 
 
 def get_connection(db_path: Optional[str] = None) -> sqlite3.Connection:
@@ -1116,19 +1054,13 @@ def get_connection(db_path: Optional[str] = None) -> sqlite3.Connection:
             f"cannot open the database {path}: {exc.strerror}; name a writable place with "
             "--data-dir DIR"
         ) from exc
-    try:
+    with explained_errors(path), contextlib.ExitStack() as on_failure:
         conn = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None)
-    except sqlite3.Error as exc:
-        raise explain_database_error(exc, path) from exc
-    try:
+        on_failure.callback(conn.close)
         conn.row_factory = sqlite3.Row
         _refuse_newer_schema(conn, path)  # before the journal mode: a newer one stays untouched
         _set_journal_mode(conn, path)
-    except BaseException as exc:
-        conn.close()
-        if isinstance(exc, sqlite3.Error):
-            raise explain_database_error(exc, path) from exc
-        raise
+        on_failure.pop_all()
     return conn
 
 
@@ -1153,7 +1085,8 @@ def _refuse_newer_schema(conn: sqlite3.Connection, path: str) -> None:
 
 
 def _set_journal_mode(conn: sqlite3.Connection, path: str) -> None:
-    fs_type = mount_of(os.path.realpath(path), read_mounts())[1]
+    mounts = read_mounts()
+    fs_type = mounts.get(find_ancestor(os.path.realpath(path), mounts) or "/", "unknown")
     mode = "delete" if is_network_type(fs_type) else "wal"
     if mode == "delete":
         log.debug("no WAL: %s is on a network file system (%s)", path, fs_type)
@@ -1193,23 +1126,18 @@ def transaction(conn: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
 
 def open_database(db_path: Optional[str] = None) -> sqlite3.Connection:
     """Return a connection to a database that stands at the current schema version."""
-    conn = get_connection(db_path)
-    try:
+    with contextlib.ExitStack() as on_failure:
+        conn = get_connection(db_path)
+        on_failure.callback(conn.close)
         initialize_schema(conn)
-    except BaseException:
-        conn.close()
-        raise
+        on_failure.pop_all()
     return conn
 
 
 @contextlib.contextmanager
-def _session(conn: Optional[sqlite3.Connection] = None) -> Iterator[sqlite3.Connection]:
-    """Yield `conn`, or a connection of our own that is closed afterwards."""
-    if conn is not None:
+def _writing() -> Iterator[sqlite3.Connection]:
+    with contextlib.closing(open_database()) as conn, transaction(conn):
         yield conn
-        return
-    with contextlib.closing(open_database()) as own:
-        yield own
 
 
 def database_path(conn: sqlite3.Connection) -> str:
@@ -1234,14 +1162,6 @@ def _run_script(conn: sqlite3.Connection, script: str) -> None:
         conn.execute(statement)
 
 
-def _migrate_to_v1(conn: sqlite3.Connection) -> None:
-    _run_script(conn, _V1_TABLES)
-
-
-def _migrate_to_v2(conn: sqlite3.Connection) -> None:
-    """Version 2 belongs to the container edition; its own tables are none of our business."""
-
-
 def _migrate_to_v3(conn: sqlite3.Connection) -> None:
     _run_script(conn, _V1_TABLES)  # the container edition makes some tables only when needed
     for table, column, kind in _V3_COLUMNS:
@@ -1253,22 +1173,18 @@ def _migrate_to_v3(conn: sqlite3.Connection) -> None:
         "WHERE coalesce(status, last_status) IN ('broken', 'repairing')",
         (utc_now(),),
     )
-    for row in conn.execute("SELECT id, url, reason, last_error FROM actions").fetchall():
-        clean = (
-            strip_secrets(row["url"] or "") if row["url"] else row["url"],
-            redact(row["reason"]) if row["reason"] else row["reason"],
-            redact(row["last_error"]) if row["last_error"] else row["last_error"],
-        )
-        if clean != tuple(row)[1:]:
-            conn.execute(
-                "UPDATE actions SET url = ?, reason = ?, last_error = ? WHERE id = ?",
-                (*clean, row["id"]),
-            )
+    update = "UPDATE actions SET url = ?, reason = ?, last_error = ? WHERE id = ?"
+    actions = conn.execute("SELECT id, url, reason, last_error FROM actions").fetchall()
+    for number, *texts in actions:
+        cleaners = (strip_secrets, redact, redact)
+        clean = [text and cleaner(text) for cleaner, text in zip(cleaners, texts)]
+        if clean != texts:
+            conn.execute(update, (*clean, number))
 
 
 MIGRATIONS: Dict[int, Callable[[sqlite3.Connection], None]] = {
-    1: _migrate_to_v1,
-    2: _migrate_to_v2,
+    1: lambda conn: _run_script(conn, _V1_TABLES),
+    2: lambda conn: None,  # the container edition's: its own tables are none of our business
     3: _migrate_to_v3,
 }
 
@@ -1283,7 +1199,7 @@ def initialize_schema(conn: Optional[sqlite3.Connection] = None) -> None:
         with contextlib.closing(get_connection()) as own:
             initialize_schema(own)
         return
-    try:
+    with explained_errors(database_path(conn)):
         _refuse_newer_schema(conn, database_path(conn))
         version = schema_version(conn)
         if version == SCHEMA_VERSION:
@@ -1297,8 +1213,6 @@ def initialize_schema(conn: Optional[sqlite3.Connection] = None) -> None:
             _migrate(conn, step)
         if holds_data:
             _scrub(conn)
-    except sqlite3.Error as exc:
-        raise explain_database_error(exc, database_path(conn)) from exc
 
 
 def _migrate(conn: sqlite3.Connection, version: int) -> None:
@@ -1306,9 +1220,8 @@ def _migrate(conn: sqlite3.Connection, version: int) -> None:
         if schema_version(conn) >= version:
             return  # another process was faster
         MIGRATIONS[version](conn)
-        conn.execute(
-            "INSERT INTO schema_version (version, applied_utc) VALUES (?, ?)", (version, utc_now())
-        )
+        insert = "INSERT INTO schema_version (version, applied_utc) VALUES (?, ?)"
+        conn.execute(insert, (version, utc_now()))
 
 
 def _scrub(conn: sqlite3.Connection) -> None:
@@ -1320,21 +1233,15 @@ def _scrub(conn: sqlite3.Connection) -> None:
         log.warning("old tokens may linger in free pages of the database: %s", exc)
 
 
-def _tables(conn: sqlite3.Connection) -> List[str]:
-    rows = conn.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-    return [row[0] for row in rows if not row[0].startswith("sqlite_")]
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
+def _quoted_tables(conn: sqlite3.Connection) -> List[str]:
+    rows = conn.execute("""SELECT '"' || replace(name, '"', '""') || '"' FROM sqlite_master
+        WHERE type = 'table' AND substr(name, 1, 7) <> 'sqlite_'""")
+    return [row[0] for row in rows]
 
 
 def _holds_data(conn: sqlite3.Connection) -> bool:
-    return any(
-        conn.execute(f"SELECT 1 FROM {_quoted(table)} LIMIT 1").fetchone()
-        for table in _tables(conn)
-        if table != "schema_version"
-    )
+    tables = [table for table in _quoted_tables(conn) if table != '"schema_version"']
+    return any(conn.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in tables)
 
 
 def _back_up_before_migration(conn: sqlite3.Connection, version: int) -> None:
@@ -1345,27 +1252,34 @@ def _back_up_before_migration(conn: sqlite3.Connection, version: int) -> None:
             f"database {path} is damaged ({finding}); it was not upgraded: restore a backup, or "
             "start anew with `db nuke --yes`"
         )
-    stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S")
-    backup = f"{path}.v{version}-{stamp}.bak"
+    backup = f"{path}.v{version}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}.bak"
     backup_database(conn, backup)
     log.info("upgrading the database from version %d; the old one is kept as %s", version, backup)
 
 
-def backup_database(conn: sqlite3.Connection, file: str) -> None:
-    """Write a consistent copy of the database to `file` (0600), whole or not at all."""
+@contextlib.contextmanager
+def replacement(file: str, mode: int = 0o600) -> Iterator[str]:
+    """Yield a temporary file that becomes `file` at the end, or nothing does."""
     temporary = f"{file}.tmp{os.getpid()}"
     try:
         os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         try:
-            with contextlib.closing(sqlite3.connect(temporary)) as copy:
-                conn.backup(copy)
-                copy.execute("PRAGMA journal_mode=DELETE")
+            yield temporary
+            os.chmod(temporary, mode)
             os.replace(temporary, file)
         except BaseException:
-            os.unlink(temporary)
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
             raise
     except OSError as exc:
-        raise DatabaseError(f"cannot write the backup {file}: {exc.strerror}") from exc
+        raise RefresherrError(f"cannot write {file}: {exc.strerror}") from exc
+
+
+def backup_database(conn: sqlite3.Connection, file: str) -> None:
+    """Write a consistent copy of the database to `file` (0600), whole or not at all."""
+    with replacement(file) as name, contextlib.closing(sqlite3.connect(name)) as copy:
+        conn.backup(copy)
+        copy.execute("PRAGMA journal_mode=DELETE")
 
 
 def nuke_database(conn: Optional[sqlite3.Connection] = None, confirm: bool = False) -> None:
@@ -1376,15 +1290,13 @@ def nuke_database(conn: Optional[sqlite3.Connection] = None, confirm: bool = Fal
         with contextlib.closing(get_connection()) as own:
             nuke_database(own, confirm=True)
         return
-    try:
+    with explained_errors(database_path(conn)):
         with transaction(conn):
-            for table in _tables(conn):
-                conn.execute(f"DROP TABLE {_quoted(table)}")
-            for version in sorted(MIGRATIONS):
+            for table in _quoted_tables(conn):
+                conn.execute(f"DROP TABLE {table}")
+            for version in MIGRATIONS:
                 _migrate(conn, version)
         conn.execute("VACUUM")
-    except sqlite3.Error as exc:
-        raise explain_database_error(exc, database_path(conn)) from exc
 
 
 class KnownLink(NamedTuple):
@@ -1399,10 +1311,8 @@ class KnownLink(NamedTuple):
 
 
 _KNOWN_COLUMNS = "rowid, last_target, status, last_status, broken_since_utc, error"
-_SEE_LINK = """
-UPDATE symlinks SET last_seen_utc = ?
-WHERE path = ? AND last_target = ? AND status = 'ok' AND last_status = 'ok'
-"""
+_SEE_LINK = """UPDATE symlinks SET last_seen_utc = ?
+WHERE path = ? AND last_target = ? AND status = 'ok' AND last_status = 'ok'"""
 _WRITE_LINK = """
 INSERT INTO symlinks (path, last_target, status, last_status, first_seen_utc, last_seen_utc,
                       broken_since_utc, error)
@@ -1443,9 +1353,8 @@ def link_row(
 
 def find_link(conn: sqlite3.Connection, path: str) -> Optional[KnownLink]:
     """Return what is known of the link at `path`."""
-    row = conn.execute(
-        f"SELECT {_KNOWN_COLUMNS} FROM symlinks WHERE path = ?", (to_db(path),)
-    ).fetchone()
+    query = f"SELECT {_KNOWN_COLUMNS} FROM symlinks WHERE path = ?"
+    row = conn.execute(query, (to_db(path),)).fetchone()
     return KnownLink(*row) if row else None
 
 
@@ -1456,7 +1365,7 @@ def record_symlink(path: str, target: str, status: str) -> None:
     """
     if status not in STATUSES:
         raise ValueError(f"unknown status {status!r}; known: {', '.join(STATUSES)}")
-    with _session() as conn, transaction(conn):
+    with _writing() as conn:
         known = find_link(conn, path)
         conn.execute(_WRITE_LINK, link_row(path, target, status, "", utc_now(), known))
         change = classify_change(known, status)
@@ -1470,10 +1379,9 @@ def enqueue_action(url: str, reason: str = "", related_path: Optional[str] = Non
     Tokens and passwords are taken out of the URL: they are added when it is sent.
     """
     bare = strip_secrets(url)
-    with _session() as conn, transaction(conn):
-        row = conn.execute(
-            "SELECT id FROM actions WHERE status = 'pending' AND url = ?", (bare,)
-        ).fetchone()
+    with _writing() as conn:
+        same = "SELECT id FROM actions WHERE status = 'pending' AND url = ?"
+        row = conn.execute(same, (bare,)).fetchone()
         if row:
             return int(row["id"])
         cursor = conn.execute(
@@ -1486,19 +1394,16 @@ def enqueue_action(url: str, reason: str = "", related_path: Optional[str] = Non
 
 def get_pending_actions(limit: int = 25) -> List[sqlite3.Row]:
     """Return the oldest pending actions; rows readable as `row["url"]`."""
-    with _session() as conn:
-        return conn.execute(
-            "SELECT * FROM actions WHERE status = 'pending' ORDER BY id LIMIT ?", (limit,)
-        ).fetchall()
+    query = "SELECT * FROM actions WHERE status = 'pending' ORDER BY id LIMIT ?"
+    with contextlib.closing(open_database()) as conn:
+        return conn.execute(query, (limit,)).fetchall()
 
 
 def mark_action_sent(action_id: int, ok: bool = True) -> None:
     """Mark an action as sent, or as failed."""
-    with _session() as conn, transaction(conn):
-        conn.execute(
-            "UPDATE actions SET status = ?, fired_utc = ? WHERE id = ?",
-            ("sent" if ok else "failed", utc_now(), action_id),
-        )
+    update = "UPDATE actions SET status = ?, fired_utc = ? WHERE id = ?"
+    with _writing() as conn:
+        conn.execute(update, ("sent" if ok else "failed", utc_now(), action_id))
 
 
 Event = Tuple[int, Union[str, bytes, None], Union[str, bytes, None], str, str, str, str]
@@ -1507,31 +1412,20 @@ Event = Tuple[int, Union[str, bytes, None], Union[str, bytes, None], str, str, s
 def link_event(path: str, target: str, action: str, status: str) -> Event:
     """Return the event row for something that happened to a link now."""
     media = parse_media(path)
-    return (
-        int(time.time()),
-        to_db(path),
-        to_db(target),
-        media.kind,
-        media.name.encode("utf-8", "replace").decode(),
-        action,
-        status,
-    )
+    name = media.name.encode("utf-8", "replace").decode()
+    return (int(time.time()), to_db(path), to_db(target), media.kind, name, action, status)
 
 
 def add_events(rows: Iterable[Sequence[Any]]) -> None:
     """Append tuples (ts, path, target, kind, name, action, status) to the event log."""
-    with _session() as conn, transaction(conn):
-        _write_events(
-            conn, [(*(to_db(v) if isinstance(v, str) else v for v in row),) for row in rows]
-        )
+    encoded = [[to_db(v) if isinstance(v, str) else v for v in row] for row in rows]
+    with _writing() as conn:
+        _write_events(conn, encoded)
 
 
 def _write_events(conn: sqlite3.Connection, rows: Iterable[Sequence[Any]]) -> None:
-    conn.executemany(
-        "INSERT INTO events (ts, path, target, kind, name, action, status) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?)",
-        rows,
-    )
+    columns = "ts, path, target, kind, name, action, status"
+    conn.executemany(f"INSERT INTO events ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
 
 def beneath(root: str, column: str = "path") -> Tuple[str, List[Any]]:
@@ -1594,12 +1488,11 @@ def scratch_database(db_path: str) -> Iterator[sqlite3.Connection]:
         if os.path.exists(db_path):
             # Without a journal nobody is writing; 'immutable' then leaves no file of ours behind.
             flag = "mode=ro" if os.path.exists(db_path + "-wal") else "immutable=1"
-            try:
-                source = sqlite3.connect(f"file:{quote(db_path)}?{flag}", uri=True)
-                with contextlib.closing(source):
-                    backup_database(source, copy)
-            except sqlite3.Error as exc:
-                raise explain_database_error(exc, db_path) from exc
+            uri = f"file:{quote(db_path)}?{flag}"
+            with explained_errors(db_path), contextlib.closing(
+                sqlite3.connect(uri, uri=True)
+            ) as source:
+                backup_database(source, copy)
         with contextlib.closing(open_database(copy)) as conn:
             yield conn
 
@@ -1610,10 +1503,10 @@ def recorded_run(conn: sqlite3.Connection, command: str) -> Iterator[JsonObject]
 
     A run that is killed leaves the row without an end.
     """
+    insert = "INSERT INTO runs (command, started_utc) VALUES (?, ?)"
     with transaction(conn):
-        run_id = conn.execute(
-            "INSERT INTO runs (command, started_utc) VALUES (?, ?)", (command, utc_now())
-        ).lastrowid
+        run_id = conn.execute(insert, (command, utc_now())).lastrowid
+    update = "UPDATE runs SET finished_utc = ?, exit_code = ?, summary = ? WHERE run_id = ?"
     summary: JsonObject = {}
     code = EXIT_FAILED
     try:
@@ -1628,10 +1521,7 @@ def recorded_run(conn: sqlite3.Connection, command: str) -> Iterator[JsonObject]
         raise
     finally:
         with contextlib.suppress(sqlite3.Error), transaction(conn):
-            conn.execute(
-                "UPDATE runs SET finished_utc = ?, exit_code = ?, summary = ? WHERE run_id = ?",
-                (utc_now(), code, json.dumps(summary), run_id),
-            )
+            conn.execute(update, (utc_now(), code, json.dumps(summary), run_id))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1806,7 +1696,6 @@ class Task:
         self.ignored = 0
 
     def good_of(self, root: int) -> Good:
-        """Return the lists of good links of a root."""
         return self.good.setdefault(root, ([], [], []))
 
     def add(self, judged: Optional[Judged]) -> None:
@@ -1822,7 +1711,6 @@ class Task:
         units.append(judged[3])
 
     def size(self) -> int:
-        """Return how many links were judged."""
         return len(self.found) + sum(len(good[0]) for good in self.good.values())
 
 
@@ -1832,9 +1720,9 @@ class Ignore:
     def __init__(self, patterns: Sequence[str]) -> None:
         import fnmatch
 
-        globs = [pattern for pattern in patterns if re.search(r"[*?[]", pattern)]
-        self._long = [pattern for pattern in patterns if pattern not in globs and "/" in pattern]
-        short = [re.escape(p) for p in patterns if p not in globs and p not in self._long]
+        globs = [p for p in patterns if re.search(r"[*?[]", p)]
+        self._long = [p for p in patterns if p not in globs and "/" in p]
+        short = [re.escape(p) for p in patterns if p not in globs and "/" not in p]
         whole = [f"(?:{fnmatch.translate(glob)})" for glob in globs]
         self._substring = re.compile("|".join(short)).search if short else None
         self._glob = re.compile("|".join(whole)).match if whole else None
@@ -2079,11 +1967,8 @@ class Surveyor:
             inside = any(is_under(place.point, path) for path in real.values())
             place.used = place.used or (inside and place.state != HEALTHY)
         for number, path in real.items():
-            outer = [
-                other
-                for other, above in real.items()
-                if other != number and is_under(path, above) and (path != above or other < number)
-            ]
+            holding = [other for other, above in real.items() if is_under(path, above)]
+            outer = [o for o in holding if real[o] != path or o < number]
             self.send(("root", number, "scanned", "", path, bool(outer)))
             if not outer:
                 self.walks.append((self.job.roots[number].rstrip("/"), number))
@@ -2281,9 +2166,8 @@ class Surveyor:
                 self.walk_directory(slot, task, directory, root)
             except OSError as exc:
                 self.send(("unread", directory or "/", exc.strerror))
-            if task.size() >= BATCH or len(self.slots) > 1:
-                return
-            if self.spreading and len(task.todo) >= SPREAD:
+            resting = self.spreading and len(task.todo) >= SPREAD
+            if resting or task.size() >= BATCH or len(self.slots) > 1:
                 return
 
     def walk_directory(self, slot: Slot, task: Task, directory: str, root: int) -> None:
@@ -2316,12 +2200,9 @@ class Surveyor:
                 full = target if target[0] == "/" else prefix + target
                 head = full.rpartition("/")[0]
                 spot = spots.get(head)
-                if spot is None:
-                    if self.is_slow(head):
-                        task.later.append((head, (path, full, target, root)))
-                        continue
+                if spot is None and not self.is_slow(head):
                     spot = self.locate(head)
-                if spot.slow:
+                if spot is None or spot.slow:
                     task.later.append((head, (path, full, target, root)))
                     continue
                 slot.place = spot.place
@@ -2421,6 +2302,7 @@ class Surveyor:
         mount, _, place = self.standing(directory)
         mount.used = place.used = True
         unit = self.unit_of(directory)
+        judgement, detail = JUDGED_GONE, ""
         for near in ancestors(directory):
             if near in self.sealed:
                 break
@@ -2428,13 +2310,12 @@ class Surveyor:
                 if is_empty(near):
                     self.empty_dirs.add(near)
                     detail = near + "/" if near == directory else near
-                    return (path, target, JUDGED_GONE, unit, detail, root)
                 break
             except OSError as exc:
                 if exc.errno not in GONE_ERRNOS:
-                    reason = f"{near}: {exc.strerror}"
-                    return (path, target, JUDGED_UNKNOWN, unit, reason, root)
-        return (path, target, JUDGED_GONE, unit, "", root)
+                    judgement, detail = JUDGED_UNKNOWN, f"{near}: {exc.strerror}"
+                    break
+        return (path, target, judgement, unit, detail, root)
 
     def mark_good(self, full: str, spot: Spot, device: int) -> int:
         """Note that a good target lies in a directory; return the unit it really lies in.
@@ -2860,25 +2741,20 @@ class ScanRecord:
     def _remember_mount(self, point: str, fs_type: str) -> None:
         if fs_type == "autofs" or point in self._remembered:
             return
+        insert = "INSERT OR IGNORE INTO mounts VALUES (?, ?, 0, ?, ?)"
         with transaction(self.conn):
-            self.conn.execute(
-                "INSERT OR IGNORE INTO mounts VALUES (?, ?, 0, ?, ?)",
-                (to_db(point), fs_type, self.now, self.now),
-            )
+            self.conn.execute(insert, (to_db(point), fs_type, self.now, self.now))
 
     def _take_places(self, places: Iterable[Tuple[str, str, str, str, str]]) -> None:
+        names = ("mount_point", "fs_type", "state", "reason")
         worst: Dict[str, JsonObject] = {}
-        for point, fs_type, state, reason, _ in places:
-            if point in worst and (state == HEALTHY or worst[point]["state"] != HEALTHY):
-                continue
-            worst[point] = {"mount_point": point, "fs_type": fs_type}
-            worst[point].update(state=state, reason=reason)
-            if state != HEALTHY:
-                self.refused = True
-        self.mounts = [worst[point] for point in sorted(worst)]
+        for place in sorted(places, key=lambda place: (place[0], place[2] == HEALTHY)):
+            worst.setdefault(place[0], dict(zip(names, place)))
+        self.mounts = list(worst.values())
         for mount in self.mounts:
             if mount["state"] != HEALTHY:
                 self._unwell[mount["mount_point"]] = mount["reason"]
+                self.refused = True
                 log.warning("%s; nothing beneath it is judged", mount["reason"])
 
     def _compare_mounts(self) -> None:
@@ -2923,12 +2799,13 @@ class ScanRecord:
             tally.unreachable += judged[2] != JUDGED_GONE
             self.units[judged[3]].total += 1
             self.refused = self.refused or judged[2] == JUDGED_BLOCKED
-        gone = [(g[0], g[1], g[3], g[4], g[5]) for g in links if g[2] == JUDGED_GONE]
+        gone = [
+            (to_db(path), to_db(target), unit, to_db(emptied), root)
+            for path, target, judgement, unit, emptied, root in links
+            if judgement == JUDGED_GONE
+        ]
         with transaction(self.conn):
-            self.conn.executemany(
-                "INSERT INTO temp.gone VALUES (NULL, ?, ?, ?, ?, ?)",
-                [(to_db(p), to_db(t), unit, to_db(e), root) for p, t, unit, e, root in gone],
-            )
+            self.conn.executemany("INSERT INTO temp.gone VALUES (NULL, ?, ?, ?, ?, ?)", gone)
         self._record([link for link in links if link[2] != JUDGED_GONE])
 
     def _record(self, links: Sequence[Judged]) -> None:
@@ -3006,20 +2883,17 @@ class ScanRecord:
                 f"{count:,}{whole} good links into {name} lost their targets at once"
             )
         self._record_vanished()
+        good: Counter[str] = Counter()
+        for unit in self.units.values():
+            good[unit.mount] += unit.ok
         with transaction(self.conn):
-            good: Counter[str] = Counter()
-            for unit in self.units.values():
-                good[unit.mount] += unit.ok
             self.conn.executemany(
                 "UPDATE mounts SET good_targets = ?, last_seen_utc = ? WHERE mount_point = ?",
                 [(count, self.now, to_db(point)) for point, count in good.items() if count],
             )
         for directory, count in self._emptied.most_common(5):
-            log.warning(
-                "%s is empty: perhaps nothing is mounted there; %s into it not judged",
-                directory,
-                plural(count, "link"),
-            )
+            text = "%s is empty: perhaps nothing is mounted there; %s into it not judged"
+            log.warning(text, directory, plural(count, "link"))
         if self.guard_reasons or self._emptied:
             self.refused = True
 
@@ -3110,7 +2984,7 @@ class ScanRecord:
 
     def _record_vanished(self) -> None:
         """Mark as missing the links that a complete walk of their directories did not meet."""
-        walked = [root for root in self.roots if root.state == "scanned" and not root.covered]
+        walked = [r for r in self.roots if r.state == "scanned" and not r.covered]
         known = sum(self._count(root) for root in walked)
         missing = sum(self._count(root, "status <> 'ok' AND status = 'missing'") for root in walked)
         if known - missing == self._seen:
@@ -3129,11 +3003,8 @@ class ScanRecord:
     def _count(self, root: RootTally, condition: str = "1") -> int:
         """Count the rows beneath a root that stood there before this scan."""
         place, values = beneath(root.path)
-        row = self.conn.execute(
-            f"SELECT count(*) FROM symlinks WHERE {condition} AND {place} AND rowid <= ?",
-            [*values, self._last_rowid],
-        ).fetchone()
-        return int(row[0])
+        query = f"SELECT count(*) FROM symlinks WHERE {condition} AND {place} AND rowid <= ?"
+        return int(self.conn.execute(query, [*values, self._last_rowid]).fetchone()[0])
 
     def _judge_unseen(self, root: RootTally, unseen: List[Tuple[int, str]]) -> None:
         ignore = Ignore(self.job.ignore)
@@ -3158,10 +3029,9 @@ class ScanRecord:
                 f"{len(gone):,} of {plural(present, 'link')} vanished from {root.path} at once"
             )
             return
+        query = f"SELECT path, {_KNOWN_COLUMNS} FROM symlinks WHERE rowid = ?"
         for rowid in gone:
-            path, *known = self._cursor.execute(
-                f"SELECT path, {_KNOWN_COLUMNS} FROM symlinks WHERE rowid = ?", (rowid,)
-            ).fetchone()
+            path, *known = self._cursor.execute(query, (rowid,)).fetchone()
             old = KnownLink(*known)
             self._judge(from_db(path), from_db(old.target), MISSING, "", old)
         # Not _WRITE_LINK: what is missing was not seen now.
@@ -3237,12 +3107,12 @@ def plan_scan(
     chosen = tuple(dict.fromkeys(roots or settings.roots))
     if not chosen:
         raise UsageError("no roots to scan: name a directory, or set roots in [scan] of the config")
-    remembered = conn.execute("SELECT mount_point, fs_type FROM mounts").fetchall()
+    rows = conn.execute("SELECT mount_point, fs_type FROM mounts")
     return ScanJob(
         roots=chosen,
         ignore=settings.ignore,
         mount_checks=settings.mount_checks,
-        remembered={from_db(row[0]): row[1] for row in remembered},
+        remembered={from_db(point): fs_type for point, fs_type in rows},
         workers=settings.workers,
         stat_timeout=settings.stat_timeout,
     )
@@ -3250,10 +3120,9 @@ def plan_scan(
 
 def forget_mount(conn: sqlite3.Connection, point: str) -> bool:
     """Forget a remembered mount point; False if it was not remembered."""
+    delete = "DELETE FROM mounts WHERE mount_point = ?"
     with transaction(conn):
-        return bool(
-            conn.execute("DELETE FROM mounts WHERE mount_point = ?", (to_db(point),)).rowcount
-        )
+        return conn.execute(delete, (to_db(point),)).rowcount > 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3263,41 +3132,30 @@ def forget_mount(conn: sqlite3.Connection, point: str) -> bool:
 
 def collect_stats(conn: sqlite3.Connection, top: int = 10) -> JsonObject:
     """Return what `stats --json` shows."""
-    counts = Counter(dict.fromkeys(STATUSES, 0))
-    for status, count in conn.execute("SELECT status, count(*) FROM symlinks GROUP BY status"):
-        counts[status or "unknown"] += count
-    worst: Counter[str] = Counter()
-    for (path,) in conn.execute(
-        "SELECT path FROM symlinks WHERE status <> 'ok' AND status = 'broken'"
-    ):
-        worst[os.path.dirname(from_db(path))] += 1
-    actions = {
-        row[0] or "unknown": row[1]
-        for row in conn.execute("SELECT status, count(*) FROM actions GROUP BY status")
-    }
-    media = {
-        table: conn.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
-        for table in ("movies", "movie_files", "series", "episode_files")
-    }
+
+    def count_statuses(table: str) -> Dict[str, int]:
+        name = "coalesce(nullif(status, ''), 'unknown')"
+        return dict(conn.execute(f"SELECT {name}, count(*) FROM {table} GROUP BY 1"))
+
+    links = count_statuses("symlinks")
+    broken = conn.execute("SELECT path FROM symlinks WHERE status <> 'ok' AND status = 'broken'")
+    worst = Counter(os.path.dirname(from_db(path)) for (path,) in broken)
+    ranking = sorted(worst.items(), key=lambda item: (-item[1], item[0]))
     path = database_path(conn)
-    known = {status: counts[status] for status in STATUSES}
+    files = [name for name in (path, f"{path}-wal") if os.path.exists(name)]
     return {
-        "symlinks": {**known, "total": sum(counts.values())},
-        "top_broken": [
-            {"directory": directory, "count": count}
-            for directory, count in sorted(worst.items(), key=lambda item: (-item[1], item[0]))[
-                :top
-            ]
-        ],
-        "actions": actions,
-        "media": media,
+        "symlinks": {**{s: links.get(s, 0) for s in STATUSES}, "total": sum(links.values())},
+        "top_broken": [{"directory": name, "count": count} for name, count in ranking[:top]],
+        "actions": count_statuses("actions"),
+        "media": {
+            table: conn.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+            for table in ("movies", "movie_files", "series", "episode_files")
+        },
         "repairs": {},
         "last_scan": _last_scan(conn),
         "database": {
             "path": path,
-            "size_bytes": sum(
-                os.path.getsize(path + part) for part in ("", "-wal") if os.path.exists(path + part)
-            ),
+            "size_bytes": sum(map(os.path.getsize, files)),
             "schema_version": schema_version(conn),
             "journal_mode": conn.execute("PRAGMA journal_mode").fetchone()[0],
         },
@@ -3305,9 +3163,8 @@ def collect_stats(conn: sqlite3.Connection, top: int = 10) -> JsonObject:
 
 
 def _last_scan(conn: sqlite3.Connection) -> JsonObject:
-    row = conn.execute(
-        "SELECT * FROM runs WHERE command = 'scan' ORDER BY run_id DESC LIMIT 1"
-    ).fetchone()
+    query = "SELECT * FROM runs WHERE command = 'scan' ORDER BY run_id DESC LIMIT 1"
+    row = conn.execute(query).fetchone()
     if row is None:
         return {}
     summary = json.loads(row["summary"] or "{}")
@@ -3317,9 +3174,7 @@ def _last_scan(conn: sqlite3.Connection) -> JsonObject:
         "exit_code": row["exit_code"],
         "status": EXIT_WORDS.get(row["exit_code"], "unfinished"),
         "duration_seconds": summary.get("duration_seconds"),
-        "totals": summary.get("totals", {}),
-        "changes": summary.get("changes", {}),
-        "guard": summary.get("guard", {}),
+        **{part: summary.get(part, {}) for part in ("totals", "changes", "guard")},
     }
 
 
@@ -3328,15 +3183,13 @@ def list_links(
 ) -> Tuple[List[JsonObject], int]:
     """Return what `broken --json` shows: the links of a status, and how many there are."""
     condition = "status <> 'ok' AND status = ?"
-    count = conn.execute(f"SELECT count(*) FROM symlinks WHERE {condition}", (status,)).fetchone()[
-        0
-    ]
+    select = f"FROM symlinks WHERE {condition}"
+    count = conn.execute(f"SELECT count(*) {select}", (status,)).fetchone()[0]
     rows = conn.execute(
-        "SELECT path, last_target, status, broken_since_utc, error FROM symlinks "
-        f"WHERE {condition} ORDER BY path LIMIT ?",
+        f"SELECT path, last_target, status, broken_since_utc, error {select} ORDER BY path LIMIT ?",
         (status, -1 if limit is None else limit),
     )
-    return [_link_to_json(row) for row in rows], count
+    return [_link_to_json(*row) for row in rows], count
 
 
 _NEXT_STEPS = {
@@ -3346,55 +3199,46 @@ _NEXT_STEPS = {
 }
 
 
-def _link_to_json(row: sqlite3.Row) -> JsonObject:
-    path = from_db(row["path"])
-    media = parse_media(path)
+def _link_to_json(path: Any, target: Any, status: str, since: str, error: str) -> JsonObject:
+    path = from_db(path)
     return {
         "path": path,
-        "target": from_db(row["last_target"]),
-        "status": row["status"],
-        "since": row["broken_since_utc"],
-        "kind": media.kind,
-        "name": media.name,
-        "season": media.season,
-        "episodes": list(media.episodes),
+        "target": from_db(target),
+        "status": status,
+        "since": since,
+        **parse_media(path)._asdict(),
         "instance": None,
         "file_id": None,
-        "error": row["error"],
-        "next": _NEXT_STEPS[row["status"]],
+        "error": error,
+        "next": _NEXT_STEPS[status],
     }
 
 
 def format_prometheus(stats: JsonObject) -> str:
     """Return the statistics in the text format of Prometheus' textfile collector."""
+    lines: List[str] = []
+
+    def add(name: str, help_text: str, samples: Iterable[Tuple[str, Any]], label: str = "") -> None:
+        head = [f"# HELP refresherr_{name} {help_text}", f"# TYPE refresherr_{name} gauge"]
+        for text, value in samples:
+            shown = f'{{{label}="{_label(text)}"}}' if label else ""
+            lines.extend([*head, f"refresherr_{name}{shown} {value}"])
+            head = []
+
     last = stats["last_scan"]
-    links = [(f'{{status="{status}"}}', stats["symlinks"][status]) for status in STATUSES]
-    actions = [(f'{{status="{_label(s)}"}}', n) for s, n in sorted(stats["actions"].items())]
-    media = [(f'{{kind="{kind}"}}', count) for kind, count in stats["media"].items()]
-    worst = [
-        (f'{{directory="{_label(entry["directory"])}"}}', entry["count"])
-        for entry in stats["top_broken"]
-    ]
-    metrics: List[Tuple[str, str, List[Tuple[str, Any]]]] = [
-        ("symlinks", "Symlinks by state.", links),
-        ("actions", "Repair actions by status.", actions),
-        ("media", "Rows mirrored from Sonarr and Radarr.", media),
-        ("broken_in_directory", "Broken symlinks in the worst directories.", worst),
-        ("database_bytes", "Size of the database.", [("", stats["database"]["size_bytes"])]),
-    ]
+    worst = [(entry["directory"], entry["count"]) for entry in stats["top_broken"]]
+    links = [(status, stats["symlinks"][status]) for status in STATUSES]
+    add("symlinks", "Symlinks by state.", links, "status")
+    add("actions", "Repair actions by status.", sorted(stats["actions"].items()), "status")
+    add("media", "Rows mirrored from Sonarr and Radarr.", stats["media"].items(), "kind")
+    add("broken_in_directory", "Broken symlinks in the worst directories.", worst, "directory")
+    add("database_bytes", "Size of the database.", [("", stats["database"]["size_bytes"])])
     if last.get("finished"):
         ended = int(parse_time(last["finished"]) or 0)
         tripped = int(bool(last["guard"].get("tripped")))
-        metrics += [
-            ("last_scan_timestamp_seconds", "When the last scan ended.", [("", ended)]),
-            ("last_scan_exit_code", "Its exit status.", [("", last["exit_code"])]),
-            ("guard_tripped", "Whether the mass-breakage guard held links back.", [("", tripped)]),
-        ]
-    lines = []
-    for name, help_text, samples in metrics:
-        if samples:
-            lines += [f"# HELP refresherr_{name} {help_text}", f"# TYPE refresherr_{name} gauge"]
-            lines += [f"refresherr_{name}{labels} {value}" for labels, value in samples]
+        add("last_scan_timestamp_seconds", "When the last scan ended.", [("", ended)])
+        add("last_scan_exit_code", "Its exit status.", [("", last["exit_code"])])
+        add("guard_tripped", "Whether the mass-breakage guard held links back.", [("", tripped)])
     return "\n".join(lines) + "\n"
 
 
@@ -3402,24 +3246,6 @@ def _label(text: str) -> str:
     """Return a Prometheus label value: UTF-8, with backslash, quote and newline escaped."""
     text = text.encode("utf-8", "backslashreplace").decode()
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-
-
-def write_file(file: str, text: str, mode: int = 0o600) -> None:
-    """Write a text file whole or not at all."""
-    temporary = f"{file}.tmp{os.getpid()}"
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        try:
-            with open(descriptor, "w", encoding="utf-8") as stream:
-                os.fchmod(descriptor, mode)
-                stream.write(text)
-            os.replace(temporary, file)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-    except OSError as exc:
-        raise RefresherrError(f"cannot write {file}: {exc.strerror}") from exc
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3440,51 +3266,46 @@ class Finding:
 def examine_runtime() -> List[Finding]:
     """Look at the interpreter and its SQLite."""
     python = ".".join(map(str, sys.version_info[:3]))
-    findings = [
-        Finding("python", "ok", f"{python} at {sys.executable}"),
-        Finding("sqlite", "ok", sqlite3.sqlite_version),
-    ]
     try:
         import ssl
 
-        findings.append(Finding("https", "ok", ssl.OPENSSL_VERSION))
+        https = Finding("https", "ok", ssl.OPENSSL_VERSION)
     except ImportError:
-        findings.append(
-            Finding("https", "warning", "this Python has no ssl", "only http:// URLs will work")
-        )
-    return findings
+        advice = "only http:// URLs will work"
+        https = Finding("https", "warning", "this Python has no ssl", advice)
+    return [
+        Finding("python", "ok", f"{python} at {sys.executable}"),
+        Finding("sqlite", "ok", sqlite3.sqlite_version),
+        https,
+    ]
 
 
 def examine_database(conn: sqlite3.Connection) -> List[Finding]:
     """Look at the database's health, its journal and the space it has to grow."""
     path = database_path(conn)
-    finding = conn.execute("PRAGMA quick_check(1)").fetchone()[0]
+    damage = conn.execute("PRAGMA quick_check(1)").fetchone()[0]
     mode = conn.execute("PRAGMA journal_mode").fetchone()[0]
     free = shutil.disk_usage(os.path.dirname(path)).free
-    size = os.path.getsize(path)
-    result = [
-        Finding("database", "ok", f"{path}, schema version {schema_version(conn)}, journal {mode}")
-        if finding == "ok"
-        else Finding(
-            "database", "failed", f"{path}: {finding}", "restore a backup, or `db nuke --yes`"
-        )
-    ]
+    detail = f"{path}, schema version {schema_version(conn)}, journal {mode}"
+    advice = ""
+    if damage != "ok":
+        detail, advice = f"{path}: {damage}", "restore a backup, or `db nuke --yes`"
+    result = [Finding("database", "failed" if advice else "ok", detail, advice)]
     if mode != "wal":
-        result.append(
-            Finding("journal", "warning", f"journal mode {mode}", "a local disk would be faster")
-        )
-    if free < max(100 << 20, 2 * size):
-        result.append(
-            Finding("space", "warning", f"{free >> 20} MiB are free beside it", "free some space")
-        )
+        advice = "a local disk would be faster"
+        result.append(Finding("journal", "warning", f"journal mode {mode}", advice))
+    if free < max(100 << 20, 2 * os.path.getsize(path)):
+        detail = f"{free >> 20} MiB are free beside it"
+        result.append(Finding("space", "warning", detail, "free some space"))
     return result
 
 
-def examine_config(config: Config) -> List[Finding]:
+def examine_config(config: Config, error: str) -> List[Finding]:
     """Look at where the settings come from."""
-    findings = [Finding("config", "ok", config.file or "no config file; defaults and environment")]
-    findings += [Finding("config", "warning", warning) for warning in config.warnings]
-    return findings
+    if error:
+        return [Finding("config", "failed", error, "correct the file")]
+    source = Finding("config", "ok", config.file or "no config file; defaults and environment")
+    return [source, *(Finding("config", "warning", text) for text in config.warnings)]
 
 
 def examine_library(config: Config, conn: sqlite3.Connection) -> List[Finding]:
@@ -3497,14 +3318,12 @@ def examine_library(config: Config, conn: sqlite3.Connection) -> List[Finding]:
     try:
         for message in worker.messages():
             if message[0] == "root":
-                path, state, reason = job.roots[message[1]], message[2], message[3]
-                findings.append(
-                    Finding(f"root {path}", "ok", "can be read")
-                    if state == "scanned"
-                    else Finding(
-                        f"root {path}", "failed", reason, "mount it, or correct [scan] roots"
-                    )
-                )
+                name, reason = f"root {job.roots[message[1]]}", message[3]
+                finding = Finding(name, "ok", "can be read")
+                if message[2] != "scanned":
+                    advice = "mount it, or correct [scan] roots"
+                    finding = Finding(name, "failed", reason, advice)
+                findings.append(finding)
             elif message[0] == "done":
                 findings += [_examined_mount(*place) for place in message[1]]
     finally:
@@ -3548,11 +3367,10 @@ class Context:
     @contextlib.contextmanager
     def recorded(self, command: str) -> Iterator[Tuple[sqlite3.Connection, JsonObject]]:
         """Hold the lock and record the run; with --dry-run work on a copy and record nothing."""
-        if self.args.dry_run:
-            with scratch_database(self.db_path) as conn:
-                yield conn, {}
-            return
         with contextlib.ExitStack() as stack:
+            if self.args.dry_run:
+                yield stack.enter_context(scratch_database(self.db_path)), {}
+                return
             stack.enter_context(process_lock(self.db_path, self.args.lock_wait))
             conn = stack.enter_context(self.database())
             yield conn, stack.enter_context(recorded_run(conn, command))
@@ -3589,14 +3407,13 @@ def run_scan(context: Context) -> JsonObject:
 def show_scan(terminal: Terminal, result: JsonObject) -> None:
     """Print a scan's result."""
     for root in result["roots"]:
+        found = f"not scanned: {escape(root['reason'])}"
         if root["state"] == "scanned":
-            terminal.line(
-                f"{escape(root['path'])}: {plural(root['examined'], 'link')}: {root['ok']:,} ok, "
-                + terminal.paint(f"{root['broken']:,} broken", *(["red"] if root["broken"] else []))
-                + f", {root['unreachable']:,} unreachable"
-            )
-        else:
-            terminal.line(f"{escape(root['path'])}: not scanned: {escape(root['reason'])}")
+            broken = f"{root['broken']:,} broken"
+            broken = terminal.paint(broken, "red") if root["broken"] else broken
+            found = f"{plural(root['examined'], 'link')}: {root['ok']:,} ok, {broken}, "
+            found += f"{root['unreachable']:,} unreachable"
+        terminal.line(f"{escape(root['path'])}: {found}")
     if result["exit_code"] == EXIT_FAILED:
         return
     changes, totals = result["changes"], result["totals"]
@@ -3619,10 +3436,9 @@ def show_broken(terminal: Terminal, result: JsonObject) -> None:
     """Print links, what is wrong with them and what to do."""
     for link in result["links"]:
         since = f", since {link['since'][:16].replace('T', ' ')}" if link["since"] else ""
+        state = f"    {link['status']}{since} -> {escape(link['target'])}"
         terminal.line(escape(link["path"]))
-        terminal.line(
-            terminal.paint(f"    {link['status']}{since} -> {escape(link['target'])}", "dim")
-        )
+        terminal.line(terminal.paint(state, "dim"))
         terminal.line(f"    {escape(link['error'] or link['next'])}")
     hidden = result["count"] - len(result["links"])
     more = f" ({hidden:,} not shown)" if hidden else ""
@@ -3634,15 +3450,17 @@ def run_stats(context: Context) -> JsonObject:
     args = context.args
     with context.database() as conn:
         result = collect_stats(conn, args.top)
-    if args.json:
-        args.format = "json"
-    text = {
-        "prometheus": lambda: format_prometheus(result),
-        "json": lambda: json.dumps(result, indent=2) + "\n",
-        "text": lambda: "\n".join(format_stats(result, context.terminal)) + "\n",
-    }[args.format]()
+    style = "json" if args.json else args.format
+    if style == "json":
+        text = json.dumps(result, indent=2) + "\n"
+    elif style == "prometheus":
+        text = format_prometheus(result)
+    else:
+        text = "\n".join(format_stats(result, context.terminal)) + "\n"
     if args.output:
-        write_file(args.output, text, 0o644 if args.format == "prometheus" else 0o600)
+        mode = 0o644 if style == "prometheus" else 0o600
+        with replacement(args.output, mode) as name, open(name, "w", encoding="utf-8") as stream:
+            stream.write(text)
         log.info("wrote %s", args.output)
     elif not args.json:
         result["text"] = text
@@ -3660,19 +3478,15 @@ def format_stats(stats: JsonObject, terminal: Terminal) -> List[str]:
     styles = {OK: "green", BROKEN: "red", UNREACHABLE: "yellow", MISSING: "dim"}
     lines = [terminal.paint("Links", "bold")]
     for status in STATUSES:
-        bar = format_bar(links[status], links["total"])
-        lines.append(
-            f"  {status:<12}{links[status]:>10,}  {terminal.paint(bar, styles[status])}".rstrip()
-        )
+        bar = terminal.paint(format_bar(links[status], links["total"]), styles[status])
+        lines.append(f"  {status:<12}{links[status]:>10,}  {bar}".rstrip())
     lines.append(f"  {'total':<12}{links['total']:>10,}")
     if stats["top_broken"]:
         lines += ["", terminal.paint("Most broken", "bold")]
-        most = stats["top_broken"][0]["count"]
-        lines += [
-            f"  {entry['count']:>6,}  {terminal.paint(format_bar(entry['count'], most, 10), 'red')}"
-            f"  {escape(entry['directory'])}"
-            for entry in stats["top_broken"]
-        ]
+    for entry in stats["top_broken"]:
+        bar = format_bar(entry["count"], stats["top_broken"][0]["count"], 10)
+        bar = terminal.paint(bar, "red")
+        lines.append(f"  {entry['count']:>6,}  {bar}  {escape(entry['directory'])}")
     if stats["actions"]:
         lines += ["", terminal.paint("Actions", "bold")]
         lines += [f"  {escape(s):<12}{n:>10,}" for s, n in sorted(stats["actions"].items())]
@@ -3694,18 +3508,12 @@ def format_stats(stats: JsonObject, terminal: Terminal) -> List[str]:
 
 def format_bar(value: int, whole: int, width: int = 30) -> str:
     """Return a bar of at most `width` characters; a value that is not 0 is never invisible."""
-    if not value or not whole:
-        return ""
-    return "#" * max(1, round(width * value / whole))
+    return "#" * max(1, round(width * value / whole)) if value else ""
 
 
 def run_doctor(context: Context) -> JsonObject:
     """Look at everything a scan depends on."""
-    findings = examine_runtime()
-    if context.config_error:
-        findings.append(Finding("config", "failed", context.config_error, "correct the file"))
-    else:
-        findings += examine_config(context.config)
+    findings = examine_runtime() + examine_config(context.config, context.config_error)
     serious = bool(context.config_error)
     try:
         with context.database() as conn:
@@ -3725,9 +3533,7 @@ def show_doctor(terminal: Terminal, result: JsonObject) -> None:
     styles = {"ok": "green", "warning": "yellow", "failed": "red"}
     for finding in result["findings"]:
         state = terminal.paint(f"{finding['state']:<8}", styles[finding["state"]])
-        terminal.line(
-            f"{state}{escape_message(finding['name'])}: {escape_message(finding['detail'])}"
-        )
+        terminal.line(state + escape_message(f"{finding['name']}: {finding['detail']}"))
         if finding["advice"]:
             terminal.line(f"        -> {escape_message(finding['advice'])}")
 
@@ -3737,27 +3543,23 @@ def run_db(context: Context) -> JsonObject:
     args, path = context.args, context.db_path
     if (args.file is not None) != (args.action == "backup"):
         raise UsageError("db backup takes the FILE to write; the other db commands take none")
-    if args.action == "path":
-        return {"action": "path", "path": path}
+    result: JsonObject = {"action": args.action, "path": path}
     if args.action == "nuke":
         if not args.yes:
             raise UsageError(f"db nuke deletes all history in {path}; confirm it with --yes")
         with process_lock(path, args.lock_wait):
             _nuke(path)
-        return {"action": "nuke", "path": path}
-    with context.database() as conn:
-        if args.action == "backup":
-            backup_database(conn, os.path.abspath(args.file))
-            return {"action": "backup", "path": path, "file": os.path.abspath(args.file)}
-        findings = [row[0] for row in conn.execute("PRAGMA integrity_check(20)")]
-    healthy = findings == ["ok"]
-    return {
-        "action": "check",
-        "path": path,
-        "ok": healthy,
-        "findings": [] if healthy else findings,
-        "exit_code": EXIT_OK if healthy else EXIT_FAILED,
-    }
+    elif args.action == "backup":
+        result["file"] = os.path.abspath(args.file)
+        with context.database() as conn:
+            backup_database(conn, result["file"])
+    elif args.action == "check":
+        with context.database() as conn:
+            findings = [row[0] for row in conn.execute("PRAGMA integrity_check(20)")]
+        healthy = findings == ["ok"]
+        result.update(ok=healthy, findings=[] if healthy else findings)
+        result["exit_code"] = EXIT_OK if healthy else EXIT_FAILED
+    return result
 
 
 def _nuke(path: str) -> None:
@@ -3778,28 +3580,25 @@ def _nuke(path: str) -> None:
 
 def show_db(terminal: Terminal, result: JsonObject) -> None:
     """Print what was done to the database."""
-    path = escape(result["path"])
-    if result["action"] == "path":
-        terminal.line(path)
-    elif result["action"] == "nuke":
-        terminal.line(f"{path}: empty again")
-    elif result["action"] == "backup":
-        terminal.line(f"{path} copied to {escape(result['file'])}")
-    else:
-        terminal.line(f"{path}: " + ("ok" if result["ok"] else "damaged"))
-        for finding in result["findings"]:
-            terminal.line(f"    {escape(finding)}")
+    done = {
+        "path": "",
+        "nuke": ": empty again",
+        "backup": f" copied to {escape(result.get('file', ''))}",
+        "check": ": ok" if result.get("ok") else ": damaged",
+    }
+    terminal.line(escape(result["path"]) + done[result["action"]])
+    for finding in result.get("findings", ()):
+        terminal.line(f"    {escape(finding)}")
 
 
 def run_config(context: Context) -> JsonObject:
     """Show the settings, or a sample."""
-    action = context.args.action
+    action, config = context.args.action, context.config
     if action == "sample":
         return {"action": action, "sample": format_sample_config()}
-    result = config_to_json(context.config)
     if action == "check":
-        return {"action": action, "file": result["file"], "warnings": list(context.config.warnings)}
-    return {"action": action, **result}
+        return {"action": action, "file": config.file or None, "warnings": config.warnings}
+    return {"action": action, **config_to_json(config)}
 
 
 def show_config(terminal: Terminal, result: JsonObject) -> None:
@@ -3815,7 +3614,7 @@ def show_config(terminal: Terminal, result: JsonObject) -> None:
             for key, value in settings.items():
                 if isinstance(value, dict):
                     value = ", ".join(f"{left} => {right}" for left, right in value.items())
-                elif isinstance(value, list):
+                elif isinstance(value, tuple):
                     value = ", ".join(value)
                 terminal.line(f"{key} = {escape(str(value))}".rstrip())
 
@@ -3952,13 +3751,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def set_up_logging(terminal: Terminal, level: int, tracebacks: bool) -> None:
-    """Have the log on stderr, and nowhere else."""
-    log.handlers[:] = [TerminalHandler(terminal, tracebacks)]
-    log.propagate = False
-    log.setLevel(level)
-
-
 def load_context(
     args: argparse.Namespace, terminal: Terminal, environ: Mapping[str, str]
 ) -> Context:
@@ -3971,10 +3763,7 @@ def load_context(
         file = find_config_file(args.config, environ, sys.argv[0] or ".")
         config = load_config(file, environ, flags)
     except ConfigError as exc:
-        if args.command != "doctor" and (args.command, getattr(args, "action", "")) != (
-            "config",
-            "sample",
-        ):
+        if args.command != "doctor" and getattr(args, "action", "") != "sample":
             raise
         error = str(exc)
         config = load_config(None, {}, flags)
@@ -3986,23 +3775,19 @@ def load_context(
     return Context(args, config, terminal, error)
 
 
-def run_command(argv: Sequence[str], terminal: Terminal) -> Tuple[JsonObject, Callable[[], None]]:
-    """Run one command; return its result and what shows it.  Raises what stops it."""
-    args = parse_arguments(argv)
-    context = load_context(args, terminal, os.environ)
-    try:
-        result: JsonObject = {"exit_code": EXIT_OK, **args.chosen.run(context)}
-    except sqlite3.Error as exc:
-        raise explain_database_error(exc, context.db_path) from exc
-    return result, lambda: args.chosen.show(terminal, result)
-
-
 def attempt_command(
     argv: Sequence[str], terminal: Terminal
 ) -> Tuple[JsonObject, Callable[[], None]]:
-    """Run one command; the one place that turns what stops it into a result."""
+    """Run one command, and return its result and what shows it.
+
+    The one place that turns what stops a command into a result.
+    """
     try:
-        return run_command(argv, terminal)
+        args = parse_arguments(argv)
+        context = load_context(args, terminal, os.environ)
+        with explained_errors(context.db_path):
+            result: JsonObject = {"exit_code": EXIT_OK, **args.chosen.run(context)}
+        return result, lambda: args.chosen.show(terminal, result)
     except SystemExit as exc:  # --help and --version
         return {"exit_code": exc.code}, lambda: None
     except (Exception, KeyboardInterrupt) as exc:
@@ -4024,14 +3809,18 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for stream in (out, err):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
-    plain = plain or "--no-color" in argv
+    dumb = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    plain = bool(dumb or "--no-color" in argv)
     quiet = as_json or plain or "-q" in argv or "--quiet" in argv
     terminal = Terminal(out, err, colour=not plain, progress=not quiet)
     tracebacks = any(re.fullmatch("-v{2,}", word) for word in argv) or argv.count("-v") > 1
-    set_up_logging(terminal, logging.INFO, tracebacks)
+    log.handlers[:] = [TerminalHandler(terminal, tracebacks)]  # on stderr and nowhere else
+    log.propagate = False
+    log.setLevel(logging.INFO)
     in_main_thread = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, _interrupt) if in_main_thread else None
+    previous = None
+    if in_main_thread:
+        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         result, show = attempt_command(argv, terminal)
         terminal.clear()
@@ -4057,23 +3846,15 @@ def format_envelope(argv: Sequence[str], result: JsonObject) -> str:
     """Return the one JSON object of --json."""
     names = {name: row.name for row in COMMANDS for name in (row.name, row.alias)}
     code = result["exit_code"]
-    head = {
-        "command": next((names[word] for word in argv if word in names), ""),
-        "version": __version__,
-        "exit_code": code,
-        "status": EXIT_WORDS[code],
-    }
-    return json.dumps({**head, **result}, indent=2) + "\n"
+    command = next((names[word] for word in argv if word in names), "")
+    head = {"command": command, "version": __version__, "exit_code": code}
+    return json.dumps({**head, "status": EXIT_WORDS[code], **result}, indent=2) + "\n"
 
 
 def _discard(stream: TextIO) -> None:
     """Have what is still buffered go nowhere, so that the exit does not fail on it again."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _interrupt(signum: int, frame: Optional[FrameType]) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
