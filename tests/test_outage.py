@@ -7,12 +7,13 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 import pytest
-from conftest import Refresherr
+from conftest import PROJECT, Refresherr
 from fuse_fs import FuseMount, fuse_available, tmpfs, tmpfs_available
 
 NO_CHANGES = {"new": 0, "newly_broken": 0, "recovered": 0, "vanished": 0}
@@ -328,6 +329,9 @@ def test_an_outage_that_begins_in_the_middle_of_a_scan(
     for number in range(120):
         theatre.add(f"{number}/release", 2)
     links = strings(theatre.media.glob("*/*/*.mkv"))
+    lost: Set[str] = set()
+    for number in range(0 if first else 10):  # in both halves of a worker that divides itself
+        lost |= strings(theatre.add(f"{number}/release", 1, lost=True, name="lost"))
     cloud.close()
     with FuseMount(theatre.mount, theatre.backend, latency=0.01, timeout=0) as slow:
         if not first:
@@ -342,10 +346,12 @@ def test_an_outage_that_begins_in_the_middle_of_a_scan(
         scan = theatre.finish(process, before)
         assert scan["exit_code"] == 4
         assert theatre.having("unreachable") and theatre.having("broken") == set()
-        assert theatre.having("unreachable") | theatre.having("ok") == links
+        assert lost <= theatre.having("unreachable")
+        assert theatre.having("unreachable") | theatre.having("ok") == links | lost
     cloud.mount()
     scan = theatre.scan()
     assert (scan["exit_code"], theatre.having("ok"), scan["changes"]) == (0, links, NO_CHANGES)
+    assert theatre.having("broken") == lost
 
 
 @pytest.mark.parametrize("neighbours", [0, 20])
@@ -678,3 +684,85 @@ def test_another_file_system_in_the_place_of_a_remembered_mount(
                 theatre.lost,
             )
             assert theatre.scan()["exit_code"] == 0
+
+
+# What an adversary found
+
+
+def test_what_the_guard_holds_it_holds_to_the_last(theatre: Theatre, memory: tmpfs) -> None:
+    memory.mount()
+    links = theatre.add("shows/release", 100)
+    theatre.scan()
+    theatre.lose(links[:30])
+    assert theatre.scan()["guard"]["held_back"] == 30
+    theatre.bring_back(links[5:30])
+    scan = theatre.scan()
+    assert (scan["exit_code"], scan["guard"]["held_back"]) == (4, 5)
+    assert theatre.having("broken") == set()
+    theatre.scan("--accept-breakage")
+    assert theatre.having("broken") == strings(links[:5])
+
+
+def test_an_emptied_directory_makes_no_link_new(theatre: Theatre, memory: tmpfs) -> None:
+    """Its good links stay good ones for the guard: 40 of 100 are too many at once."""
+    memory.mount()
+    links = theatre.add("movies/release", 100)
+    theatre.scan()
+    theatre.lose(links)
+    (theatre.backend / "movies" / "release").rmdir()
+    assert theatre.scan()["exit_code"] == 4
+    (theatre.backend / "movies" / "release").mkdir()
+    theatre.bring_back(links[:60])
+    assert theatre.scan()["exit_code"] == 4
+    assert theatre.having("broken") == set()
+
+
+MEANWHILE = """
+import subprocess, sys
+sys.path.insert(0, {project!r})
+import refresherr
+walk = refresherr.Surveyor.walk_directory
+def walk_and_meddle(self, slot, task, directory, root):
+    if directory.endswith("/060"):
+        subprocess.check_call(["umount", "--lazy", {mount!r}])
+    walk(self, slot, task, directory, root)
+    if directory.endswith("/060") and {back!r}:
+        subprocess.check_call(["mount", "--bind", {backend!r}, {mount!r}])
+refresherr.Surveyor.walk_directory = walk_and_meddle
+sys.exit(refresherr.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_a_mount_that_goes_while_one_directory_is_walked(
+    theatre: Theatre, memory: tmpfs, back: bool
+) -> None:
+    """The real program and a real mount; only the moment is chosen, by wrapping one method."""
+    memory.unmount()
+    (theatre.mount / "stray file").touch()  # no help from an empty mount point
+    theatre.backend = theatre.folder / "backend"
+    for number in range(100):
+        theatre.add(f"{number:03d}", 3)
+    mount = ["mount", "--bind", str(theatre.backend), str(theatre.mount)]
+    subprocess.check_call(mount)
+    try:
+        assert theatre.scan()["exit_code"] == 0
+        script = MEANWHILE.format(
+            project=str(PROJECT), mount=str(theatre.mount), backend=str(theatre.backend), back=back
+        )
+        before = links_on_disk(theatre.disk)
+        command = theatre.refresherr.command("scan", "--json", theatre.media)[2:]
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, *command],
+            env=theatre.refresherr.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        scan = theatre.finish(process, before)
+        assert (scan["exit_code"], scan["totals"]["broken"]) == (0 if back else 4, 0)
+        if not back:
+            subprocess.check_call(mount)
+        assert theatre.scan()["totals"]["ok"] == 300
+    finally:
+        subprocess.call(["umount", "--lazy", str(theatre.mount)])
