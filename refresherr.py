@@ -1540,9 +1540,10 @@ SLOW_SECONDS = 0.001  # a look-up that takes longer does not come from a local d
 LIST_SECONDS = 0.002  # a look-up that takes longer is dearer than its share of a listing
 SLOW_STREAK = 8  # so many slow look-ups in a row are no hiccup
 WINDOW = 16384  # links that wait to be judged together with others of their target directory
-BATCH = 1000  # links in one message to the parent
+BATCH = 4000  # links in one message to the parent, and in one transaction
 DOUBTFUL = 50000  # links that are looked at again; more than that is the guard's business
 SPREAD = 64  # directories on the pile before it is worth dividing
+SAMPLE = 100  # links judged before: where those wait for a slow mount, nothing is divided
 CACHE_SIZE = 20000  # directories remembered by each cache of the worker
 STUCK_LIMIT = 3  # look-ups that time out on a mount before it counts as unresponsive
 HEARTBEAT = 1.0  # seconds between signs of life
@@ -2033,7 +2034,8 @@ class Surveyor:
                     self.change.notify(len(self.waiting))
                     self.waiting = {}
                     self.waiting_count = 0
-                resting = self.spreading and len(self.walks) >= SPREAD
+                judged = self.outbox.size() + self.waiting_count
+                resting = self.spreading and judged >= SAMPLE and len(self.walks) >= SPREAD
                 if (self.batches or self.walks) and not resting:
                     slot.path = ""
                     slot.task = self.batches.pop() if self.batches else self.take_walk()
@@ -2166,8 +2168,8 @@ class Surveyor:
                 self.walk_directory(slot, task, directory, root)
             except OSError as exc:
                 self.send(("unread", directory or "/", exc.strerror))
-            resting = self.spreading and len(task.todo) >= SPREAD
-            if resting or task.size() >= BATCH or len(self.slots) > 1:
+            judged = len(task.good_of(root)[0]) + len(task.found) + len(task.later)
+            if judged >= (SAMPLE if self.spreading else BATCH) or len(self.slots) > 1:
                 return
 
     def walk_directory(self, slot: Slot, task: Task, directory: str, root: int) -> None:
