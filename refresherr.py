@@ -1535,9 +1535,10 @@ def recorded_run(conn: sqlite3.Connection, command: str) -> Iterator[JsonObject]
 # kills the worker at the end and does not wait for it (measured: any other way hangs).
 
 GONE_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-AUTO_WORKERS = 16  # a libfuse daemon has some ten threads
+AUTO_WORKERS = 24  # a libfuse daemon has some ten threads; what waits for them costs nothing
 SLOW_SECONDS = 0.001  # a look-up that takes longer does not come from a local disk's cache
 LIST_SECONDS = 0.002  # a look-up that takes longer is dearer than its share of a listing
+DEAR_ANSWERS = 3  # so many of them on a mount, and listings come first
 SLOW_STREAK = 8  # so many slow look-ups in a row are no hiccup
 WINDOW = 16384  # links that wait to be judged together with others of their target directory
 BATCH = 4000  # links in one message to the parent, and in one transaction
@@ -1601,6 +1602,7 @@ class Place:
     announced: bool = False
     answered: float = 0.0
     timeouts: int = 0
+    dear_answers: int = 0  # look-ups that took long
 
     def __post_init__(self) -> None:
         self.probe = self.probe or self.point
@@ -1839,21 +1841,21 @@ class Surveyor:
             self.probe([p for p in everywhere if p.used and p.state == HEALTHY])
         self.report()
 
-    def work(self) -> None:
-        """Have the crew do what is on the piles."""
+    def work(self, count: int = 1) -> None:
+        """Have a crew of `count` threads, to begin with, do what is on the piles."""
         self.over.clear()
-        self.hire(1)
+        self.hire(count)
         self.watch()
 
     def look_again(self) -> None:
         """Judge anew what was gone at first sight: a mount may have been away for a moment."""
         links, self.doubtful = self.doubtful or [], None
-        self.forget()
         heads: Dict[str, List[Waiting]] = {}
         for link in links:
             heads.setdefault(link[1].rpartition("/")[0], []).append(link)
         self.batches = [Task([(head, 0)], group) for head, group in heads.items()]
-        self.work()
+        slow = any(self.is_slow(head) for head in heads)
+        self.work((self.job.workers or AUTO_WORKERS) if slow else 1)
 
     def split(self) -> Optional[int]:
         """Fork a twin that takes every other directory of the pile, where a second core is idle.
@@ -2243,7 +2245,11 @@ class Surveyor:
         slot.touch(head)
         spot = self.spots.get(head) or self.locate(head)
         names: Set[str] = set()
-        for number, link in enumerate(links):
+        wanted = {link[1].rpartition("/")[2] for link in links}
+        may_list = len(wanted) > 3 and spot.place.state == HEALTHY
+        if may_list and spot.mount.dear_answers >= DEAR_ANSWERS:
+            names, may_list = self.list_names(slot, spot, wanted), False
+        for link in links:
             path, full, target, root = link
             if full.rpartition("/")[2] in names:
                 self.mark_good(full, spot, spot.device)
@@ -2251,8 +2257,9 @@ class Surveyor:
                 continue
             slot.touch(full)
             task.add(self.judge(slot, task, spot, link))
-            if number == 0 and len(links) > 3 and time.monotonic() - slot.since > LIST_SECONDS:
-                names = self.list_names(slot, spot, {link[1].rpartition("/")[2] for link in links})
+            if may_list and time.monotonic() - slot.since > LIST_SECONDS:
+                spot.mount.dear_answers += 1
+                names, may_list = self.list_names(slot, spot, wanted), False
 
     def list_names(self, slot: Slot, spot: Spot, wanted: Set[str]) -> Set[str]:
         """Return the names in a directory that exist for sure; not links, they may lead nowhere.
