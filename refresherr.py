@@ -3407,6 +3407,9 @@ def run_scan(context: Context) -> JsonObject:
                 "broken; `scan --accept-breakage` confirms a real loss"
             )
             log.warning("%s", result["message"])
+        elif result["exit_code"] == EXIT_REFUSED:
+            reasons = [m["reason"] for m in result["mounts"] if m["state"] != HEALTHY]
+            result["message"] = "; ".join(reasons) or "a directory of targets is suddenly empty"
         elif result["exit_code"] == EXIT_FAILED:
             result["message"] = f"no root could be scanned: {failed[0]['reason']}"
         summary.update(result)
