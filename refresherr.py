@@ -2682,6 +2682,7 @@ class ScanRecord:
         self._events: List[Event] = []
         self.mounts: List[JsonObject] = []
         self._blocked: Dict[int, str] = {}
+        self._told: Set[str] = set()
         self._unwell: Dict[str, str] = {}  # points beneath which no link counts as vanished
         self._uninhabited: Set[str] = set()
         self._suspicious: Dict[str, Unit] = {}
@@ -2763,8 +2764,14 @@ class ScanRecord:
         for mount in self.mounts:
             if mount["state"] != HEALTHY:
                 self._unwell[mount["mount_point"]] = mount["reason"]
-                self.refused = True
-                log.warning("%s; nothing beneath it is judged", mount["reason"])
+                self._refuse(mount["reason"])
+
+    def _refuse(self, reason: str) -> None:
+        """Have the scan end as refused, and say why, once."""
+        self.refused = True
+        if reason not in self._told:
+            self._told.add(reason)
+            log.warning("%s; nothing beneath it is judged", reason)
 
     def _compare_mounts(self) -> None:
         """Refuse what was mounted or unmounted in the middle of the scan; remember what came."""
@@ -2957,13 +2964,16 @@ class ScanRecord:
     def _verdict(self, link: GoneLink) -> Tuple[str, str]:
         """Return (status, reason): broken only where the file system is proven healthy."""
         if link.unit in self._blocked:
-            self.refused = True
+            self._refuse(self._blocked[link.unit])
             return UNREACHABLE, self._blocked[link.unit]
         unit = self.units[link.unit]
         emptied = link.emptied.rstrip("/") or "/"
         if link.emptied and emptied in self._uninhabited and not self._is_lone_loss(link, unit):
             self._emptied[emptied] += 1
-            return UNREACHABLE, f"{emptied} is empty: perhaps nothing is mounted there"
+            # What another edition called good, before we knew its mount, was never judged by us.
+            known_then = link.last_seen >= self._remembered.get(unit.mount, "~")
+            mark = "" if known_then else UNJUDGED
+            return UNREACHABLE, f"{mark}{emptied} is empty: perhaps nothing is mounted there"
         if self.limit < 1.0 and link.known and link.was_held:
             name = (link.known.error or "")[len(HELD) :]  # held until it is back, or accepted
             self._held[name] += 1
@@ -3025,8 +3035,9 @@ class ScanRecord:
             if ignore.active and ignore.matches_beneath(root.path, path):
                 ignored.append((rowid,))
                 continue
-            if find_ancestor(root.real + path[len(root.path.rstrip("/")) :], self._unwell):
-                self.refused = True
+            point = find_ancestor(root.real + path[len(root.path.rstrip("/")) :], self._unwell)
+            if point:
+                self._refuse(self._unwell[point])
                 continue
             gone.append(rowid)
         with transaction(self.conn):

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
@@ -715,6 +716,25 @@ def test_an_emptied_directory_makes_no_link_new(theatre: Theatre, memory: tmpfs)
     theatre.bring_back(links[:60])
     assert theatre.scan()["exit_code"] == 4
     assert theatre.having("broken") == set()
+
+
+def test_an_accepted_loss_is_none_of_what_we_never_saw_mounted(theatre: Theatre) -> None:
+    """A row of the container edition says ok; its mount was absent ever since we look."""
+    theatre.add_local("good.mkv")
+    link = theatre.media / "old.mkv"
+    link.symlink_to(theatre.mount / "old.mkv")
+    assert theatre.refresherr("stats").code == 0
+    conn = sqlite3.connect(str(theatre.refresherr.db_path))
+    with conn:
+        conn.execute(
+            "INSERT INTO symlinks (path, last_target, status, last_status, last_seen_utc) "
+            "VALUES (?, ?, 'ok', 'ok', '2024-05-06T07:08:09')",
+            (str(link), str(theatre.mount / "old.mkv")),
+        )
+    conn.close()
+    for options in ([], [], ["--accept-breakage"], []):
+        assert theatre.scan(*options)["exit_code"] == 4
+        assert theatre.having("unreachable") == {str(link)}
 
 
 MEANWHILE = """
