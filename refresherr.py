@@ -1538,7 +1538,7 @@ GONE_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 AUTO_WORKERS = 24  # a libfuse daemon has some ten threads; what waits for them costs nothing
 SLOW_SECONDS = 0.001  # a look-up that takes longer does not come from a local disk's cache
 LIST_SECONDS = 0.002  # a look-up that takes longer is dearer than its share of a listing
-DEAR_ANSWERS = 3  # so many of them on a mount, and listings come first
+DEAR_ANSWERS = 3  # so many of them in a row on a mount are no hiccup
 SLOW_STREAK = 8  # so many slow look-ups in a row are no hiccup
 WINDOW = 16384  # links that wait to be judged together with others of their target directory
 BATCH = 4000  # links in one message to the parent, and in one transaction
@@ -1602,7 +1602,7 @@ class Place:
     announced: bool = False
     answered: float = 0.0
     timeouts: int = 0
-    dear_answers: int = 0  # look-ups that took long
+    dear_answers: int = 0  # look-ups in a row that took long
 
     def __post_init__(self) -> None:
         self.probe = self.probe or self.point
@@ -2257,8 +2257,9 @@ class Surveyor:
                 continue
             slot.touch(full)
             task.add(self.judge(slot, task, spot, link))
-            if may_list and time.monotonic() - slot.since > LIST_SECONDS:
-                spot.mount.dear_answers += 1
+            dear = time.monotonic() - slot.since > LIST_SECONDS
+            spot.mount.dear_answers = spot.mount.dear_answers + 1 if dear else 0
+            if may_list and spot.mount.dear_answers >= DEAR_ANSWERS:
                 names, may_list = self.list_names(slot, spot, wanted), False
 
     def list_names(self, slot: Slot, spot: Spot, wanted: Set[str]) -> Set[str]:
