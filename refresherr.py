@@ -1190,7 +1190,7 @@ MIGRATIONS: Dict[int, Callable[[sqlite3.Connection], None]] = {
 
 
 def initialize_schema(conn: Optional[sqlite3.Connection] = None) -> None:
-    """Create or upgrade the tables, one transaction a version, after a backup of any data.
+    """Create or upgrade the tables in one transaction, after a backup of any data.
 
     Raises DatabaseError, and touches nothing, when the database is newer than this program or
     when its own check fails.
@@ -1200,28 +1200,29 @@ def initialize_schema(conn: Optional[sqlite3.Connection] = None) -> None:
             initialize_schema(own)
         return
     with explained_errors(database_path(conn)):
-        _refuse_newer_schema(conn, database_path(conn))
-        version = schema_version(conn)
-        if version == SCHEMA_VERSION:
+        if schema_version(conn) == SCHEMA_VERSION:
             return
-        holds_data = _holds_data(conn)
-        if holds_data:
-            _back_up_before_migration(conn, version)
         # What is overwritten may be a token: leave no copy of it in a freed page.
         conn.execute("PRAGMA secure_delete=ON")
-        for step in range(version + 1, SCHEMA_VERSION + 1):
-            _migrate(conn, step)
+        with transaction(conn):  # alone: another thread or process may be at it, too
+            _refuse_newer_schema(conn, database_path(conn))
+            version = schema_version(conn)
+            if version == SCHEMA_VERSION:
+                return
+            holds_data = _holds_data(conn)
+            if holds_data:
+                _back_up_before_migration(conn, version)
+            _migrate(conn, version)
         if holds_data:
             _scrub(conn)
 
 
 def _migrate(conn: sqlite3.Connection, version: int) -> None:
-    with transaction(conn):
-        if schema_version(conn) >= version:
-            return  # another process was faster
-        MIGRATIONS[version](conn)
-        insert = "INSERT INTO schema_version (version, applied_utc) VALUES (?, ?)"
-        conn.execute(insert, (version, utc_now()))
+    """Take every step from `version` to ours."""
+    insert = "INSERT INTO schema_version (version, applied_utc) VALUES (?, ?)"
+    for step in range(version + 1, SCHEMA_VERSION + 1):
+        MIGRATIONS[step](conn)
+        conn.execute(insert, (step, utc_now()))
 
 
 def _scrub(conn: sqlite3.Connection) -> None:
@@ -1253,7 +1254,9 @@ def _back_up_before_migration(conn: sqlite3.Connection, version: int) -> None:
             "start anew with `db nuke --yes`"
         )
     backup = f"{path}.v{version}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}.bak"
-    backup_database(conn, backup)
+    # By a connection of its own: SQLite copies nothing from one that is about to write.
+    with contextlib.closing(sqlite3.connect(path)) as reader:
+        backup_database(reader, backup)
     log.info("upgrading the database from version %d; the old one is kept as %s", version, backup)
 
 
@@ -1294,8 +1297,7 @@ def nuke_database(conn: Optional[sqlite3.Connection] = None, confirm: bool = Fal
         with transaction(conn):
             for table in _quoted_tables(conn):
                 conn.execute(f"DROP TABLE {table}")
-            for version in MIGRATIONS:
-                _migrate(conn, version)
+            _migrate(conn, 0)
         conn.execute("VACUUM")
 
 

@@ -728,6 +728,35 @@ def test_threads_may_share_nothing_but_the_module(api_db: Path) -> None:
     assert failures == []
     with opened(api_db) as conn:
         assert conn.execute("SELECT count(*) FROM symlinks").fetchone() == (80,)
+    assert not list(api_db.parent.glob("*.bak"))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_many_may_upgrade_a_database_at_once(api_db: Path, version: int) -> None:
+    api_db.parent.mkdir(parents=True, exist_ok=True)
+    make_container_database(api_db, version)
+    with opened(api_db) as conn:
+        before = conn.execute("SELECT count(*) FROM symlinks").fetchone()
+    failures: List[BaseException] = []
+    gate = threading.Barrier(8)
+
+    def upgrade() -> None:
+        try:
+            gate.wait()
+            program.get_pending_actions()
+        except BaseException as exc:
+            failures.append(exc)
+
+    threads = [threading.Thread(target=upgrade) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert len(list(api_db.parent.glob("*.bak"))) == 1
+    with opened(api_db) as conn:
+        assert versions_of(conn)[-1] == 3
+        assert conn.execute("SELECT count(*) FROM symlinks").fetchone() == before
 
 
 # --- When the disk or the file is no good ----------------------------------------------------

@@ -357,7 +357,8 @@ def test_every_scan_moves_last_seen_on(refresherr: Refresherr, library: Library)
     too_long = library.link("unreachable.mkv", "x" * 256, exists=False)  # ENAMETOOLONG
     gone = library.link("missing.mkv")
     refresherr.scan(library.root)
-    alter(refresherr, "UPDATE symlinks SET first_seen_utc = ?1, last_seen_utc = ?1", LONG_AGO)
+    update = "UPDATE symlinks SET first_seen_utc = ?, last_seen_utc = ?"
+    alter(refresherr, update, LONG_AGO, LONG_AGO)
     gone.unlink()
     scan = refresherr.scan(library.root)
     rows = refresherr.query("SELECT path, first_seen_utc, last_seen_utc FROM symlinks")
