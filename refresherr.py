@@ -20,6 +20,11 @@ The sections, bottom-up; each uses only those above it:
     Database                connection, migrations, the public functions of the schema document
     Scan: the worker        a process that walks and judges, and cannot be hung by a mount
     Scan: the record        verdicts -> states, guards, rows, events
+    HTTP                    one careful client on urllib
+    Sonarr and Radarr       what their API has in common, and what not
+    Ingest                  the servers' titles and files -> rows, linked to the symlinks
+    Queue                   broken links -> actions
+    Dispatch                actions -> servers, step by step, resumable
     Statistics              what the database knows, for people and for Prometheus
     Doctor                  is this installation fit for work?
     Command line            one table of commands, main()
@@ -31,6 +36,7 @@ of the schema document (``get_connection``, ``record_symlink``, ``enqueue_action
 from __future__ import annotations
 
 import argparse
+import codecs
 import configparser
 import contextlib
 import dataclasses
@@ -57,16 +63,17 @@ import threading
 import time
 import traceback
 import warnings
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import Future, ThreadPoolExecutor
 
 # isort: off
 # fmt: off
 from typing import (
-    Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set,
-    TextIO, Tuple, Type, Union)
+    Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence,
+    Set, TextIO, Tuple, Type, Union)
 # fmt: on
 # isort: on
-from urllib.parse import quote
+from urllib.parse import parse_qs, quote, unquote, unquote_to_bytes, urlencode, urlsplit
 
 # ---------------------------------------------------------------------------------------------
 # Constants and errors
@@ -215,7 +222,8 @@ def parse_time(value: Union[str, int, float, None]) -> Optional[float]:
     with contextlib.suppress(ValueError):
         return float(text) if math.isfinite(float(text)) else None
     with contextlib.suppress(ValueError):
-        moment = datetime.datetime.fromisoformat(text.replace("Z", "+00:00"))
+        text = re.sub(r"(\.\d{6})\d+", r"\1", text.replace("Z", "+00:00"))  # .NET's ticks
+        moment = datetime.datetime.fromisoformat(text)
         utc = datetime.timezone.utc
         return (moment if moment.tzinfo else moment.replace(tzinfo=utc)).timestamp()
     return None
@@ -1382,16 +1390,24 @@ def enqueue_action(url: str, reason: str = "", related_path: Optional[str] = Non
     """
     bare = strip_secrets(url)
     with _writing() as conn:
+        return insert_action(conn, bare, reason, related_path)[0]
+
+
+def insert_action(
+    conn: sqlite3.Connection, url: str, reason: str, path: Optional[str], progress: str = "{}"
+) -> Tuple[int, bool]:
+    """Queue an action for a URL without secrets; return its id, and whether it is new."""
+    with transaction(conn):
         same = "SELECT id FROM actions WHERE status = 'pending' AND url = ?"
-        row = conn.execute(same, (bare,)).fetchone()
+        row = conn.execute(same, (url,)).fetchone()
         if row:
-            return int(row["id"])
+            return int(row["id"]), False
         cursor = conn.execute(
-            "INSERT INTO actions (url, status, reason, related_path, created_utc) "
-            "VALUES (?, 'pending', ?, ?, ?)",
-            (bare, to_db(redact(reason)), to_db(related_path) if related_path else None, utc_now()),
+            "INSERT INTO actions (url, status, reason, related_path, created_utc, progress) "
+            "VALUES (?, 'pending', ?, ?, ?, ?)",
+            (url, to_db(redact(reason)), to_db(path) if path else None, utc_now(), progress),
         )
-        return int(cursor.lastrowid or 0)
+        return int(cursor.lastrowid or 0), True
 
 
 def get_pending_actions(limit: int = 25) -> List[sqlite3.Row]:
@@ -1572,7 +1588,7 @@ class ScanJob:
 
     `remembered` maps the mount points that earlier scans saw in use to their file system types.
     With `look_only` the worker says how roots and mounts are, and walks nothing; with `split` it
-    may divide itself in two.
+    may divide itself in two.  `links` are judged one by one, besides what the roots hold.
     """
 
     roots: Tuple[str, ...]
@@ -1583,6 +1599,7 @@ class ScanJob:
     stat_timeout: float = 30.0
     look_only: bool = False
     split: bool = True
+    links: Tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(eq=False)
@@ -1645,6 +1662,18 @@ def is_empty(directory: str) -> bool:
     """Tell whether a directory holds nothing.  OSError if it cannot be read."""
     with os.scandir(directory) as entries:
         return next(entries, None) is None
+
+
+def read_links(paths: Sequence[str]) -> Dict[str, str]:
+    """Return the targets of links; of what is none, its own path."""
+    targets = {}
+    for path in paths:
+        try:
+            targets[path] = os.readlink(path)
+        except OSError as exc:
+            if exc.errno not in GONE_ERRNOS:
+                targets[path] = path
+    return targets
 
 
 class Spot:
@@ -1825,6 +1854,7 @@ class Surveyor:
             place.used = self.job.look_only and place.role != "seen"
         self.places.setdefault("/", [Place("/", "seen", "unknown")])
         self.open_roots()
+        self.open_links()
         if not self.job.look_only:
             self.spreading = self.job.split
             self.work()
@@ -1980,6 +2010,24 @@ class Surveyor:
             for other in outer:
                 seen_as = self.job.roots[other].rstrip("/") + path[len(real[other].rstrip("/")) :]
                 self.covered_roots[seen_as] = number
+
+    def open_links(self) -> None:
+        """Read the job's links, hang-safe, and put them on the pile; what is no link is as good
+        as its target, and what is not there gets no verdict.
+        """
+        folders: Dict[str, List[str]] = {}
+        for path in self.job.links:
+            folders.setdefault(os.path.dirname(path), []).append(path)
+        heads: Dict[str, List[Waiting]] = {}
+        answers = self.ask_all([functools.partial(read_links, paths) for paths in folders.values()])
+        for paths, targets in zip(folders.values(), answers):
+            for path, target in (targets or {}).items():
+                full = os.path.join(os.path.dirname(path), target)
+                heads.setdefault(full.rpartition("/")[0], []).append((path, full, target, 0))
+            if targets is None:
+                reason, unit = f"it did not answer within {self.limit}", self.unit_of("/")
+                self.outbox.found += [(p, "", JUDGED_UNKNOWN, unit, reason, 0) for p in paths]
+        self.batches = [Task([(head, 0)], links) for head, links in heads.items()]
 
     def examine_root(self, root: str) -> Tuple[str, str, str]:
         """Return (state, reason, real path) of a root: 'scanned', 'missing', 'error', 'refused'."""
@@ -3148,12 +3196,1440 @@ def forget_mount(conn: sqlite3.Connection, point: str) -> bool:
         return conn.execute(delete, (to_db(point),)).rowcount > 0
 
 
+def recheck_links(
+    conn: sqlite3.Connection, settings: ScanSettings, paths: Sequence[str]
+) -> Dict[str, Tuple[str, str]]:
+    """Look at links again, this very moment, and record nothing.
+
+    Returns {path: (status, reason)}: broken only where the file system is proven healthy, as in a
+    scan.  What is no symlink any more is not in it.
+    """
+    verdicts: Dict[str, Tuple[str, str]] = {}
+    doubts: Dict[str, List[str]] = {}  # an empty directory: the links that end there
+    for path, judgement, detail, blocked in _look_at(conn, settings, paths):
+        if judgement == JUDGED_OK:
+            verdicts[path] = OK, ""
+        elif judgement != JUDGED_GONE or blocked:
+            verdicts[path] = UNREACHABLE, blocked or detail
+        else:
+            verdicts[path] = BROKEN, ""
+            if detail:
+                doubts.setdefault(detail.rstrip("/"), []).append(path)
+    for empty, links in doubts.items():
+        # It proves nothing by itself: does a good target live beside it?
+        condition, values = beneath(os.path.dirname(empty), "last_target")
+        select = f"SELECT path FROM symlinks WHERE status = 'ok' AND {condition} LIMIT 20"
+        witnesses = [from_db(row[0]) for row in conn.execute(select, values)]
+        if not any(look[1] == JUDGED_OK for look in _look_at(conn, settings, witnesses)):
+            reason = f"{empty or '/'} is empty: perhaps nothing is mounted there"
+            verdicts.update((path, (UNREACHABLE, reason)) for path in links)
+    return verdicts
+
+
+def _look_at(
+    conn: sqlite3.Connection, settings: ScanSettings, paths: Sequence[str]
+) -> List[Tuple[str, int, str, str]]:
+    """Return (path, judgement, detail, why its mount is not to be trusted) of links."""
+    if not paths:
+        return []
+    job = dataclasses.replace(plan_scan(conn, settings, ["/"]), roots=(), links=tuple(paths))
+    looks: List[Judged] = []
+    blocked: Dict[int, str] = {}
+    worker = Worker(job)
+    try:
+        for message in worker.messages():
+            if message[0] == "good":
+                looks += [
+                    (p, "", JUDGED_OK, unit, "", 0) for p, unit in zip(message[2], message[4])
+                ]
+            elif message[0] == "links":
+                looks += message[1]
+            elif message[0] == "done":
+                blocked = message[2]
+    finally:
+        worker.close()
+    return [(look[0], look[2], look[4], blocked.get(look[3], "")) for look in looks]
+
+
+# ---------------------------------------------------------------------------------------------
+# HTTP
+# ---------------------------------------------------------------------------------------------
+
+MAX_BODY = 8 << 20  # bytes of an answer
+MAX_LIST = 128 << 20  # bytes of the list of all that a server has
+MAX_ELEMENT = 8 << 20  # bytes of one series or movie in it
+MAX_ERROR = 300  # characters of a server's own words
+RETRY_STATUSES = (408, 425, 429)
+
+
+class HttpError(RefresherrError):
+    """A request that failed.
+
+    `status` is 0 where no whole answer came, `retry` tells whether another try may go better, and
+    `after` is the number of seconds that the server asked to wait.
+    """
+
+    def __init__(self, text: str, status: int = 0, retry: bool = False, after: float = 0) -> None:
+        super().__init__(text)
+        self.status, self.retry, self.after = status, retry, after
+
+
+class Client:
+    """Talks to one configured address, named `name` in messages, and to no other.
+
+    Redirects are not followed, proxies not used; `headers` carry the key.  `timeout` is for the
+    connection and for every wait; a whole answer may take that long too, a list three times.
+    """
+
+    def __init__(
+        self, name: str, url: str, timeout: float, headers: Mapping[str, str], token: str = ""
+    ) -> None:
+        import base64
+        import urllib.request as web
+
+        class NoRedirect(web.HTTPRedirectHandler):
+            def redirect_request(self, *_: Any) -> None:
+                return None
+
+        userinfo = re.match(r"(?i)https?://([^/]*)@", url)
+        self.name, self.timeout = name, timeout
+        self.url = strip_secrets(url)
+        self._secrets = [value for value in (*headers.values(), token) if value]
+        self._headers = {"User-Agent": f"Refresherr/{__version__}", **headers}
+        self._headers["Accept"] = "application/json"
+        if userinfo:
+            login = base64.b64encode(unquote(userinfo.group(1)).encode()).decode()
+            self._headers["Authorization"] = f"Basic {login}"
+            self._secrets += [login, userinfo.group(1)]
+        self._opener = web.OpenerDirector()  # http and https, and nothing else that urllib knows
+        handlers = [
+            web.HTTPHandler,
+            NoRedirect,
+            web.HTTPDefaultErrorHandler,
+            web.HTTPErrorProcessor,
+        ]
+        for handler in [*handlers, *filter(None, [getattr(web, "HTTPSHandler", None)])]:
+            self._opener.add_handler(handler())
+
+    def ask(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
+        """Send a request and return the JSON of its answer, None if that has none.
+
+        Raises HttpError, also where GET and POST are answered with something else than JSON.
+        """
+        status, kind, stream = self._exchange(method, path, body, query)
+        content = stream.read()
+        if "json" not in kind and (method in ("GET", "POST") or content.strip()):
+            raise self._not_json(path, kind)
+        try:
+            result = json.loads(content) if content.strip() else None
+        except (ValueError, RecursionError):
+            raise HttpError(f"{self.name}: the JSON of {path} is damaged", retry=True) from None
+        if method == "POST" and status != 201:
+            raise HttpError(f"{self.name}: {path} answered {status} and not 201, created", status)
+        return result
+
+    def ask_list(self, path: str, **query: Any) -> Iterator[JsonObject]:
+        """Yield the objects of a list, one at a time: memory does not grow with the library."""
+        _, kind, stream = self._exchange("GET", path, None, query, MAX_LIST, 3)
+        if "json" not in kind:
+            raise self._not_json(path, kind)
+        try:
+            for element in iterate_json(stream):
+                if isinstance(element, dict):
+                    yield element
+        except (ValueError, RecursionError):
+            raise HttpError(f"{self.name}: the JSON of {path} is damaged", retry=True) from None
+
+    def fetch(self, path: str, **query: Any) -> Tuple[int, Any]:
+        """Send a GET where JSON is welcome, not required; return the status and the JSON."""
+        status, _, stream = self._exchange("GET", path, None, query)
+        with contextlib.suppress(ValueError, RecursionError):
+            return status, json.loads(stream.read())
+        return status, None
+
+    def _not_json(self, path: str, kind: str) -> HttpError:
+        kind = kind.partition(";")[0] or "nothing"
+        text = f"{self.name}: {self.url}{path} answered with {kind}, not with JSON"
+        return HttpError(f"{text}; is its url right, with the URL base if one is set?", retry=True)
+
+    def _exchange(
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        query: Mapping[str, Any],
+        limit: int = MAX_BODY,
+        patience: int = 1,
+    ) -> Tuple[int, str, Any]:
+        """Return (status, content type, body as a file), all of it read.  Raises HttpError.
+
+        In a thread of its own: only so the look-up of a name, or a byte a second, has an end.
+        """
+        outcome: List[Any] = []
+        deadline = time.monotonic() + patience * self.timeout
+
+        def run() -> None:
+            try:
+                outcome.append(self._send(method, path, body, query, limit, deadline))
+            except BaseException as exc:
+                outcome.append(exc)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(max(0.0, deadline - time.monotonic()) + 0.1)
+        result: Any = outcome[0] if outcome else TimeoutError()
+        if isinstance(result, BaseException):
+            error = self._explain(result, path)
+            raise error from (None if isinstance(error, HttpError) else result)
+        status, kind, stream = result
+        return status, kind, stream
+
+    def _send(
+        self, method: str, path: str, body: Any, query: Mapping[str, Any], limit: int, end: float
+    ) -> Tuple[int, str, Any]:
+        import urllib.error
+        import urllib.request
+
+        url = self.url + path + ("?" + urlencode(query, doseq=True) if query else "")
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(url, data, dict(self._headers), method=method)
+        if data is not None:
+            request.add_header("Content-Type", "application/json")
+        try:
+            with self._opener.open(request, timeout=self.timeout) as answer:
+                kind = answer.headers.get("Content-Type") or ""
+                return answer.status, kind.lower(), self._read(answer, limit, end)
+        except urllib.error.HTTPError as exc:
+            with exc:
+                content = b""
+                with contextlib.suppress(Exception):
+                    content = self._read(exc.fp, 1 << 16, end).read()
+                raise self._refusal(exc.code, exc.headers, content, path) from None
+
+    def _read(self, answer: Any, limit: int, end: float) -> Any:
+        import http.client
+        import tempfile
+
+        stream = tempfile.SpooledTemporaryFile(max_size=1 << 20)  # noqa: SIM115
+        while True:
+            chunk = answer.read1(1 << 16)
+            if not chunk:
+                break
+            stream.write(chunk)
+            if time.monotonic() > end:
+                raise TimeoutError
+            if stream.tell() > limit:
+                raise HttpError(f"{self.name}: the answer is longer than {limit >> 20} MiB")
+        if answer.length:  # read1 does not tell
+            raise http.client.IncompleteRead(b"", answer.length)
+        stream.seek(0)
+        return stream
+
+    def _refusal(self, status: int, headers: Any, content: bytes, path: str) -> HttpError:
+        words = self.conceal(read_error(content))
+        said = f": {words}" if words else ""
+        if 300 <= status < 400:
+            where = self.conceal(redact(headers.get("Location") or "nowhere"))
+            said = f", a redirect to {where}; redirects are not followed: correct its url"
+            if where.startswith("/") and path in where:
+                said += f", perhaps {self.url}{where[: where.index(path)].rstrip('/')}"
+        elif status == 401:
+            said = ": the key or token is refused; correct it in the config"
+        elif status == 404 and not words:
+            said = f": {path} is unknown there; is its url right, with the URL base?"
+        retry = status >= 500 or status in RETRY_STATUSES
+        after = parse_retry_after(headers.get("Retry-After") or "", time.time())
+        return HttpError(f"{self.name}: answered {status}{said}", status, retry, after)
+
+    def _explain(self, exc: BaseException, path: str) -> BaseException:
+        """Return the HttpError for whatever urllib, socket, ssl or http.client raised."""
+        import http.client
+        import socket
+        import urllib.error
+
+        reason = exc.reason if isinstance(exc, urllib.error.URLError) else exc
+        text, retry = "", True
+        if isinstance(exc, HttpError):
+            return exc
+        if isinstance(reason, (socket.timeout, TimeoutError)):
+            text = f"no whole answer within {format_duration(self.timeout)}"
+        elif "CERTIFICATE" in str(reason):
+            text, retry = f"its certificate is not trusted ({reason})", False
+        elif isinstance(reason, http.client.IncompleteRead):
+            text = "broke off in the middle of its answer"
+        elif isinstance(reason, http.client.HTTPException):
+            text = f"speaks no HTTP there ({type(reason).__name__})"
+        elif isinstance(reason, OSError):
+            text = (reason.strerror or str(reason) or type(reason).__name__).lower()
+        elif isinstance(reason, (str, ValueError)):
+            text, retry = f"cannot be asked: {reason}", False
+        else:
+            return exc
+        return HttpError(f"{self.name}: {self.url}: {self.conceal(text)}", retry=retry)
+
+    def conceal(self, text: str) -> str:
+        """Return a server's words without the secrets that it was sent."""
+        for value in self._secrets:
+            text = text.replace(value, "***")
+        return text
+
+
+def iterate_json(stream: Any) -> Iterator[Any]:
+    """Yield the elements of a JSON array from a binary file.  ValueError if it is damaged."""
+    decode = json.JSONDecoder().raw_decode
+    utf8 = codecs.getincrementaldecoder("utf-8")()
+    gap = re.compile(r"[\s,]*")
+    text, begun, ended = "", False, False
+    while not ended:
+        data = stream.read(max(1 << 16, len(text)))  # doubling: none is parsed often
+        ended = not data
+        text += utf8.decode(data, ended)
+        at = 0
+        with contextlib.suppress(json.JSONDecodeError):  # the element goes on in the next piece
+            while True:
+                at = gap.match(text, at).end()  # type: ignore[union-attr]
+                if not begun and at < len(text):
+                    if text[at] != "[":
+                        raise ValueError("not an array")
+                    begun, at = True, at + 1
+                elif begun and text[at : at + 1] == "]":
+                    return
+                else:
+                    element, at = decode(text, at)
+                    yield element
+        text = text[at:]
+        if len(text) > MAX_ELEMENT:
+            break
+    raise ValueError("the array does not end")
+
+
+def read_error(content: bytes) -> str:
+    """Return what a server's error says, in one line, whichever of their shapes it has.
+
+    {message}, {error}, {errorMessage}, [{propertyName, errorMessage}], {title, errors}; never the
+    {description}, which holds a stack trace.
+    """
+    try:
+        error = json.loads(content)
+    except (ValueError, RecursionError):
+        return ""
+    parts = []
+    for item in error if isinstance(error, list) else [error]:
+        if not isinstance(item, dict):
+            continue
+        names = ("message", "errorMessage", "error", "detail", "title")
+        parts.append(next((str(item[name]) for name in names if item.get(name)), ""))
+        if item.get("propertyName"):
+            parts[-1] = f"{item['propertyName']}: {parts[-1]}"
+        if isinstance(item.get("errors"), dict):
+            parts += [f"{field}: {text}" for field, text in item["errors"].items()]
+    return " ".join("; ".join(parts).split())[:MAX_ERROR]
+
+
+def parse_retry_after(text: str, now: float) -> float:
+    """Return the seconds that a Retry-After header asks for: a number, or a date.  0 if neither."""
+    import email.utils
+
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        if text.strip().isdigit():
+            return min(86400.0, float(text))
+        then = email.utils.parsedate_to_datetime(text).timestamp()
+        return min(86400.0, max(0.0, then - now))
+    return 0.0
+
+
+# ---------------------------------------------------------------------------------------------
+# Sonarr and Radarr
+# ---------------------------------------------------------------------------------------------
+# Version 3 of their API, which Sonarr 3 to 5 and Radarr 3 to 6 have in common.  JSON leaves out
+# what is null, hence all the .get().
+
+READERS = 4  # requests at once while reading; what changes a server is sent one by one
+
+
+class Kind(NamedTuple):
+    """What differs between Sonarr and Radarr: names in their API, and where rows come from.
+
+    The fields map our columns to places in their JSON.
+    """
+
+    app: str
+    title: str  # the parameter for the id of a series or movie
+    item: str  # what is searched for and monitored: an episode or a movie
+    items: str  # the key that lists their ids
+    monitor: str
+    search: str
+    file: str
+    titles: str
+    title_fields: Mapping[str, str]
+    files: str
+    file_fields: Mapping[str, str]
+
+
+# fmt: off
+KINDS = {
+    "sonarr": Kind("Sonarr", "seriesId", "episode", "episodeIds", "/episode/monitor",
+        "EpisodeSearch", "/episodefile", "series",
+        {"sonarr_id": "id", "title": "title", "imdb_id": "imdbId", "tvdb_id": "tvdbId",
+         "tmdb_id": "tmdbId", "monitored": "monitored", "poster_url": "images.poster",
+         "fanart_url": "images.fanart"},
+        "episode_files",
+        {"sonarr_file_id": "id", "sonarr_series_id": "seriesId", "season_number": "seasonNumber",
+         "quality": "quality.quality.name", "resolution": "quality.quality.resolution",
+         "release_group": "releaseGroup", "size_bytes": "size", "original_path": "path"}),
+    "radarr": Kind("Radarr", "movieId", "movie", "movieIds", "/movie/editor", "MoviesSearch",
+        "/moviefile", "movies",
+        {"radarr_id": "id", "title": "title", "year": "year", "imdb_id": "imdbId",
+         "tmdb_id": "tmdbId", "monitored": "monitored", "added_utc": "added",
+         "poster_url": "images.poster", "fanart_url": "images.fanart"},
+        "movie_files",
+        {"radarr_file_id": "id", "radarr_movie_id": "movieId",
+         "quality": "quality.quality.name", "resolution": "quality.quality.resolution",
+         "video_codec": "mediaInfo.videoCodec", "audio_codec": "mediaInfo.audioCodec",
+         "size_bytes": "size", "original_path": "path"}),
+}
+# fmt: on
+
+
+class Server:
+    """A configured Sonarr or Radarr."""
+
+    def __init__(self, instance: Instance, timeout: float) -> None:
+        settings = instance.settings
+        self.name = instance.name
+        self.kind = KINDS[instance.kind]
+        self.path_map = settings.path_map
+        headers = {"X-Api-Key": settings.api_key}
+        self._client = Client(instance.name, settings.url, timeout, headers)
+
+    def connect(self) -> str:
+        """Return the server's version.  HttpError if it is not what the config says."""
+        status = self.get("/system/status")
+        app = dig(status, "appName") or "something else"
+        if app != self.kind.app:
+            raise HttpError(f"{self.name}: {self._client.url} is {app}, not {self.kind.app}")
+        return str(dig(status, "version") or "")
+
+    def get(self, path: str, **query: Any) -> Any:
+        """Return the JSON of a GET."""
+        return self._client.ask("GET", "/api/v3" + path, **query)
+
+    def get_list(self, path: str, **query: Any) -> Iterator[JsonObject]:
+        """Yield the objects of a GET's list."""
+        return self._client.ask_list("/api/v3" + path, **query)
+
+    def change(self, method: str, path: str, body: Any = None) -> Any:
+        """Send what changes the server."""
+        return self._client.ask(method, "/api/v3" + path, body)
+
+    def find(self, path: str) -> Optional[JsonObject]:
+        """Return one thing, None where the server does not have it."""
+        try:
+            found: JsonObject = self.get(path)
+            return found
+        except HttpError as exc:
+            if exc.status != 404:
+                raise
+            return None
+
+    def get_items(self, title_id: int, ids: Iterable[int]) -> List[JsonObject]:
+        """Return the episodes of a series with these ids, or the movie; not what is gone there.
+
+        Not /episode?episodeIds: a single id that is unknown makes that a 500.
+        """
+        if self.kind.item == "movie":
+            return list(filter(None, [self.find(f"/movie/{title_id}")]))
+        wanted = set(ids)
+        if self.find(f"/series/{title_id}") is None:
+            return []
+        return [e for e in self.get_list("/episode", seriesId=title_id) if e.get("id") in wanted]
+
+
+def dig(value: Any, place: str) -> Union[str, int, float, None]:
+    """Return what stands at 'quality.quality.name' in some JSON, if it fits into a column."""
+    for key in place.split("."):
+        if isinstance(value, list):  # of images: the one of that type
+            image = next((i for i in value if dig(i, "coverType") == key), None)
+            value = dig(image, "remoteUrl") or dig(image, "url")
+        else:
+            value = value.get(key) if isinstance(value, dict) else None
+    if isinstance(value, int) and abs(value) < 1 << 63:
+        return int(value)  # True is 1 in the database
+    return value if isinstance(value, (str, float)) else None
+
+
+def map_path(path: str, pairs: PathMap, back: bool = False) -> str:
+    """Return a path as the server sees it, or with `back` its path as it is here.
+
+    The longest prefix wins; without one the path is the same on both sides.
+    """
+    sides = [(there, here) if back else (here, there) for here, there in pairs]
+    fitting = [pair for pair in sides if is_under(path, pair[0])]
+    if not fitting:
+        return path
+    old, new = max(fitting, key=lambda pair: len(pair[0]))
+    return (new.rstrip("/") + path[len(old.rstrip("/")) :]) or "/"
+
+
+# ---------------------------------------------------------------------------------------------
+# Ingest
+# ---------------------------------------------------------------------------------------------
+
+
+def ingest_instance(
+    conn: sqlite3.Connection, instance: Instance, timeout: float, progress: Callable[[str], None]
+) -> JsonObject:
+    """Mirror a server's titles and files in the database; one line of `ingest --json`.
+
+    What is read goes to temporary tables first: a server that fails halfway changes nothing.
+    """
+    server = Server(instance, timeout)
+    kind = server.kind
+    result: JsonObject = {"name": server.name, "kind": instance.kind, "version": ""}
+    result.update(titles=0, files=0, linked=0, removed=0, error=None)
+    try:
+        result["version"] = server.connect()
+        for table, fields in ((kind.titles, kind.title_fields), (kind.files, kind.file_fields)):
+            conn.execute(f"DROP TABLE IF EXISTS temp.new_{table}")
+            conn.execute(f"CREATE TEMP TABLE new_{table} (here, {', '.join(fields)})")
+        for titles, files in _read_all(server):
+            _keep(conn, kind.titles, kind.title_fields, titles, ())
+            _keep(conn, kind.files, kind.file_fields, files, server.path_map)
+            result["titles"] += len(titles)
+            result["files"] += len(files)
+            progress(f"{server.name}: {result['files']:,} files")
+        result.update(_replace_rows(conn, server.name, kind))
+    except HttpError as exc:
+        log.error("%s", exc)
+        result["error"] = str(exc)
+    return result
+
+
+def _read_all(server: Server) -> Iterator[Tuple[List[JsonObject], List[JsonObject]]]:
+    """Yield titles and files, as they come: all movies at once, series a few at a time."""
+    if server.kind.item == "movie":
+        for movie in server.get_list("/movie"):
+            file = movie.get("movieFile")
+            yield [movie], [{"movieId": movie.get("id"), **file}] if isinstance(file, dict) else []
+        return
+
+    def read_files(series: JsonObject) -> List[JsonObject]:
+        try:
+            return list(server.get_list(server.kind.file, seriesId=series["id"]))
+        except HttpError as exc:
+            if exc.status == 404:  # deleted since the list was made
+                return []
+            raise
+
+    waiting: Deque[Future[List[JsonObject]]] = deque()
+    with ThreadPoolExecutor(READERS) as pool:
+        for series in server.get_list("/series"):
+            yield [series], []
+            if dig(series, "statistics.episodeFileCount") and dig(series, "id"):
+                waiting.append(pool.submit(read_files, series))
+            if len(waiting) > 2 * READERS:
+                yield [], waiting.popleft().result()
+        while waiting:
+            yield [], waiting.popleft().result()
+
+
+def _keep(
+    conn: sqlite3.Connection,
+    table: str,
+    fields: Mapping[str, str],
+    found: List[JsonObject],
+    path_map: PathMap,
+) -> None:
+    rows = []
+    for item in found:
+        values = [dig(item, place) for place in fields.values()]
+        if values[0] is None:
+            continue  # without an id it is nothing
+        here = map_path(str(dig(item, "path") or ""), path_map, back=True)
+        rows.append([to_db(v) if isinstance(v, str) else v for v in [here, *values]])
+    marks = ", ".join("?" * (len(fields) + 1))
+    conn.executemany(f"INSERT INTO temp.new_{table} VALUES ({marks})", rows)
+
+
+def _replace_rows(conn: sqlite3.Connection, instance: str, kind: Kind) -> Dict[str, int]:
+    """Put what was read in the place of the instance's rows, each file linked to its symlink."""
+
+    def goal(path: Any, target: Any) -> Union[str, bytes]:
+        folder = os.path.dirname(from_db(path))
+        return to_db(os.path.normpath(os.path.join(folder, from_db(target))))
+
+    conn.create_function("goal", 2, goal)
+    conn.execute("DROP TABLE IF EXISTS temp.goals")
+    conn.execute("CREATE TEMP TABLE goals (goal PRIMARY KEY, path)")
+    conn.execute(
+        "INSERT OR IGNORE INTO temp.goals SELECT goal(path, last_target), path FROM symlinks "
+        "WHERE status <> 'missing' ORDER BY path"
+    )
+    number = next(iter(kind.file_fields))
+    gone = f"""SELECT count(*) FROM {kind.files} WHERE instance = ? AND {number} NOT IN
+        (SELECT {number} FROM temp.new_{kind.files})"""
+    columns = ", ".join(kind.file_fields)
+    with transaction(conn):
+        removed = conn.execute(gone, (instance,)).fetchone()[0]
+        for table in (kind.titles, kind.files):
+            conn.execute(f"DELETE FROM {table} WHERE instance = ?", (instance,))
+        names = ", ".join(kind.title_fields)
+        conn.execute(
+            f"INSERT OR REPLACE INTO {kind.titles} (instance, {names}) "
+            f"SELECT ?, {names} FROM temp.new_{kind.titles}",
+            (instance,),
+        )
+        conn.execute(
+            f"""INSERT INTO {kind.files} (instance, {columns}, symlink_path)
+            SELECT ?, {columns}, coalesce(link.path, near.path, far.path)
+            FROM temp.new_{kind.files}
+            LEFT JOIN symlinks link ON link.path = here AND link.status <> 'missing'
+            LEFT JOIN temp.goals near ON near.goal = here
+            LEFT JOIN temp.goals far ON far.goal = original_path""",
+            (instance,),
+        )
+        mine = f"SELECT count(symlink_path) FROM {kind.files} WHERE instance = ?"
+        linked = conn.execute(mine, (instance,)).fetchone()[0]
+    return {"linked": linked, "removed": removed}
+
+
+# ---------------------------------------------------------------------------------------------
+# Queue
+# ---------------------------------------------------------------------------------------------
+
+PENDING, SENT, FAILED, CANCELLED, REPAIRED = "pending", "sent", "failed", "cancelled", "repaired"
+RETRY, WOULD_SEND = "retry", "would send"  # what else a dispatch says of an action
+SKIPPED = (
+    "already_queued", "too_recent", "cooldown", "exhausted", "no_route", "recovered", "unreachable",
+    "unmonitored", "over_limit",
+)  # fmt: skip
+
+
+class Owner(NamedTuple):
+    """Who can replace a file: an instance, under the name that the server gives the file.
+
+    `file_id` and `monitored` are known from the last ingest, if the server told of the file.
+    """
+
+    instance: str
+    server_path: str
+    file_id: Optional[int] = None
+    monitored: Optional[int] = None
+
+
+def find_owner(
+    conn: sqlite3.Connection, instances: Sequence[Instance], path: str, target: str
+) -> Optional[Owner]:
+    """Return who owns a link: the server to which exactly this path, or else exactly its target,
+    is a file; else the instance with the longest root above it; else None.
+    """
+    goal = os.path.normpath(os.path.join(os.path.dirname(path), target))
+    nearest = sorted(instances, key=lambda instance: -_root_length(instance, path))
+    for name in (path, goal):
+        for instance in nearest:
+            kind = KINDS[instance.kind]
+            title_id, (file_id, parent_id, *_) = next(iter(kind.title_fields)), kind.file_fields
+            server_path = map_path(name, instance.settings.path_map)
+            row = conn.execute(
+                f"SELECT f.{file_id}, t.monitored FROM {kind.files} f LEFT JOIN {kind.titles} t "
+                f"ON t.instance = f.instance AND t.{title_id} = f.{parent_id} "
+                "WHERE f.original_path = ? AND f.instance = ?",
+                (to_db(server_path), instance.name),
+            ).fetchone()
+            if row:
+                return Owner(instance.name, server_path, *row)
+    if nearest and _root_length(nearest[0], path):
+        return Owner(nearest[0].name, map_path(path, nearest[0].settings.path_map))
+    return None
+
+
+def _root_length(instance: Instance, path: str) -> int:
+    return len(find_ancestor(path, instance.settings.roots) or "")
+
+
+class RelayTerm(NamedTuple):
+    """What the relay is asked for: a movie by its folder's name, or an episode of a show."""
+
+    kind: str
+    name: str
+    season: Optional[int] = None
+    episode: int = 0
+
+    def to_url(self, relay: RelaySettings, whole_season: bool = False) -> str:
+        """Return the action's URL, without the token."""
+        term = self.name
+        if self.season is not None:
+            term += f" S{self.season:02d}" + ("" if whole_season else f"E{self.episode:02d}")
+        scope = "season" if whole_season else "auto"
+        query = urlencode({"type": self.kind, "scope": scope, "term": term}, errors="replace")
+        return f"{relay_find_url(relay)}?{query}"
+
+
+def relay_find_url(relay: RelaySettings) -> str:
+    """Return the relay's address with its /find, which may be configured or not."""
+    return relay.base if relay.base.endswith("/find") else f"{relay.base}/find"
+
+
+def plan_relay(relay: RelaySettings, path: str) -> List[RelayTerm]:
+    """Return what to ask the relay for, an entry an episode; [] where no route leads there.
+
+    Shows and movies are named as their folders are: so the relay has always been asked.
+    """
+    above = find_ancestor(path, dict(relay.routes))
+    if above is None or not relay.base:
+        return []
+    kind, media = dict(relay.routes)[above], parse_media(path)
+    folders = path[len(above.rstrip("/")) + 1 :].split("/")[:-1]
+    if kind.startswith("radarr"):
+        return [RelayTerm(kind, folders[-1] if folders else media.name)]
+    if folders and parse_season_folder(folders[-1]) is not None:
+        folders.pop()
+    name = folders[-1] if folders else media.name
+    return [RelayTerm(kind, name, media.season, number) for number in media.episodes]
+
+
+class Attempt(NamedTuple):
+    """An action in the history of a link: when it was sent, and how often it was searched for."""
+
+    url: str
+    status: str
+    is_open: bool
+    fired: float
+    times: int
+    error: str
+
+
+def load_history(conn: sqlite3.Connection) -> Dict[str, List[Attempt]]:
+    """Return the actions there were for each link, oldest first."""
+    history: Dict[str, List[Attempt]] = {}
+    for url, status, path, fired, progress, error in conn.execute(
+        "SELECT url, status, related_path, fired_utc, progress, last_error FROM actions "
+        "WHERE related_path IS NOT NULL ORDER BY id"
+    ):
+        noted = json.loads(progress or "{}")
+        is_open = status == PENDING or (status == SENT and url.startswith("arr:"))
+        times = noted.get("searches", 1) if status in (SENT, FAILED, REPAIRED) else 0
+        attempt = Attempt(url, status, is_open, parse_time(fired) or 0.0, times, error or "")
+        for name in {from_db(path), *noted.get("paths", ())}:
+            history.setdefault(name, []).append(attempt)
+    return history
+
+
+def why_not(settings: RepairSettings, since: float, attempts: Sequence[Attempt], now: float) -> str:
+    """Return which of `SKIPPED` keeps a link, broken since then, from a repair; '' for none."""
+    if any(attempt.is_open for attempt in attempts):
+        return "already_queued"
+    if now - since < settings.min_age:
+        return "too_recent"
+    if sum(a.times for a in attempts if a.fired >= since) >= settings.max_attempts:
+        return "exhausted"
+    if now - max((a.fired for a in attempts), default=0.0) < settings.cooldown:
+        return "cooldown"
+    return ""
+
+
+def is_replaced(conn: sqlite3.Connection, path: str, since: float) -> bool:
+    """Tell whether a newer, good link beside `path` stands for the same episode or movie."""
+    media = parse_media(path)
+    condition, values = beneath(os.path.dirname(path))
+    rows = conn.execute(
+        f"SELECT path, first_seen_utc FROM symlinks WHERE status = 'ok' AND {condition}", values
+    )
+    return media.kind != "other" and any(
+        parse_media(from_db(other)) == media
+        for other, seen in rows
+        if (parse_time(seen) or 0.0) > since
+        and os.path.dirname(from_db(other)) == os.path.dirname(path)
+    )
+
+
+def queue_repairs(conn: sqlite3.Connection, config: Config) -> JsonObject:
+    """Turn confirmed broken links into actions, and return what `queue --json` shows."""
+    skipped = Counter(dict.fromkeys(SKIPPED, 0))
+    history, now = load_history(conn), time.time()
+    owners: Dict[str, Optional[Owner]] = {}
+    for path, target, since_utc in conn.execute(
+        "SELECT path, last_target, broken_since_utc FROM symlinks "
+        "WHERE status <> 'ok' AND status = 'broken' ORDER BY broken_since_utc, path"
+    ):
+        path, since = from_db(path), parse_time(since_utc) or 0.0
+        owner = find_owner(conn, config.instances, path, from_db(target))
+        reason = why_not(config.repair, since, history.get(path, ()), now)
+        if not reason and is_replaced(conn, path, since):
+            reason = "recovered"
+        if not reason and not owner and not plan_relay(config.relay, path):
+            reason = "no_route"
+        if not reason and owner and owner.monitored == 0 and not config.repair.unmonitored:
+            reason = "unmonitored"
+        if reason:
+            skipped[reason] += 1
+        else:
+            owners[path] = owner
+    verdicts = recheck_links(conn, config.scan, list(owners))
+    for path in list(owners):
+        status, why = verdicts.get(path, (MISSING, ""))
+        if status != BROKEN:
+            skipped["unreachable" if status == UNREACHABLE else "recovered"] += 1
+            log.debug("%s is not queued: %s", path, why or status)
+            del owners[path]
+    queued: List[JsonObject] = []
+    for url, paths in plan_actions(config, owners):
+        if len(queued) >= config.repair.limit:
+            skipped["over_limit"] += len(paths)
+            continue
+        reason = "broken link" if len(paths) == 1 else f"{len(paths)} broken links of a season"
+        number, is_new = insert_action(conn, url, reason, paths[0], json.dumps({"paths": paths}))
+        if is_new:
+            _write_events(conn, [link_event(path, "", "queued", PENDING) for path in paths])
+            queued.append({"id": number, "url": url, "related_path": paths[0], "reason": reason})
+        else:
+            skipped["already_queued"] += len(paths)
+    code = EXIT_REFUSED if skipped["unreachable"] else EXIT_OK
+    return {"queued": queued, "skipped": dict(skipped), "exit_code": code}
+
+
+def list_actions(
+    conn: sqlite3.Connection, status: Optional[str], ids: Sequence[int] = ()
+) -> List[JsonObject]:
+    """Return the rows of `actions list --json`, of a status or with certain ids."""
+    columns = (
+        "id, url, status, reason, related_path, created_utc, fired_utc, attempts, "
+        "next_attempt_utc, last_error"
+    )
+    rows = conn.execute(f"SELECT {columns} FROM actions ORDER BY id")
+    return [
+        {
+            **dict(row),
+            "related_path": from_db(row["related_path"]),
+            "reason": from_db(row["reason"]),
+        }
+        for row in rows
+        if (status is None or row["status"] == status) and (not ids or row["id"] in ids)
+    ]
+
+
+def retry_actions(conn: sqlite3.Connection, ids: Sequence[int]) -> List[int]:
+    """Make failed and cancelled actions pending again, by default all that failed.
+
+    One that had begun goes on from where its file record was found.  Returns the ids.
+    """
+    changed = []
+    with transaction(conn):
+        for number, status, url, noted in conn.execute(
+            "SELECT id, status, url, progress FROM actions"
+        ).fetchall():
+            if number not in ids if ids else status != FAILED:
+                continue
+            twin = "SELECT 1 FROM actions WHERE status = 'pending' AND url = ? AND id <> ?"
+            if status in (SENT, REPAIRED) or conn.execute(twin, (url, number)).fetchone():
+                continue
+            progress = {**json.loads(noted or "{}"), "searches": 0}
+            if progress.get("step"):
+                progress["step"] = "found"
+            conn.execute(
+                "UPDATE actions SET status = 'pending', attempts = 0, next_attempt_utc = NULL, "
+                "last_error = NULL, progress = ? WHERE id = ?",
+                (json.dumps(progress), number),
+            )
+            changed.append(number)
+    return changed or [-1]
+
+
+def cancel_actions(conn: sqlite3.Connection, ids: Sequence[int]) -> List[int]:
+    """Cancel actions that are pending or on their way, by default all that are pending."""
+    open_now = conn.execute("SELECT id, status FROM actions WHERE status IN ('pending', 'sent')")
+    chosen = [i for i, status in open_now if (i in ids if ids else status == PENDING)]
+    update = "UPDATE actions SET status = 'cancelled', next_attempt_utc = NULL WHERE id = ?"
+    with transaction(conn):
+        conn.executemany(update, [(number,) for number in chosen])
+    return chosen or [-1]
+
+
+def plan_actions(
+    config: Config, owners: Mapping[str, Optional[Owner]]
+) -> List[Tuple[str, List[str]]]:
+    """Return (URL, links) of the actions for some broken links, in their order.
+
+    Broken episodes of one season become one search of the relay from `season_threshold` on.
+    """
+    actions: Dict[str, List[str]] = {}
+    seasons: Dict[Tuple[str, str, Optional[int]], Set[int]] = {}
+    terms = {path: plan_relay(config.relay, path) for path, owner in owners.items() if not owner}
+    for term in itertools.chain.from_iterable(terms.values()):
+        seasons.setdefault(term[:3], set()).add(term.episode)
+    for path, owner in owners.items():
+        if owner:
+            quoted = quote(os.fsencode(owner.server_path))
+            actions.setdefault(f"arr://{owner.instance}/repair?path={quoted}", []).append(path)
+            continue
+        for term in terms[path]:
+            enough = 0 < config.repair.season_threshold <= len(seasons[term[:3]])
+            url = term.to_url(config.relay, enough and term.season is not None)
+            paths = actions.setdefault(url, [])
+            if path not in paths:
+                paths.append(path)
+    return list(actions.items())
+
+
+# ---------------------------------------------------------------------------------------------
+# Dispatch
+# ---------------------------------------------------------------------------------------------
+# A direct repair goes from step to step, and each stands in `actions.progress` before the next is
+# taken, so that a run that was killed is finished by the next one:
+#   found      the file record, its episodes or movie, and their monitored flags
+#   deleted    the record is gone from the server
+#   restored   the flags are as they were, and nothing of the old file stands in the way
+#   searching  the search has been sent, or is about to be
+# From then on the action is 'sent', until the server has a file again that resolves on disk.
+
+MAX_TRIES = 5
+FIRST_DELAY = 60.0  # seconds before the second try; doubled with each
+POLL_LIMIT = 120.0  # seconds for which the commands of a server are followed
+FINAL_STATES = ("completed", "failed", "aborted", "cancelled", "orphaned")
+CLOCK_SKEW = 300.0  # seconds that a server's clock may be wrong by
+_JOURNAL_REMOVAL = """
+INSERT INTO link_changes (run_id, path, old_target, new_target, state, changed_utc, reason)
+VALUES ((SELECT coalesce(max(run_id), 0) FROM runs), ?, ?, '', 'removed', ?,
+        'the server could not delete its broken link')
+"""
+
+
+@dataclasses.dataclass
+class Action:
+    """A row of `actions`, and what became of it in this run."""
+
+    id: int
+    url: str
+    path: str
+    status: str
+    attempts: int
+    progress: JsonObject
+    fired: float
+    outcome: str = ""
+    error: str = ""
+    commands: List[JsonObject] = dataclasses.field(default_factory=list)
+
+    @property
+    def step(self) -> str:
+        return str(self.progress.get("step", ""))
+
+    @property
+    def paths(self) -> List[str]:
+        """The links that wait for it."""
+        return list(self.progress.get("paths") or [self.path])
+
+    @property
+    def server(self) -> str:
+        """The instance of an arr:// URL; '' stands for the relay."""
+        return urlsplit(self.url).netloc if self.url.startswith("arr:") else ""
+
+    @property
+    def server_path(self) -> str:
+        """The file as the server sees it."""
+        return os.fsdecode(unquote_to_bytes(urlsplit(self.url).query.partition("=")[2]))
+
+    def to_json(self) -> JsonObject:
+        """Return an item of `dispatch --json`."""
+        names = ("id", "url", "outcome", "error", "commands")
+        item = {name: getattr(self, name) for name in names}
+        return {**item, "status": item.pop("outcome"), "related_path": self.path}
+
+
+def load_actions(conn: sqlite3.Connection, condition: str, *values: Any) -> List[Action]:
+    """Return the actions that an SQL condition names, oldest first."""
+    rows = conn.execute(
+        "SELECT id, url, related_path, status, attempts, progress, fired_utc FROM actions "
+        f"WHERE {condition} ORDER BY id",
+        values,
+    )
+    return [
+        Action(number, url or "", from_db(path), status, attempts or 0,
+            json.loads(progress or "{}"), parse_time(fired) or 0.0)
+        for number, url, path, status, attempts, progress, fired in rows
+    ]  # fmt: skip
+
+
+def end_action(
+    conn: sqlite3.Connection, action: Action, status: str, error: str = "", fired: bool = True
+) -> None:
+    """Give an action its new status, and the log of events a row."""
+    action.status = action.outcome = status
+    action.error = redact(error)
+    when = ":now" if fired and status != REPAIRED else "fired_utc"
+    with transaction(conn):
+        conn.execute(
+            f"UPDATE actions SET status = :status, last_error = :error, fired_utc = {when}, "
+            "next_attempt_utc = NULL WHERE id = :id",
+            {"status": status, "error": action.error or None, "now": utc_now(), "id": action.id},
+        )
+        _write_events(conn, [link_event(path, "", status, status) for path in action.paths])
+
+
+def settle_repairs(conn: sqlite3.Connection) -> int:
+    """Call repaired what was sent and whose links the last scan found good, or well replaced."""
+    settled = 0
+    for action in load_actions(conn, "status = 'sent' AND related_path IS NOT NULL"):
+        known = [(path, find_link(conn, path)) for path in action.paths]
+        if all(
+            (link and link.status == OK) or is_replaced(conn, path, action.fired)
+            for path, link in known
+        ):
+            end_action(conn, action, REPAIRED)
+            settled += 1
+    return settled
+
+
+class Dispatcher:
+    """Carries out actions: one server after the other, one request at a time.
+
+    Without `applied` nothing is sent that changes a server: the plan is made and reported.  With
+    `wait` the commands of the servers are followed to their end.
+    """
+
+    def __init__(self, conn: sqlite3.Connection, config: Config, applied: bool, wait: bool) -> None:
+        self.conn = conn
+        self.config = config
+        self.applied = applied
+        self.wait = wait
+        self.sleep: Callable[[float], None] = time.sleep
+        self.refused = False
+        self.problems: List[str] = []
+
+    def run(self, limit: int) -> JsonObject:
+        """Send at most `limit` pending actions, ask after those on their way; `dispatch --json`."""
+        settle_repairs(self.conn)
+        due = load_actions(
+            self.conn,
+            "status = 'pending' AND (next_attempt_utc IS NULL OR next_attempt_utc <= ?)",
+            utc_now(),
+        )[:limit]
+        sent = load_actions(self.conn, "status = 'sent' AND url LIKE 'arr://%'")
+        instances = {instance.name: instance for instance in self.config.instances}
+        for name in sorted({action.server for action in due + sent}):
+            mine = [action for action in due if action.server == name]
+            try:
+                if not name:
+                    self.ask_relay(mine)
+                elif name in instances:
+                    waiting = [action for action in sent if action.server == name]
+                    Repair(self, instances[name]).run(mine, waiting)
+                else:
+                    self.stop(mine, f"{name} is not in the config (any more)")
+            except HttpError as exc:
+                self.stop(mine, str(exc))
+        return self.result(due + sent)
+
+    def stop(self, actions: Iterable[Action], problem: str) -> None:
+        """Leave the actions of a server as they are, and say why."""
+        log.error("%s", problem)
+        self.problems.append(problem)
+        for action in actions:
+            if not action.outcome:
+                action.outcome, action.error = PENDING, redact(problem)
+
+    def result(self, actions: List[Action]) -> JsonObject:
+        touched = [action for action in actions if action.outcome]
+        count = Counter(action.outcome for action in touched)
+        good = sum(count[status] for status in (SENT, CANCELLED, REPAIRED, WOULD_SEND))
+        code = EXIT_OK
+        if self.problems or count[FAILED] or count[RETRY]:
+            code = EXIT_PARTIAL if good else EXIT_FAILED
+        result: JsonObject = {
+            "applied": self.applied,
+            "exit_code": EXIT_REFUSED if self.refused else code,
+        }
+        result.update({name: count[name] for name in (SENT, FAILED, RETRY, CANCELLED, REPAIRED)})
+        result["actions"] = [action.to_json() for action in touched]
+        if self.problems:
+            result["message"] = "; ".join(self.problems)
+        return result
+
+    # What all actions have in common
+
+    def is_broken(self, action: Action) -> bool:
+        """Look at an action's links this very moment; if none is broken, settle the action."""
+        verdicts = recheck_links(self.conn, self.config.scan, action.paths)
+        states = {status for status, _ in verdicts.values()}
+        if BROKEN in states:
+            return True
+        if UNREACHABLE in states:
+            reason = next(why for status, why in verdicts.values() if status == UNREACHABLE)
+            action.outcome, action.error = PENDING, f"not judged now: {reason}"
+            log.warning("%s: %s", action.path, action.error)
+            self.refused = True
+        elif not action.step:
+            words = "the link works again" if OK in states else "the link is gone"
+            end_action(self.conn, action, CANCELLED, words, fired=False)
+        return False
+
+    def fail(self, action: Action, exc: HttpError) -> None:
+        """Have an action tried again later, if that makes sense, or let it fail."""
+        if not exc.retry or action.attempts + 1 >= MAX_TRIES:
+            end_action(self.conn, action, FAILED, str(exc))
+        else:
+            action.attempts += 1
+            delay = max(exc.after, FIRST_DELAY * 2 ** (action.attempts - 1))
+            action.outcome, action.error = RETRY, str(exc)
+            with transaction(self.conn):
+                self.conn.execute(
+                    "UPDATE actions SET attempts = ?, next_attempt_utc = ?, last_error = ? "
+                    "WHERE id = ?",
+                    (action.attempts, format_time(time.time() + delay), str(exc), action.id),
+                )
+        log.error("%s: %s", action.path, exc)
+
+    def note(self, actions: Iterable[Action], event: str = "", **progress: Any) -> None:
+        """Write down how far actions have come."""
+        with transaction(self.conn):
+            for action in actions:
+                action.progress.update(progress)
+                text = json.dumps(action.progress)
+                self.conn.execute("UPDATE actions SET progress = ? WHERE id = ?", (text, action.id))
+                if event:
+                    _write_events(self.conn, [link_event(action.path, "", event, action.status)])
+
+    # The relay
+
+    def ask_relay(self, actions: Sequence[Action]) -> None:
+        """Send actions to the relay; its token is added here and nowhere else."""
+        relay = self.config.relay
+        address = relay_find_url(relay) if relay.base else ""
+        for action in actions:
+            where = action.url.partition("?")[0]
+            if not address or where != strip_secrets(address):
+                self.stop([action], f"no relay is configured at {where}; set base in [relay]")
+            elif self.is_broken(action) and not self.applied:
+                action.outcome = WOULD_SEND
+            elif not action.outcome:
+                client = Client("relay", address, self.config.repair.timeout, {}, relay.token)
+                query = {**parse_qs(urlsplit(action.url).query), "token": relay.token}
+                try:
+                    _check_relay(client.fetch("", **query))
+                    end_action(self.conn, action, SENT)
+                except HttpError as exc:
+                    self.fail(action, exc)
+                    if exc.status in (0, 401):  # it is down, or does not want us
+                        raise
+
+
+def _check_relay(answer: Any) -> None:
+    """Raise HttpError where the relay says no with status 200, as it does."""
+    if isinstance(answer, dict) and answer.get("ok") is False:
+        code = answer.get("code")
+        status = code if isinstance(code, int) else 0
+        words = escape(str(answer.get("detail") or answer.get("error") or "no reason given"))
+        retry = status >= 500 or status in RETRY_STATUSES
+        raise HttpError(f"relay: {words[:MAX_ERROR]}", status or 400, retry)
+
+
+class Repair:
+    """The conversation with one Sonarr or Radarr."""
+
+    def __init__(self, errand: Dispatcher, instance: Instance) -> None:
+        self.errand = errand
+        self.conn = errand.conn
+        self.server = Server(instance, errand.config.repair.timeout)
+        self.path_map = instance.settings.path_map
+        self.is_sonarr = self.server.kind.item == "episode"
+        self.titles: Dict[str, int] = {}  # the folder of a series, or the file of a movie: its id
+        self.dead_roots: List[str] = []
+
+    def run(self, due: Sequence[Action], waiting: Sequence[Action]) -> None:
+        """Remove the broken records, search for what they held, ask after earlier searches."""
+        stopped: Optional[HttpError] = None
+        ready: List[Action] = []
+        try:
+            self.server.connect()
+            self.read_titles()
+        except HttpError as exc:
+            if exc.retry and due:
+                self.errand.fail(due[0], exc)
+            raise
+        try:
+            ready += (action for action in due if self.attempt(self.prepare, action))
+            ready += (action for action in waiting if self.attempt(self.verify, action))
+        except HttpError as exc:
+            if exc.status == 0:
+                raise
+            stopped = exc  # what is deleted is to be searched for, even so
+        groups: Dict[str, List[Action]] = {}
+        for action in ready:
+            resumed = action.progress["search"] if action.step == "searching" else None
+            key = resumed or action.progress["title_id"]
+            groups.setdefault(json.dumps(key, sort_keys=True), []).append(action)
+        for group in groups.values():
+            self.attempt(self.search, *group)
+        if self.errand.wait:
+            self.follow([action for action in ready if action.commands])
+        if stopped:
+            raise stopped
+
+    def attempt(self, step: Callable[..., bool], *actions: Action) -> bool:
+        """Take a step; an error is that of its actions alone, unless the server is not itself."""
+        try:
+            return step(*actions)
+        except HttpError as exc:
+            if exc.status == 409:  # a root folder is missing: no moment to delete anything
+                raise
+            for action in actions:
+                self.errand.fail(action, exc)
+            if exc.status == 0 and exc.retry:
+                raise
+            return False
+
+    def read_titles(self) -> None:
+        """Learn which series or movie is where, and which root folders are not there."""
+        roots = self.server.get_list("/rootfolder")
+        self.dead_roots = [str(dig(r, "path")) for r in roots if r.get("accessible") is False]
+        place = "path" if self.is_sonarr else "movieFile.path"
+        for title in self.server.get_list("/series" if self.is_sonarr else "/movie"):
+            path, number = dig(title, place), dig(title, "id")
+            if path and isinstance(number, int):
+                self.titles[str(path).rstrip("/")] = number
+
+    # One file: found, deleted, restored
+
+    def prepare(self, action: Action) -> bool:
+        """Take an action to where only its search is missing; False if it ends before that."""
+        if action.step in ("", "found") and not self.find(action):
+            return False
+        if not self.errand.applied:
+            action.outcome = WOULD_SEND
+            return False
+        if action.step == "found":
+            self.delete(action)
+        if action.step == "deleted":
+            self.restore(action)
+        return True
+
+    def find(self, action: Action) -> bool:
+        """Find the file record by its exact path, look at the link again, note what there is."""
+        kind, path = self.server.kind, action.server_path
+        for root in self.dead_roots:
+            if is_under(path, root):
+                raise HttpError(f"{self.server.name}: its root folder {root} is not there", 409)
+        title_id = self.titles.get(find_ancestor(path, self.titles) or "")
+        records = (
+            self.server.get_list(kind.file, **{kind.title: title_id}) if title_id else iter(())
+        )
+        record = next((r for r in records if r.get("path") == path), None)
+        items: List[JsonObject] = []
+        if record and self.is_sonarr:
+            items = list(self.server.get_list("/episode", episodeFileId=record["id"]))
+        elif record:
+            items = self.server.get_items(title_id or 0, ())
+        if not self.errand.is_broken(action) and (action.outcome or not action.step):
+            return False
+        if record and action.progress.get("file_id") == record["id"]:
+            return True  # the flags that were noted first are the true ones
+        if record is None and action.step:
+            self.errand.note([action], step="deleted")
+            return True
+        if not items or record is None:
+            raise HttpError(
+                f"{self.server.name}: knows no file {path}; correct path_map, or remove the link",
+                404,
+            )
+        wanted = {str(item["id"]): bool(item.get("monitored")) for item in items}
+        if not any(wanted.values()) and not self.errand.config.repair.unmonitored:
+            end_action(self.conn, action, CANCELLED, "it is unmonitored")
+            return False
+        self.errand.note(
+            [action], step="found", file_id=record["id"], title_id=title_id, items=wanted,
+            season=record.get("seasonNumber"),
+        )  # fmt: skip
+        return True
+
+    def delete(self, action: Action) -> None:
+        """Delete the record, on the server's disk the link as well.
+
+        The server may have done it although the answer says or is nothing; then it has no record.
+        With a recycle bin it cannot move a dangling link there and answers 500.
+        """
+        path = f"{self.server.kind.file}/{action.progress['file_id']}"
+        try:
+            self.server.change("DELETE", path)
+        except HttpError as exc:
+            if exc.status == 500 and self.remove_link(action):
+                self.server.change("DELETE", path)
+            elif exc.status != 404 and (not exc.retry or self.server.find(path) is not None):
+                raise
+        self.errand.note([action], "deleted", step="deleted")
+
+    def restore(self, action: Action) -> None:
+        """Put the monitored flags back that the deletion changed, and clear the file's place."""
+        kind, flags = self.server.kind, action.progress["items"]
+        items = self.server.get_items(action.progress["title_id"], map(int, flags))
+        if any(self.file_of(item) == action.progress["file_id"] for item in items):
+            raise HttpError(f"{self.server.name}: has the file record still", retry=True)
+        for flag in (True, False):
+            changed = [i["id"] for i in items if flags.get(str(i["id"])) is flag]
+            changed = [
+                i["id"] for i in items if i["id"] in changed and bool(i.get("monitored")) != flag
+            ]
+            if changed:
+                self.server.change("PUT", kind.monitor, {kind.items: changed, "monitored": flag})
+        self.remove_link(action)  # or the import would find its place taken
+        self.errand.note([action], step="restored", missing=self.missing(items))
+
+    def file_of(self, item: JsonObject) -> int:
+        """Return the id of the file that an episode or movie has, 0 without one."""
+        place = "episodeFileId" if self.is_sonarr else "movieFileId"
+        return int(dig(item, place) or dig(item, "movieFile.id") or 0)
+
+    def missing(self, items: Iterable[JsonObject]) -> List[int]:
+        return [item["id"] for item in items if not self.file_of(item)]
+
+    def remove_link(self, action: Action) -> bool:
+        """Remove the server's link from the disk, journalled, if it is broken this very moment."""
+        here = map_path(action.server_path, self.path_map, back=True)
+        verdict = recheck_links(self.conn, self.errand.config.scan, [here]).get(here)
+        if verdict is None or verdict[0] != BROKEN:
+            return False
+        try:
+            self.conn.execute(_JOURNAL_REMOVAL, (to_db(here), to_db(os.readlink(here)), utc_now()))
+            os.unlink(here)
+        except OSError as exc:
+            text = f"cannot remove {here}: {exc.strerror}; make its directory writable"
+            raise HttpError(
+                f"{self.server.name}: cannot delete its file, and Refresherr {text}", 500
+            ) from exc
+        self.errand.note([action], "removed")
+        return True
+
+    # Searching, and what comes of it
+
+    def search(self, *actions: Action) -> bool:
+        """Search for what the files of one series, or one movie, held."""
+        if actions[0].step == "searching":
+            self.post(actions[0].progress["search"], actions)
+            return True
+        rest = [action for action in actions if action.progress["missing"]]
+        for action in actions:
+            if action not in rest:  # it has come back already
+                end_action(self.conn, action, SENT)
+        seasons: Dict[Any, List[Action]] = {}
+        for action in rest:
+            seasons.setdefault(action.progress["season"], []).append(action)
+        for season, group in seasons.items():
+            title_id = group[0].progress["title_id"]
+            if self.is_sonarr and self.is_season_gone(title_id, season, _all_missing(group)):
+                body = {"name": "SeasonSearch", "seriesId": title_id, "seasonNumber": season}
+                self.post(body, group)
+                rest = [action for action in rest if action not in group]
+        if rest:
+            kind = self.server.kind
+            self.post({"name": kind.search, kind.items: _all_missing(rest)}, rest)
+        return True
+
+    def is_season_gone(self, series_id: int, season: Any, missing: List[int]) -> bool:
+        """Tell whether these are all episodes of a season, all monitored: else a season search
+        would look for others as well, or refuse.
+        """
+        if not season or len(missing) < 2:
+            return False
+        found = self.server.get_list("/episode", seriesId=series_id, seasonNumber=season)
+        episodes = [e for e in found if e.get("seasonNumber") == season]
+        series = self.server.get(f"/series/{series_id}")
+        is_monitored = all(thing.get("monitored") for thing in [series, *episodes])
+        return is_monitored and sorted(e["id"] for e in episodes) == missing
+
+    def post(self, body: JsonObject, actions: Sequence[Action]) -> None:
+        """Send a search command, once: what a killed run sent is looked for first."""
+        command = None
+        if actions[0].step == "searching":
+            command = self.find_command(body, actions[0].progress["search_time"])
+        else:
+            for action in actions:
+                searches = action.progress.get("searches", 0) + 1
+                self.errand.note(
+                    [action], step="searching", search=body, search_time=time.time(),
+                    searches=searches,
+                )  # fmt: skip
+        command = command or self.server.change("POST", "/command", body)
+        for action in actions:
+            action.commands = [{"id": dig(command, "id"), "name": body["name"], "status": "queued"}]
+            self.errand.note([action], step="sent")
+            end_action(self.conn, action, SENT)
+
+    def find_command(self, body: JsonObject, since: float) -> Optional[JsonObject]:
+        for command in self.server.get_list("/command"):
+            queued = parse_time(command.get("queued")) or 0.0
+            sent = {**(command.get("body") or {}), "name": command.get("name")}
+            same = all(sent.get(key) == value for key, value in body.items())
+            if (
+                same
+                and queued > since - CLOCK_SKEW
+                and command.get("status") not in FINAL_STATES[1:]
+            ):
+                return command
+        return None
+
+    def verify(self, action: Action) -> bool:
+        """Ask whether something has come of a search; True if it is to be sent again."""
+        settings, progress = self.errand.config.repair, action.progress
+        known = progress.get("items", ())
+        items = self.server.get_items(progress.get("title_id", 0), map(int, known))
+        files = {number for number in map(self.file_of, items) if number}
+        records = [self.server.find(f"{self.server.kind.file}/{number}") for number in files]
+        paths = [map_path(str(dig(r, "path")), self.path_map, back=True) for r in records if r]
+        states = dict(recheck_links(self.conn, self.errand.config.scan, paths))
+        missing = self.missing(items)
+        if any(status == UNREACHABLE for status, _ in states.values()):
+            return False
+        if not items:
+            end_action(self.conn, action, FAILED, f"{self.server.name} does not have it any more")
+        elif any(states.get(path, (MISSING,))[0] != OK for path in paths):
+            end_action(self.conn, action, FAILED, "its new file is broken as well")
+        elif not missing:
+            end_action(self.conn, action, REPAIRED)
+        elif action.step == "searching":
+            return True
+        elif time.time() - action.fired >= settings.cooldown:
+            if progress.get("searches", 1) >= settings.max_attempts:
+                count = plural(progress.get("searches", 1), "search").replace("searchs", "searches")
+                end_action(self.conn, action, FAILED, f"{count}, and nothing came of it")
+            elif self.errand.applied:
+                self.errand.note([action], step="restored", missing=missing)
+                return True
+            else:
+                action.outcome = WOULD_SEND
+        return False
+
+    def follow(self, actions: Sequence[Action]) -> None:
+        """Follow the commands to their end, for a while; that they end well repairs nothing yet."""
+        deadline, delay = time.monotonic() + POLL_LIMIT, 0.5
+        open_ids = {action.commands[0]["id"] for action in actions}
+        while open_ids and time.monotonic() < deadline:
+            self.errand.sleep(delay)
+            delay = min(5.0, delay * 1.5)
+            for number in sorted(open_ids):
+                try:
+                    command = self.server.find(f"/command/{number}") or {"status": FINAL_STATES[0]}
+                except HttpError as exc:
+                    log.warning("%s", exc)
+                    return
+                state = str(dig(command, "status"))
+                if state in FINAL_STATES:
+                    open_ids.discard(number)
+                for action in actions:
+                    if action.commands[0]["id"] == number:
+                        action.commands[0]["status"] = state
+                        if state in FINAL_STATES[1:]:
+                            said = escape(str(dig(command, "message") or "no reason given"))
+                            action.error = f"{self.server.name}: the search {state}: {said}"
+
+
+def _all_missing(actions: Iterable[Action]) -> List[int]:
+    return sorted({number for action in actions for number in action.progress["missing"]})
+
+
 # ---------------------------------------------------------------------------------------------
 # Statistics
 # ---------------------------------------------------------------------------------------------
 
 
-def collect_stats(conn: sqlite3.Connection, top: int = 10) -> JsonObject:
+def collect_stats(conn: sqlite3.Connection, settings: RepairSettings, top: int = 10) -> JsonObject:
     """Return what `stats --json` shows."""
 
     def count_statuses(table: str) -> Dict[str, int]:
@@ -3174,7 +4650,7 @@ def collect_stats(conn: sqlite3.Connection, top: int = 10) -> JsonObject:
             table: conn.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
             for table in ("movies", "movie_files", "series", "episode_files")
         },
-        "repairs": {},
+        "repairs": count_repairs(conn, settings),
         "last_scan": _last_scan(conn),
         "database": {
             "path": path,
@@ -3201,40 +4677,95 @@ def _last_scan(conn: sqlite3.Connection) -> JsonObject:
     }
 
 
+def count_repairs(conn: sqlite3.Connection, settings: RepairSettings) -> JsonObject:
+    """Return how the repairs stand, in all and per server: actions sent, waiting, repaired, and
+    links that need attention.
+    """
+    names = ("sent", "repaired", "waiting", "needs_attention")
+    servers: Dict[str, Counter[str]] = {}
+    for status, url in conn.execute("SELECT status, url FROM actions"):
+        count = servers.setdefault(_server_of(url or ""), Counter())
+        count["sent"] += status in (SENT, REPAIRED)
+        count["repaired"] += status == REPAIRED
+        count["waiting"] += status in (PENDING, SENT)
+    for path, attempts in load_history(conn).items():
+        link = find_link(conn, path)
+        if link and needs_attention(settings, link, attempts):
+            servers[_server_of(attempts[-1].url)]["needs_attention"] += 1
+    total = {name: sum(count[name] for count in servers.values()) for name in names}
+    each = {server: {name: count[name] for name in names} for server, count in servers.items()}
+    return {**total, "instances": each}
+
+
+def _server_of(url: str) -> str:
+    parts = urlsplit(url)
+    return parts.netloc if parts.scheme == "arr" else parse_qs(parts.query).get("type", ["?"])[0]
+
+
+def needs_attention(settings: RepairSettings, link: KnownLink, attempts: Sequence[Attempt]) -> bool:
+    """Tell whether the repairs of a link have come to an end without success."""
+    if link.status == MISSING:  # with its file record, by a repair
+        return attempts[-1].status == FAILED
+    since = parse_time(link.broken_since) or 0.0
+    return link.status == BROKEN and why_not(settings, since, attempts, math.inf) == "exhausted"
+
+
 def list_links(
-    conn: sqlite3.Connection, status: str, limit: Optional[int]
+    conn: sqlite3.Connection, config: Config, status: str, limit: Optional[int]
 ) -> Tuple[List[JsonObject], int]:
     """Return what `broken --json` shows: the links of a status, and how many there are."""
-    condition = "status <> 'ok' AND status = ?"
-    select = f"FROM symlinks WHERE {condition}"
+    select = "FROM symlinks WHERE status <> 'ok' AND status = ?"
     count = conn.execute(f"SELECT count(*) {select}", (status,)).fetchone()[0]
-    rows = conn.execute(
-        f"SELECT path, last_target, status, broken_since_utc, error {select} ORDER BY path LIMIT ?",
-        (status, -1 if limit is None else limit),
-    )
-    return [_link_to_json(*row) for row in rows], count
+    paths = conn.execute(
+        f"SELECT path {select} ORDER BY path LIMIT ?", (status, -1 if limit is None else limit)
+    ).fetchall()
+    history = load_history(conn)
+    links = []
+    for (name,) in paths:
+        path = from_db(name)
+        link = find_link(conn, path)
+        assert link
+        target = from_db(link.target)
+        owner = find_owner(conn, config.instances, path, target)
+        links.append(
+            {
+                "path": path,
+                "target": target,
+                "status": status,
+                "since": link.broken_since,
+                **parse_media(path)._asdict(),
+                "instance": owner.instance if owner else None,
+                "file_id": owner.file_id if owner else None,
+                "error": link.error,
+                "next": next_step(config, path, link, history.get(path, ()), owner),
+            }
+        )
+    return links, count
 
 
-_NEXT_STEPS = {
-    BROKEN: "replace the file, or remove the link",
-    UNREACHABLE: "look at the mount; the next scan judges again",
-    MISSING: "nothing to do: the link itself is gone",
-}
-
-
-def _link_to_json(path: Any, target: Any, status: str, since: str, error: str) -> JsonObject:
-    path = from_db(path)
+def next_step(
+    config: Config, path: str, link: KnownLink, attempts: Sequence[Attempt], owner: Optional[Owner]
+) -> str:
+    """Return what happens to a link next, or what the user is to do."""
+    if attempts and needs_attention(config.repair, link, attempts):
+        return f"needs attention: {attempts[-1].error or 'its repairs have come to nothing'}"
+    if any(attempt.is_open for attempt in attempts):
+        sent = attempts[-1].status == SENT
+        return "the server is searching for it" if sent else "queued; dispatch --apply sends it"
+    if link.status == UNREACHABLE:
+        return "look at the mount; the next scan judges again"
+    if link.status == MISSING:
+        return "nothing to do: the link itself is gone"
+    name = owner.instance if owner else "the relay" if plan_relay(config.relay, path) else ""
+    if not name:
+        return "replace the file, or remove the link"
+    since = parse_time(link.broken_since) or 0.0
     return {
-        "path": path,
-        "target": from_db(target),
-        "status": status,
-        "since": since,
-        **parse_media(path)._asdict(),
-        "instance": None,
-        "file_id": None,
-        "error": error,
-        "next": _NEXT_STEPS[status],
-    }
+        "too_recent": f"queue has {name} replace it when it is broken for longer",
+        "cooldown": f"sent to {name}; if the link stays broken, once more after the cooldown",
+    }.get(
+        why_not(config.repair, since, attempts, time.time()), f"queue has {name} replace the file"
+    )
 
 
 def format_prometheus(stats: JsonObject) -> str:
@@ -3253,6 +4784,10 @@ def format_prometheus(stats: JsonObject) -> str:
     links = [(status, stats["symlinks"][status]) for status in STATUSES]
     add("symlinks", "Symlinks by state.", links, "status")
     add("actions", "Repair actions by status.", sorted(stats["actions"].items()), "status")
+    repairs = [
+        (name, stats["repairs"][name]) for name in ("repaired", "waiting", "needs_attention")
+    ]
+    add("repairs", "Repairs by how they stand.", repairs, "state")
     add("media", "Rows mirrored from Sonarr and Radarr.", stats["media"].items(), "kind")
     add("broken_in_directory", "Broken symlinks in the worst directories.", worst, "directory")
     add("database_bytes", "Size of the database.", [("", stats["database"]["size_bytes"])])
@@ -3354,6 +4889,25 @@ def examine_library(config: Config, conn: sqlite3.Connection) -> List[Finding]:
     return findings
 
 
+def examine_servers(config: Config) -> List[Finding]:
+    """Ask every Sonarr and Radarr for its name, version and root folders, with our key."""
+    findings = []
+    for instance in config.instances:
+        server = Server(instance, config.repair.timeout)
+        try:
+            detail = f"{server.kind.app} {server.connect()} at {redact(instance.settings.url)}"
+            findings.append(Finding(instance.name, "ok", detail))
+            for folder in server.get_list("/rootfolder"):
+                if folder.get("accessible") is False:
+                    detail = f"{instance.name} cannot reach its root folder {dig(folder, 'path')}"
+                    advice = "mount it there; until then nothing of it is repaired"
+                    findings.append(Finding("root folder", "failed", detail, advice))
+        except HttpError as exc:
+            advice = f"correct [{instance.name.replace('_', ' ', 1)}], or start the server"
+            findings.append(Finding(instance.name, "failed", str(exc), advice))
+    return findings
+
+
 def _examined_mount(point: str, fs_type: str, state: str, reason: str, role: str) -> Finding:
     name = f"mount {point}"
     if state == HEALTHY:
@@ -3387,11 +4941,18 @@ class Context:
         """Open the database for reading or writing; closes with the block."""
         return contextlib.closing(open_database(self.db_path))
 
+    @property
+    def applied(self) -> bool:
+        """Whether anything outside of the database may be changed."""
+        return bool(not self.args.dry_run and (self.args.apply or self.config.refresherr.apply))
+
     @contextlib.contextmanager
-    def recorded(self, command: str) -> Iterator[Tuple[sqlite3.Connection, JsonObject]]:
-        """Hold the lock and record the run; with --dry-run work on a copy and record nothing."""
+    def recorded(
+        self, command: str, preview: bool = False
+    ) -> Iterator[Tuple[sqlite3.Connection, JsonObject]]:
+        """Hold the lock and record the run; a preview works on a copy and records nothing."""
         with contextlib.ExitStack() as stack:
-            if self.args.dry_run:
+            if preview or self.args.dry_run:
                 yield stack.enter_context(scratch_database(self.db_path)), {}
                 return
             stack.enter_context(process_lock(self.db_path, self.args.lock_wait))
@@ -3454,7 +5015,7 @@ def show_scan(terminal: Terminal, result: JsonObject) -> None:
 def run_broken(context: Context) -> JsonObject:
     """List the links of a status."""
     with context.database() as conn:
-        links, count = list_links(conn, context.args.status, context.args.limit)
+        links, count = list_links(conn, context.config, context.args.status, context.args.limit)
     return {"links": links, "count": count}
 
 
@@ -3465,17 +5026,122 @@ def show_broken(terminal: Terminal, result: JsonObject) -> None:
         state = f"    {link['status']}{since} -> {escape(link['target'])}"
         terminal.line(escape(link["path"]))
         terminal.line(terminal.paint(state, "dim"))
-        terminal.line(f"    {escape(link['error'] or link['next'])}")
+        owner = f"{link['instance']}: " if link["instance"] else ""
+        terminal.line(f"    {escape(owner + (link['error'] or link['next']))}")
     hidden = result["count"] - len(result["links"])
     more = f" ({hidden:,} not shown)" if hidden else ""
     terminal.line(f"{plural(result['count'], 'link')}{more}")
+
+
+def run_ingest(context: Context) -> JsonObject:
+    """Mirror the servers' titles and files."""
+    known = {instance.name: instance for instance in context.config.instances}
+    if not known:
+        raise UsageError("no server is configured; add a section such as [sonarr tv] to the config")
+    for name in context.args.instances:
+        if name not in known:
+            raise UsageError(f"no instance {name!r}; known: {', '.join(known)}")
+    timeout, progress = context.config.repair.timeout, context.terminal.progress
+    with context.recorded("ingest") as (conn, summary):
+        lines = [
+            ingest_instance(conn, known[name], timeout, progress)
+            for name in dict.fromkeys(context.args.instances or known)
+        ]
+        errors = [line["error"] for line in lines if line["error"]]
+        code = EXIT_PARTIAL if len(errors) < len(lines) else EXIT_FAILED
+        summary.update(instances=lines, exit_code=code if errors else EXIT_OK)
+        if errors:
+            summary["message"] = "; ".join(errors)
+    return summary
+
+
+def show_ingest(terminal: Terminal, result: JsonObject) -> None:
+    """Print what each server told."""
+    for line in result["instances"]:
+        noun = "series" if line["kind"] == "sonarr" else "movies"
+        found = f"{line['titles']:,} {noun}, {plural(line['files'], 'file')}, {line['linked']:,} "
+        found += f"of them scanned links; {line['removed']:,} gone since the last time"
+        if line["files"] and not line["linked"] and not line["error"]:
+            found += "; is path_map right, and have the roots been scanned?"
+        terminal.line(escape(f"{line['name']}: {'failed' if line['error'] else found}"))
+
+
+def run_queue(context: Context) -> JsonObject:
+    """Turn confirmed broken links into actions."""
+    with context.recorded("queue") as (conn, summary):
+        summary.update(queue_repairs(conn, context.config))
+    return summary
+
+
+def show_queue(terminal: Terminal, result: JsonObject) -> None:
+    """Print what was queued, and why the rest was not."""
+    for action in result["queued"]:
+        where = _server_of(action["url"])
+        terminal.line(escape(f"queued {action['id']} for {where}: {action['related_path']}"))
+    skipped = [
+        f"{count:,} {key.replace('_', ' ')}" for key, count in result["skipped"].items() if count
+    ]
+    rest = f"; skipped: {', '.join(skipped)}" if skipped else ""
+    terminal.line(f"{plural(len(result['queued']), 'action')} queued{rest}")
+
+
+def run_dispatch(context: Context) -> JsonObject:
+    """Carry out what is queued, or say what would be done."""
+    args = context.args
+    with context.recorded("dispatch", not context.applied) as (conn, summary):
+        errand = Dispatcher(conn, context.config, context.applied, not args.no_wait)
+        summary.update(errand.run(context.config.repair.max))
+    return summary
+
+
+def show_dispatch(terminal: Terminal, result: JsonObject) -> None:
+    """Print what became of each action."""
+    for action in result["actions"]:
+        said = f": {action['error']}" if action["error"] else ""
+        line = f"{action['status']:<11}{action['id']} {_server_of(action['url'])}: "
+        terminal.line(escape(f"{line}{action['related_path']}{said}"))
+    if not result["applied"]:
+        terminal.line("nothing was sent; dispatch --apply does it")
+        return
+    names = (SENT, REPAIRED, FAILED, RETRY, CANCELLED)
+    terminal.line(", ".join(f"{result[name]:,} {name}" for name in names))
+
+
+def run_actions(context: Context) -> JsonObject:
+    """Look at the queue, and mend it."""
+    args = context.args
+    if args.action == "list":
+        with context.database() as conn:
+            rows = list_actions(conn, args.status, args.ids)
+        return {"action": args.action, "actions": rows, "count": len(rows)}
+    every = args.failed if args.action == "retry" else args.all
+    if bool(args.ids) == every:
+        option = "--failed" if args.action == "retry" else "--all"
+        raise UsageError(f"actions {args.action} takes the numbers of actions, or {option}")
+    with context.recorded(f"actions {args.action}") as (conn, summary):
+        change = retry_actions if args.action == "retry" else cancel_actions
+        rows = list_actions(conn, None, change(conn, args.ids))
+        summary.update(action=args.action, actions=rows, count=len(rows))
+        if len(rows) < len(args.ids):
+            summary.update(exit_code=EXIT_PARTIAL, message="not all of them can be changed")
+    return summary
+
+
+def show_actions(terminal: Terminal, result: JsonObject) -> None:
+    """Print actions, a line each, and what went wrong below it."""
+    for row in result["actions"]:
+        line = f"{row['id']:>6} {row['status']:<10}{_server_of(row['url'] or '')}: "
+        terminal.line(escape(line + (row["related_path"] or row["url"] or "")))
+        if row["last_error"]:
+            terminal.line(f"       {escape_message(row['last_error'])}")
+    terminal.line(plural(result["count"], "action"))
 
 
 def run_stats(context: Context) -> JsonObject:
     """Count, and write or print it in the format that is asked for."""
     args = context.args
     with context.database() as conn:
-        result = collect_stats(conn, args.top)
+        result = collect_stats(conn, context.config.repair, args.top)
     style = "json" if args.json else args.format
     if style == "json":
         text = json.dumps(result, indent=2) + "\n"
@@ -3516,6 +5182,9 @@ def format_stats(stats: JsonObject, terminal: Terminal) -> List[str]:
     if stats["actions"]:
         lines += ["", terminal.paint("Actions", "bold")]
         lines += [f"  {escape(s):<12}{n:>10,}" for s, n in sorted(stats["actions"].items())]
+    for name, count in stats["repairs"]["instances"].items():
+        words = ", ".join(f"{number:,} {key.replace('_', ' ')}" for key, number in count.items())
+        lines.append(f"  {escape(name)}: {words}")
     if any(stats["media"].values()):
         lines += ["", terminal.paint("Media", "bold")]
         lines += [f"  {k.replace('_', ' '):<14}{n:>8,}" for k, n in stats["media"].items()]
@@ -3546,6 +5215,7 @@ def run_doctor(context: Context) -> JsonObject:
             database = examine_database(conn)
             serious = serious or any(finding.state == "failed" for finding in database)
             findings += database + examine_library(context.config, conn)
+        findings += examine_servers(context.config)
     except DatabaseError as exc:
         serious = True
         findings.append(Finding("database", "failed", str(exc)))
@@ -3681,6 +5351,7 @@ class Command(NamedTuple):
 
 # fmt: off
 DRY_RUN = option("-n", "--dry-run", action="store_true", help="change nothing at all")
+APPLY = option("--apply", action="store_true", help="do it; without it, say what would be done")
 COMMANDS = (
     Command("scan", "", "walk the roots, judge every symlink, record it",
         "scan /opt/media/tv /opt/media/movies", run_scan, show_scan, (
@@ -3695,6 +5366,28 @@ COMMANDS = (
         "broken --limit 20", run_broken, show_broken, (
         option("--limit", type=COUNT, metavar="N", help="show no more than N"),
         option("--status", choices=STATUSES[1:], default=BROKEN, help="default: broken"))),
+    Command("ingest", "", "read movies, series and files from Sonarr and Radarr",
+        "ingest sonarr_tv", run_ingest, show_ingest, (
+        option("instances", nargs="*", metavar="INSTANCE", help="in place of all"), DRY_RUN)),
+    Command("queue", "queue-repairs", "turn confirmed broken links into actions",
+        "queue --limit 10 --min-age 1h", run_queue, show_queue, (
+        option("--limit", type=COUNT, metavar="N", help="queue no more than N"),
+        option("--min-age", type=DURATION, metavar="DURATION", help="broken for so long"),
+        DRY_RUN)),
+    Command("dispatch", "process-actions", "carry out pending actions",
+        "dispatch --apply --max 5", run_dispatch, show_dispatch, (
+        option("--max", type=COUNT, metavar="N", help="send no more than N"),
+        option("--timeout", type=DURATION, metavar="SECONDS", help="for one request"),
+        option("--no-wait", action="store_true", help="do not follow the servers' searches"),
+        APPLY, DRY_RUN)),
+    Command("actions", "", "look at and mend the queue",
+        "actions retry --failed", run_actions, show_actions, (
+        option("action", nargs="?", choices=("list", "retry", "cancel"), default="list"),
+        option("ids", nargs="*", type=COUNT, metavar="ID", help="the numbers of actions"),
+        option("--status", help="list: only those"),
+        option("--failed", action="store_true", help="retry: all that failed"),
+        option("--all", action="store_true", help="cancel: all that are pending"),
+        DRY_RUN)),
     Command("stats", "db-stats", "counts, worst directories, queue, media, database",
         "stats --format prometheus --output /var/lib/node_exporter/refresherr.prom",
         run_stats, show_stats, (
@@ -3773,7 +5466,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if args.command is None:
         raise UsageError("no command given; see: refresherr --help")
     args.verbose += getattr(args, "verbose_behind", 0)
-    args.dry_run = getattr(args, "dry_run", False)
+    args.dry_run, args.apply = getattr(args, "dry_run", False), getattr(args, "apply", False)
     return args
 
 
@@ -3781,7 +5474,11 @@ def load_context(
     args: argparse.Namespace, terminal: Terminal, environ: Mapping[str, str]
 ) -> Context:
     """Read the configuration and return what the command works with."""
-    flags = {}
+    flags: Dict[Tuple[str, str], Any] = {
+        ("repair", key): getattr(args, key)
+        for key in ("limit", "min_age", "max", "timeout")
+        if args.command in ("queue", "dispatch") and getattr(args, key, None) is not None
+    }
     if args.data_dir:
         flags["refresherr", "data_dir"] = os.path.abspath(os.path.expanduser(args.data_dir))
     error = ""
