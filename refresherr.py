@@ -4165,9 +4165,9 @@ def end_action(
         _write_events(conn, [link_event(path, "", status, status) for path in action.paths])
 
 
-def settle_repairs(conn: sqlite3.Connection) -> int:
+def settle_repairs(conn: sqlite3.Connection) -> List[Action]:
     """Call repaired what was sent and whose links the last scan found good, or well replaced."""
-    settled = 0
+    settled = []
     for action in load_actions(conn, "status = 'sent' AND related_path IS NOT NULL"):
         known = [(path, find_link(conn, path)) for path in action.paths]
         if all(
@@ -4175,7 +4175,7 @@ def settle_repairs(conn: sqlite3.Connection) -> int:
             for path, link in known
         ):
             end_action(conn, action, REPAIRED)
-            settled += 1
+            settled.append(action)
     return settled
 
 
@@ -4197,7 +4197,7 @@ class Dispatcher:
 
     def run(self, limit: int) -> JsonObject:
         """Send at most `limit` pending actions, ask after those on their way; `dispatch --json`."""
-        settle_repairs(self.conn)
+        settled = settle_repairs(self.conn)
         due = load_actions(
             self.conn,
             "status = 'pending' AND (next_attempt_utc IS NULL OR next_attempt_utc <= ?)",
@@ -4217,7 +4217,7 @@ class Dispatcher:
                     self.stop(mine, f"{name} is not in the config (any more)")
             except HttpError as exc:
                 self.stop(mine, str(exc))
-        return self.result(due + sent)
+        return self.result(settled + due + sent)
 
     def stop(self, actions: Iterable[Action], problem: str) -> None:
         """Leave the actions of a server as they are, and say why."""
@@ -4988,6 +4988,7 @@ def run_scan(context: Context) -> JsonObject:
         elif result["exit_code"] == EXIT_FAILED:
             result["message"] = f"no root could be scanned: {failed[0]['reason']}"
         summary.update(result)
+        settle_repairs(conn)
     return result
 
 
