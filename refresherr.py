@@ -3908,7 +3908,7 @@ def load_history(conn: sqlite3.Connection) -> Dict[str, List[Attempt]]:
     ):
         noted = json.loads(progress or "{}")
         is_open = status == PENDING or (status == SENT and url.startswith("arr:"))
-        times = noted.get("searches", 1) if status in (SENT, FAILED, REPAIRED) else 0
+        times = max(1, noted.get("searches", 1)) if status in (SENT, FAILED, REPAIRED) else 0
         attempt = Attempt(url, status, is_open, parse_time(fired) or 0.0, times, error or "")
         for name in {from_db(path), *noted.get("paths", ())}:
             history.setdefault(name, []).append(attempt)
@@ -3929,18 +3929,16 @@ def why_not(settings: RepairSettings, since: float, attempts: Sequence[Attempt],
 
 
 def is_replaced(conn: sqlite3.Connection, path: str, since: float) -> bool:
-    """Tell whether a newer, good link beside `path` stands for the same episode or movie."""
-    media = parse_media(path)
-    condition, values = beneath(os.path.dirname(path))
+    """Tell whether a good link beside `path`, newer than that, has the same episode or movie."""
+    media, folder = parse_media(path), os.path.dirname(path)
+    condition, values = beneath(folder)
     rows = conn.execute(
-        f"SELECT path, first_seen_utc FROM symlinks WHERE status = 'ok' AND {condition}", values
+        f"SELECT path FROM symlinks WHERE substr(first_seen_utc, 1, 19) > ? AND status = 'ok' "
+        f"AND {condition}",
+        (format_time(since)[:19], *values),
     )
-    return media.kind != "other" and any(
-        parse_media(from_db(other)) == media
-        for other, seen in rows
-        if (parse_time(seen) or 0.0) > since
-        and os.path.dirname(from_db(other)) == os.path.dirname(path)
-    )
+    newer = [name for name in (from_db(row[0]) for row in rows) if os.path.dirname(name) == folder]
+    return media.kind != "other" and any(parse_media(name) == media for name in newer)
 
 
 def queue_repairs(conn: sqlite3.Connection, config: Config) -> JsonObject:
@@ -4249,6 +4247,10 @@ class Dispatcher:
     def is_broken(self, action: Action) -> bool:
         """Look at an action's links this very moment; if none is broken, settle the action."""
         verdicts = recheck_links(self.conn, self.config.scan, action.paths)
+        for path in verdicts:
+            known = find_link(self.conn, path)
+            if known and known.status == UNREACHABLE and verdicts[path][0] == BROKEN:
+                verdicts[path] = UNREACHABLE, known.error or "the last scan could not judge it"
         states = {status for status, _ in verdicts.values()}
         if BROKEN in states:
             return True
@@ -4420,6 +4422,12 @@ class Repair:
             items = self.server.get_items(title_id or 0, ())
         if not self.errand.is_broken(action) and (action.outcome or not action.step):
             return False
+        if not action.step:
+            here = map_path(path, self.path_map, back=True)
+            goal = os.path.join(os.path.dirname(action.path), os.readlink(action.path))
+            if here not in (action.path, os.path.normpath(goal)):
+                text = f"{path} is neither the link nor its target by its path_map"
+                raise HttpError(f"{self.server.name}: {text}; correct that, and queue it anew", 404)
         if record and action.progress.get("file_id") == record["id"]:
             return True  # the flags that were noted first are the true ones
         if record is None and action.step:
