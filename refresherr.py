@@ -1664,18 +1664,6 @@ def is_empty(directory: str) -> bool:
         return next(entries, None) is None
 
 
-def read_links(paths: Sequence[str]) -> Dict[str, str]:
-    """Return the targets of links; of what is none, its own path."""
-    targets = {}
-    for path in paths:
-        try:
-            targets[path] = os.readlink(path)
-        except OSError as exc:
-            if exc.errno not in GONE_ERRNOS:
-                targets[path] = path
-    return targets
-
-
 class Spot:
     """A directory of targets, resolved: what all links into it have in common."""
 
@@ -2012,22 +2000,37 @@ class Surveyor:
                 self.covered_roots[seen_as] = number
 
     def open_links(self) -> None:
-        """Read the job's links, hang-safe, and put them on the pile; what is no link is as good
-        as its target, and what is not there gets no verdict.
+        """Read the job's links, hang-safe, and put them on the pile.
+
+        What is no link stands for itself; what is not there gets no verdict, unless its own place
+        is unwell.
         """
         folders: Dict[str, List[str]] = {}
         for path in self.job.links:
             folders.setdefault(os.path.dirname(path), []).append(path)
         heads: Dict[str, List[Waiting]] = {}
-        answers = self.ask_all([functools.partial(read_links, paths) for paths in folders.values()])
-        for paths, targets in zip(folders.values(), answers):
-            for path, target in (targets or {}).items():
+        answers = self.ask_all([functools.partial(self.read_links, f) for f in folders.values()])
+        for paths, answer in zip(folders.values(), answers):
+            targets, reason = answer or ({}, f"it did not answer within {self.limit}")
+            for path, target in targets.items():
                 full = os.path.join(os.path.dirname(path), target)
                 heads.setdefault(full.rpartition("/")[0], []).append((path, full, target, 0))
-            if targets is None:
-                reason, unit = f"it did not answer within {self.limit}", self.unit_of("/")
-                self.outbox.found += [(p, "", JUDGED_UNKNOWN, unit, reason, 0) for p in paths]
+            if reason:
+                unseen, unit = set(paths) - set(targets), self.unit_of("/")
+                self.outbox.found += [(p, "", JUDGED_UNKNOWN, unit, reason, 0) for p in unseen]
         self.batches = [Task([(head, 0)], links) for head, links in heads.items()]
+
+    def read_links(self, paths: Sequence[str]) -> Tuple[Dict[str, str], str]:
+        """Return the targets of links in one directory, and what is wrong with its place."""
+        place = self.standing(self.resolve(os.path.dirname(paths[0]) or "/"))[2]
+        targets = {}
+        for path in paths:
+            try:
+                targets[path] = os.readlink(path)
+            except OSError as exc:
+                if exc.errno not in GONE_ERRNOS:
+                    targets[path] = path
+        return targets, place.reason if place.state != HEALTHY else ""
 
     def examine_root(self, root: str) -> Tuple[str, str, str]:
         """Return (state, reason, real path) of a root: 'scanned', 'missing', 'error', 'refused'."""
@@ -3610,13 +3613,18 @@ class Server:
             raise HttpError(f"{self.name}: {self._client.url} is {app}, not {self.kind.app}")
         return str(dig(status, "version") or "")
 
-    def get(self, path: str, **query: Any) -> Any:
-        """Return the JSON of a GET."""
-        return self._client.ask("GET", "/api/v3" + path, **query)
+    def get(self, path: str) -> JsonObject:
+        """Return the object that a GET answers with."""
+        result = self._client.ask("GET", "/api/v3" + path)
+        if not isinstance(result, dict):
+            raise HttpError(f"{self.name}: the JSON of {path} is not what it should be", retry=True)
+        return result
 
     def get_list(self, path: str, **query: Any) -> Iterator[JsonObject]:
-        """Yield the objects of a GET's list."""
-        return self._client.ask_list("/api/v3" + path, **query)
+        """Yield the objects of a GET's list; what has no number is none of them."""
+        for element in self._client.ask_list("/api/v3" + path, **query):
+            if isinstance(element.get("id"), int):
+                yield element
 
     def change(self, method: str, path: str, body: Any = None) -> Any:
         """Send what changes the server."""
@@ -3625,8 +3633,7 @@ class Server:
     def find(self, path: str) -> Optional[JsonObject]:
         """Return one thing, None where the server does not have it."""
         try:
-            found: JsonObject = self.get(path)
-            return found
+            return self.get(path)
         except HttpError as exc:
             if exc.status != 404:
                 raise
@@ -3725,7 +3732,7 @@ def _read_all(server: Server) -> Iterator[Tuple[List[JsonObject], List[JsonObjec
     with ThreadPoolExecutor(READERS) as pool:
         for series in server.get_list("/series"):
             yield [series], []
-            if dig(series, "statistics.episodeFileCount") and dig(series, "id"):
+            if dig(series, "statistics.episodeFileCount"):
                 waiting.append(pool.submit(read_files, series))
             if len(waiting) > 2 * READERS:
                 yield [], waiting.popleft().result()
@@ -4189,18 +4196,16 @@ class Dispatcher:
         self.config = config
         self.applied = applied
         self.wait = wait
-        self.sleep: Callable[[float], None] = time.sleep
+        self.left = 0  # so many may still be tried in this run
         self.refused = False
         self.problems: List[str] = []
 
     def run(self, limit: int) -> JsonObject:
         """Send at most `limit` pending actions, ask after those on their way; `dispatch --json`."""
+        self.left = limit
         settled = settle_repairs(self.conn)
-        due = load_actions(
-            self.conn,
-            "status = 'pending' AND (next_attempt_utc IS NULL OR next_attempt_utc <= ?)",
-            utc_now(),
-        )[:limit]
+        condition = "status = 'pending' AND coalesce(next_attempt_utc, '') <= ?"
+        due = load_actions(self.conn, condition, utc_now())
         sent = load_actions(self.conn, "status = 'sent' AND url LIKE 'arr://%'")
         instances = {instance.name: instance for instance in self.config.instances}
         for name in sorted({action.server for action in due + sent}):
@@ -4212,7 +4217,7 @@ class Dispatcher:
                     waiting = [action for action in sent if action.server == name]
                     Repair(self, instances[name]).run(mine, waiting)
                 else:
-                    self.stop(mine, f"{name} is not in the config (any more)")
+                    self.stop((), f"{name} is not in the config any more; its actions wait")
             except HttpError as exc:
                 self.stop(mine, str(exc))
         return self.result(settled + due + sent)
@@ -4222,7 +4227,7 @@ class Dispatcher:
         log.error("%s", problem)
         self.problems.append(problem)
         for action in actions:
-            if not action.outcome:
+            if not action.outcome and self.left > 0:
                 action.outcome, action.error = PENDING, redact(problem)
 
     def result(self, actions: List[Action]) -> JsonObject:
@@ -4259,12 +4264,12 @@ class Dispatcher:
             action.outcome, action.error = PENDING, f"not judged now: {reason}"
             log.warning("%s: %s", action.path, action.error)
             self.refused = True
-        elif not action.step:
-            words = "the link works again" if OK in states else "the link is gone"
+        elif OK in states or not action.step:
+            words = "the link works again" if OK in states else "there is no such link"
             end_action(self.conn, action, CANCELLED, words, fired=False)
         return False
 
-    def fail(self, action: Action, exc: HttpError) -> None:
+    def fail(self, action: Action, exc: HttpError, quiet: bool = False) -> None:
         """Have an action tried again later, if that makes sense, or let it fail."""
         if not exc.retry or action.attempts + 1 >= MAX_TRIES:
             end_action(self.conn, action, FAILED, str(exc))
@@ -4278,7 +4283,8 @@ class Dispatcher:
                     "WHERE id = ?",
                     (action.attempts, format_time(time.time() + delay), str(exc), action.id),
                 )
-        log.error("%s: %s", action.path, exc)
+        if not quiet:
+            log.error("%s: %s", action.path, exc)
 
     def note(self, actions: Iterable[Action], event: str = "", **progress: Any) -> None:
         """Write down how far actions have come."""
@@ -4296,21 +4302,23 @@ class Dispatcher:
         """Send actions to the relay; its token is added here and nowhere else."""
         relay = self.config.relay
         address = relay_find_url(relay) if relay.base else ""
+        client = Client("relay", address, self.config.repair.timeout, {}, relay.token)
         for action in actions:
-            where = action.url.partition("?")[0]
+            where, _, query = action.url.partition("?")
             if not address or where != strip_secrets(address):
-                self.stop([action], f"no relay is configured at {where}; set base in [relay]")
-            elif self.is_broken(action) and not self.applied:
-                action.outcome = WOULD_SEND
-            elif not action.outcome:
-                client = Client("relay", address, self.config.repair.timeout, {}, relay.token)
-                query = {**parse_qs(urlsplit(action.url).query), "token": relay.token}
+                self.stop((), f"no relay is configured at {where}; set base in [relay]")
+            elif self.left > 0 and (not action.path or self.is_broken(action)):
+                self.left -= 1
+                if not self.applied:
+                    action.outcome = WOULD_SEND
+                    continue
                 try:
-                    _check_relay(client.fetch("", **query))
+                    _check_relay(client.fetch("", **parse_qs(query), token=relay.token))
                     end_action(self.conn, action, SENT)
                 except HttpError as exc:
-                    self.fail(action, exc)
-                    if exc.status in (0, 401):  # it is down, or does not want us
+                    is_over = exc.status in (0, 401)  # it is down, or does not want us
+                    self.fail(action, exc, quiet=is_over)
+                    if is_over:
                         raise
 
 
@@ -4345,10 +4353,12 @@ class Repair:
             self.read_titles()
         except HttpError as exc:
             if exc.retry and due:
-                self.errand.fail(due[0], exc)
+                self.errand.fail(due[0], exc, quiet=True)
             raise
         try:
-            ready += (action for action in due if self.attempt(self.prepare, action))
+            for action in due:
+                if self.errand.left > 0 and self.attempt(self.prepare, action):
+                    ready.append(action)
             ready += (action for action in waiting if self.attempt(self.verify, action))
         except HttpError as exc:
             if exc.status == 0:
@@ -4373,9 +4383,11 @@ class Repair:
         except HttpError as exc:
             if exc.status == 409:  # a root folder is missing: no moment to delete anything
                 raise
+            is_down = exc.status == 0 and exc.retry
             for action in actions:
-                self.errand.fail(action, exc)
-            if exc.status == 0 and exc.retry:
+                if not action.outcome:
+                    self.errand.fail(action, exc, quiet=is_down)
+            if is_down:
                 raise
             return False
 
@@ -4395,6 +4407,7 @@ class Repair:
         """Take an action to where only its search is missing; False if it ends before that."""
         if action.step in ("", "found") and not self.find(action):
             return False
+        self.errand.left -= 1
         if not self.errand.applied:
             action.outcome = WOULD_SEND
             return False
@@ -4411,10 +4424,10 @@ class Repair:
             if is_under(path, root):
                 raise HttpError(f"{self.server.name}: its root folder {root} is not there", 409)
         title_id = self.titles.get(find_ancestor(path, self.titles) or "")
-        records = (
-            self.server.get_list(kind.file, **{kind.title: title_id}) if title_id else iter(())
-        )
-        record = next((r for r in records if r.get("path") == path), None)
+        record: Optional[JsonObject] = None
+        if title_id:
+            records = self.server.get_list(kind.file, **{kind.title: title_id})
+            record = next((r for r in records if r.get("path") == path), None)
         items: List[JsonObject] = []
         if record and self.is_sonarr:
             items = list(self.server.get_list("/episode", episodeFileId=record["id"]))
@@ -4422,12 +4435,9 @@ class Repair:
             items = self.server.get_items(title_id or 0, ())
         if not self.errand.is_broken(action) and (action.outcome or not action.step):
             return False
-        if not action.step:
-            here = map_path(path, self.path_map, back=True)
-            goal = os.path.join(os.path.dirname(action.path), os.readlink(action.path))
-            if here not in (action.path, os.path.normpath(goal)):
-                text = f"{path} is neither the link nor its target by its path_map"
-                raise HttpError(f"{self.server.name}: {text}; correct that, and queue it anew", 404)
+        if not action.step and not self.leads_back(action):
+            text = f"by its path_map, {path} is neither the link nor its target"
+            raise HttpError(f"{self.server.name}: {text}; correct that, and queue it anew", 404)
         if record and action.progress.get("file_id") == record["id"]:
             return True  # the flags that were noted first are the true ones
         if record is None and action.step:
@@ -4447,6 +4457,14 @@ class Repair:
             season=record.get("seasonNumber"),
         )  # fmt: skip
         return True
+
+    def leads_back(self, action: Action) -> bool:
+        """Tell whether the server's file is the broken link itself, or what that points to."""
+        here = map_path(action.server_path, self.path_map, back=True)
+        goal = ""
+        with contextlib.suppress(OSError):
+            goal = os.path.join(os.path.dirname(action.path), os.readlink(action.path))
+        return here in (action.path, os.path.normpath(goal))
 
     def delete(self, action: Action) -> None:
         """Delete the record, on the server's disk the link as well.
@@ -4471,10 +4489,8 @@ class Repair:
         if any(self.file_of(item) == action.progress["file_id"] for item in items):
             raise HttpError(f"{self.server.name}: has the file record still", retry=True)
         for flag in (True, False):
-            changed = [i["id"] for i in items if flags.get(str(i["id"])) is flag]
-            changed = [
-                i["id"] for i in items if i["id"] in changed and bool(i.get("monitored")) != flag
-            ]
+            turned = [i["id"] for i in items if bool(i.get("monitored")) is not flag]
+            changed = [number for number in turned if flags.get(str(number)) is flag]
             if changed:
                 self.server.change("PUT", kind.monitor, {kind.items: changed, "monitored": flag})
         self.remove_link(action)  # or the import would find its place taken
@@ -4609,7 +4625,7 @@ class Repair:
         deadline, delay = time.monotonic() + POLL_LIMIT, 0.5
         open_ids = {action.commands[0]["id"] for action in actions}
         while open_ids and time.monotonic() < deadline:
-            self.errand.sleep(delay)
+            time.sleep(delay)
             delay = min(5.0, delay * 1.5)
             for number in sorted(open_ids):
                 try:
