@@ -3305,13 +3305,9 @@ class Client:
             self._headers["Authorization"] = f"Basic {login}"
             self._secrets += [login, userinfo.group(1)]
         self._opener = web.OpenerDirector()  # http and https, and nothing else that urllib knows
-        handlers = [
-            web.HTTPHandler,
-            NoRedirect,
-            web.HTTPDefaultErrorHandler,
-            web.HTTPErrorProcessor,
-        ]
-        for handler in [*handlers, *filter(None, [getattr(web, "HTTPSHandler", None)])]:
+        names = ("HTTP", "HTTPS", "Unknown", "HTTPDefaultError")  # without ssl there is no HTTPS
+        known = [getattr(web, f"{name}Handler", None) for name in names]
+        for handler in filter(None, [*known, web.HTTPErrorProcessor, NoRedirect]):
             self._opener.add_handler(handler())
 
     def ask(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
@@ -3343,12 +3339,11 @@ class Client:
         except (ValueError, RecursionError):
             raise HttpError(f"{self.name}: the JSON of {path} is damaged", retry=True) from None
 
-    def fetch(self, path: str, **query: Any) -> Tuple[int, Any]:
-        """Send a GET where JSON is welcome, not required; return the status and the JSON."""
-        status, _, stream = self._exchange("GET", path, None, query)
+    def fetch(self, path: str, **query: Any) -> Any:
+        """Send a GET whose answer need not be JSON; return the JSON, None if it is none."""
         with contextlib.suppress(ValueError, RecursionError):
-            return status, json.loads(stream.read())
-        return status, None
+            return json.loads(self._exchange("GET", path, None, query)[2].read())
+        return None
 
     def _not_json(self, path: str, kind: str) -> HttpError:
         kind = kind.partition(";")[0] or "nothing"
@@ -3382,7 +3377,7 @@ class Client:
         thread.join(max(0.0, deadline - time.monotonic()) + 0.1)
         result: Any = outcome[0] if outcome else TimeoutError()
         if isinstance(result, BaseException):
-            error = self._explain(result, path)
+            error = self._explain(result)
             raise error from (None if isinstance(error, HttpError) else result)
         status, kind, stream = result
         return status, kind, stream
@@ -3422,7 +3417,8 @@ class Client:
             if time.monotonic() > end:
                 raise TimeoutError
             if stream.tell() > limit:
-                raise HttpError(f"{self.name}: the answer is longer than {limit >> 20} MiB")
+                text = f"{self.name}: the answer is longer than {limit >> 20} MiB"
+                raise HttpError(text, retry=True)
         if answer.length:  # read1 does not tell
             raise http.client.IncompleteRead(b"", answer.length)
         stream.seek(0)
@@ -3444,7 +3440,7 @@ class Client:
         after = parse_retry_after(headers.get("Retry-After") or "", time.time())
         return HttpError(f"{self.name}: answered {status}{said}", status, retry, after)
 
-    def _explain(self, exc: BaseException, path: str) -> BaseException:
+    def _explain(self, exc: BaseException) -> BaseException:
         """Return the HttpError for whatever urllib, socket, ssl or http.client raised."""
         import http.client
         import socket
