@@ -71,9 +71,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import (
     Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence,
     Set, TextIO, Tuple, Type, Union)
+from urllib.parse import (
+    parse_qs, quote, quote_plus, unquote, unquote_to_bytes, urlencode, urlsplit)
 # fmt: on
 # isort: on
-from urllib.parse import parse_qs, quote, unquote, unquote_to_bytes, urlencode, urlsplit
 
 # ---------------------------------------------------------------------------------------------
 # Constants and errors
@@ -130,7 +131,7 @@ class LockedError(RefresherrError):
 # ---------------------------------------------------------------------------------------------
 
 _SECRET_QUERY = re.compile(r"(?i)([?&;](?:[a-z_-]*token|api_?key|access_key)=)[^&#\s'\"]*")
-_USERINFO = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^/\s'\"]+@")
+_USERINFO = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^/\s]+@")
 _TOKEN_PARAMETER = re.compile(r"(?i)([?&])(?:token|api_?key)=[^&#]*(&?)")
 _DURATION_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
@@ -353,7 +354,16 @@ def parse_url(text: str) -> str:
     url = parse_text(text).rstrip("/")
     if not re.match(r"(?i)https?://[^/\s]+", url) or re.search(r"\s", url):
         raise ValueError("write a URL that begins with http:// or https://")
+    if not (urlsplit(url).port or 1):
+        raise ValueError("the port must not be 0")
     return url
+
+
+def parse_key(text: str) -> str:
+    """Return a key or token: it has to fit into one line of a header."""
+    if not re.fullmatch(r"[!-~]+", text.strip()):
+        raise ValueError("must be one line of plain characters without spaces")
+    return text.strip()
 
 
 def parse_count(text: str) -> int:
@@ -466,7 +476,7 @@ class InstanceSettings:
     """One Sonarr or Radarr."""
 
     url: str = setting("", parse_url, "With the URL base, if one is set.", "http://{kind}:{port}")
-    api_key: str = secret(parse_text, "Settings > General > API key.", "0123456789abcdef")
+    api_key: str = secret(parse_key, "Settings > General > API key.", "0123456789abcdef")
     roots: Paths = setting((), parse_paths, "The directories of links that this server owns.",
         "/opt/media/{folder}")
     path_map: PathMap = setting((), parse_map, _MAP_DOC, "/opt/media/{folder} => /{folder}")
@@ -477,7 +487,7 @@ class RelaySettings:
     """The relay URL of the container edition."""
 
     base: str = setting("", parse_url, "Its address.", "http://research-relay:5050", "RELAY_BASE")
-    token: str = secret(parse_text, "Its token.", "...", "RELAY_TOKEN")
+    token: str = secret(parse_key, "Its token.", "...", "RELAY_TOKEN")
     routes: PathMap = setting((), parse_map, "A path prefix => the relay's name for the instance.",
         "\n/opt/media/doc => radarr_doc", "ROUTE_MAP")
 
@@ -517,7 +527,7 @@ class NotifySettings:
 
     discord: str = secret(parse_url, "Webhook.", "https://...", "DISCORD_WEBHOOK")
     ntfy: str = secret(parse_url, "Topic.", "https://ntfy.sh/topic")
-    ntfy_token: str = secret(parse_text, "Access token.", "...")
+    ntfy_token: str = secret(parse_key, "Access token.", "...")
     apprise: str = secret(parse_url, "", "http://apprise:8000/notify/KEY")
     webhook: str = secret(parse_url, "Gets JSON.", "https://...")
     healthchecks: str = secret(parse_url, "", "https://hc-ping.com/UUID")
@@ -530,7 +540,7 @@ class PlexSettings:
     """Plex is told about the directories that changed."""
 
     url: str = setting("", parse_url, "", "http://plex:32400")
-    token: str = secret(parse_text, "", "...")
+    token: str = secret(parse_key, "", "...")
     path_map: PathMap = setting((), parse_map, _MAP_DOC, "/opt/media => /data")
 
 
@@ -539,7 +549,7 @@ class JellyfinSettings:
     """Jellyfin or Emby, likewise."""
 
     url: str = setting("", parse_url, "", "http://{kind}:8096")
-    api_key: str = secret(parse_text, "", "...")
+    api_key: str = secret(parse_key, "", "...")
     path_map: PathMap = setting((), parse_map, _MAP_DOC, "/opt/media => /data")
 # fmt: on
 
@@ -3297,13 +3307,19 @@ class Client:
         userinfo = re.match(r"(?i)https?://([^/]*)@", url)
         self.name, self.timeout = name, timeout
         self.url = strip_secrets(url)
-        self._secrets = [value for value in (*headers.values(), token) if value]
+        self.aborted = False
+        secrets = [*headers.values(), token]
         self._headers = {"User-Agent": f"Refresherr/{__version__}", **headers}
         self._headers["Accept"] = "application/json"
         if userinfo:
             login = base64.b64encode(unquote(userinfo.group(1)).encode()).decode()
             self._headers["Authorization"] = f"Basic {login}"
-            self._secrets += [login, userinfo.group(1)]
+            password = userinfo.group(1).partition(":")[2]
+            secrets += [login, password, unquote(password)]
+        everywhere = {
+            form for text in secrets for form in (text, quote(text, ""), quote_plus(text))
+        }
+        self._secrets = sorted(filter(None, everywhere), key=len, reverse=True)
         self._opener = web.OpenerDirector()  # http and https, and nothing else that urllib knows
         names = ("HTTP", "HTTPS", "Unknown", "HTTPDefaultError")  # without ssl there is no HTTPS
         known = [getattr(web, f"{name}Handler", None) for name in names]
@@ -3346,7 +3362,7 @@ class Client:
         return None
 
     def _not_json(self, path: str, kind: str) -> HttpError:
-        kind = kind.partition(";")[0] or "nothing"
+        kind = self.quote(kind.partition(";")[0]) or "nothing"
         text = f"{self.name}: {self.url}{path} answered with {kind}, not with JSON"
         return HttpError(f"{text}; is its url right, with the URL base if one is set?", retry=True)
 
@@ -3374,7 +3390,8 @@ class Client:
 
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
-        thread.join(max(0.0, deadline - time.monotonic()) + 0.1)
+        while thread.is_alive() and not self.aborted and time.monotonic() < deadline + 0.1:
+            thread.join(0.2)
         result: Any = outcome[0] if outcome else TimeoutError()
         if isinstance(result, BaseException):
             error = self._explain(result)
@@ -3425,17 +3442,19 @@ class Client:
         return stream
 
     def _refusal(self, status: int, headers: Any, content: bytes, path: str) -> HttpError:
-        words = self.conceal(read_error(content))
+        words = self.quote(read_error(content))
         said = f": {words}" if words else ""
         if 300 <= status < 400:
-            where = self.conceal(redact(headers.get("Location") or "nowhere"))
-            said = f", a redirect to {where}; redirects are not followed: correct its url"
-            if where.startswith("/") and path in where:
-                said += f", perhaps {self.url}{where[: where.index(path)].rstrip('/')}"
+            where = headers.get("Location") or "nowhere"
+            said = f", a redirect to {self.quote(where)}; redirects are not followed"
+            here = urlsplit(self.url)
+            base, found, _ = where.partition(here.path + path)
+            if found and base.startswith("/"):
+                said += f"; set its url to {here.scheme}://{here.netloc}{self.quote(base)}"
         elif status == 401:
             said = ": the key or token is refused; correct it in the config"
         elif status == 404 and not words:
-            said = f": {path} is unknown there; is its url right, with the URL base?"
+            said = f": {self.url}{path} is unknown there; is its url right, with the URL base?"
         retry = status >= 500 or status in RETRY_STATUSES
         after = parse_retry_after(headers.get("Retry-After") or "", time.time())
         return HttpError(f"{self.name}: answered {status}{said}", status, retry, after)
@@ -3454,6 +3473,8 @@ class Client:
             text = f"no whole answer within {format_duration(self.timeout)}"
         elif "CERTIFICATE" in str(reason):
             text, retry = f"its certificate is not trusted ({reason})", False
+        elif isinstance(reason, ConnectionError) and not getattr(reason, "strerror", None):
+            text = "closed the connection without an answer"
         elif isinstance(reason, http.client.IncompleteRead):
             text = "broke off in the middle of its answer"
         elif isinstance(reason, http.client.HTTPException):
@@ -3461,16 +3482,17 @@ class Client:
         elif isinstance(reason, OSError):
             text = (reason.strerror or str(reason) or type(reason).__name__).lower()
         elif isinstance(reason, (str, ValueError)):
-            text, retry = f"cannot be asked: {reason}", False
+            text, retry = "cannot be asked; correct its url", False  # its words may hold a key
         else:
             return exc
-        return HttpError(f"{self.name}: {self.url}: {self.conceal(text)}", retry=retry)
+        return HttpError(f"{self.name}: {self.url}: {self.quote(text)}", retry=retry)
 
-    def conceal(self, text: str) -> str:
-        """Return a server's words without the secrets that it was sent."""
-        for value in self._secrets:
-            text = text.replace(value, "***")
-        return text
+    def quote(self, words: Any) -> str:
+        """Return a server's words as one short line without the secrets that it was sent."""
+        text = " ".join(str(words).split())
+        for secret_text in self._secrets:
+            text = text.replace(secret_text, "***")
+        return redact(text)[:MAX_ERROR]
 
 
 def iterate_json(stream: Any) -> Iterator[Any]:
@@ -3522,7 +3544,7 @@ def read_error(content: bytes) -> str:
             parts[-1] = f"{item['propertyName']}: {parts[-1]}"
         if isinstance(item.get("errors"), dict):
             parts += [f"{field}: {text}" for field, text in item["errors"].items()]
-    return " ".join("; ".join(parts).split())[:MAX_ERROR]
+    return "; ".join(parts)
 
 
 def parse_retry_after(text: str, now: float) -> float:
@@ -3599,32 +3621,33 @@ class Server:
         self.kind = KINDS[instance.kind]
         self.path_map = settings.path_map
         headers = {"X-Api-Key": settings.api_key}
-        self._client = Client(instance.name, settings.url, timeout, headers)
+        self.client = Client(instance.name, settings.url, timeout, headers)
 
     def connect(self) -> str:
         """Return the server's version.  HttpError if it is not what the config says."""
         status = self.get("/system/status")
         app = dig(status, "appName") or "something else"
         if app != self.kind.app:
-            raise HttpError(f"{self.name}: {self._client.url} is {app}, not {self.kind.app}")
-        return str(dig(status, "version") or "")
+            text = f"{self.client.url} is {self.client.quote(app)}, not {self.kind.app}"
+            raise HttpError(f"{self.name}: {text}")
+        return self.client.quote(dig(status, "version") or "")
 
     def get(self, path: str) -> JsonObject:
         """Return the object that a GET answers with."""
-        result = self._client.ask("GET", "/api/v3" + path)
+        result = self.client.ask("GET", "/api/v3" + path)
         if not isinstance(result, dict):
             raise HttpError(f"{self.name}: the JSON of {path} is not what it should be", retry=True)
         return result
 
     def get_list(self, path: str, **query: Any) -> Iterator[JsonObject]:
         """Yield the objects of a GET's list; what has no number is none of them."""
-        for element in self._client.ask_list("/api/v3" + path, **query):
+        for element in self.client.ask_list("/api/v3" + path, **query):
             if isinstance(element.get("id"), int):
                 yield element
 
     def change(self, method: str, path: str, body: Any = None) -> Any:
         """Send what changes the server."""
-        return self._client.ask(method, "/api/v3" + path, body)
+        return self.client.ask(method, "/api/v3" + path, body)
 
     def find(self, path: str) -> Optional[JsonObject]:
         """Return one thing, None where the server does not have it."""
@@ -3633,6 +3656,7 @@ class Server:
         except HttpError as exc:
             if exc.status != 404:
                 raise
+            self.connect()  # or something between us and the server has said so
             return None
 
     def get_items(self, title_id: int, ids: Iterable[int]) -> List[JsonObject]:
@@ -3651,11 +3675,11 @@ class Server:
 def dig(value: Any, place: str) -> Union[str, int, float, None]:
     """Return what stands at 'quality.quality.name' in some JSON, if it fits into a column."""
     for key in place.split("."):
-        if isinstance(value, list):  # of images: the one of that type
-            image = next((i for i in value if dig(i, "coverType") == key), None)
-            value = dig(image, "remoteUrl") or dig(image, "url")
-        else:
-            value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(value, list):  # of images: the address of the one of that type
+            images = [image for image in value if isinstance(image, dict)]
+            value = next((image for image in images if image.get("coverType") == key), {})
+            key = "remoteUrl" if value.get("remoteUrl") else "url"
+        value = value.get(key) if isinstance(value, dict) else None
     if isinstance(value, int) and abs(value) < 1 << 63:
         return int(value)  # True is 1 in the database
     return value if isinstance(value, (str, float)) else None
@@ -3720,20 +3744,24 @@ def _read_all(server: Server) -> Iterator[Tuple[List[JsonObject], List[JsonObjec
         try:
             return list(server.get_list(server.kind.file, seriesId=series["id"]))
         except HttpError as exc:
-            if exc.status == 404:  # deleted since the list was made
-                return []
+            if exc.status == 404 and server.find(f"/series/{series['id']}") is None:
+                return []  # deleted since the list was made
             raise
 
     waiting: Deque[Future[List[JsonObject]]] = deque()
     with ThreadPoolExecutor(READERS) as pool:
-        for series in server.get_list("/series"):
-            yield [series], []
-            if dig(series, "statistics.episodeFileCount"):
-                waiting.append(pool.submit(read_files, series))
-            if len(waiting) > 2 * READERS:
+        try:
+            for series in server.get_list("/series"):
+                yield [series], []
+                if dig(series, "statistics.episodeFileCount"):
+                    waiting.append(pool.submit(read_files, series))
+                if len(waiting) > 2 * READERS:
+                    yield [], waiting.popleft().result()
+            while waiting:
                 yield [], waiting.popleft().result()
-        while waiting:
-            yield [], waiting.popleft().result()
+        except BaseException:
+            server.client.aborted = True  # or the pool would wait for what is under way
+            raise
 
 
 def _keep(
@@ -3751,7 +3779,9 @@ def _keep(
         here = map_path(str(dig(item, "path") or ""), path_map, back=True)
         rows.append([to_db(v) if isinstance(v, str) else v for v in [here, *values]])
     marks = ", ".join("?" * (len(fields) + 1))
+    conn.execute("BEGIN")  # or each row would be a transaction; only temporary tables are locked
     conn.executemany(f"INSERT INTO temp.new_{table} VALUES ({marks})", rows)
+    conn.execute("COMMIT")
 
 
 def _replace_rows(conn: sqlite3.Connection, instance: str, kind: Kind) -> Dict[str, int]:
@@ -4309,7 +4339,7 @@ class Dispatcher:
                     action.outcome = WOULD_SEND
                     continue
                 try:
-                    _check_relay(client.fetch("", **parse_qs(query), token=relay.token))
+                    _check_relay(client, client.fetch("", **parse_qs(query), token=relay.token))
                     end_action(self.conn, action, SENT)
                 except HttpError as exc:
                     is_over = exc.status in (0, 401)  # it is down, or does not want us
@@ -4318,14 +4348,12 @@ class Dispatcher:
                         raise
 
 
-def _check_relay(answer: Any) -> None:
+def _check_relay(client: Client, answer: Any) -> None:
     """Raise HttpError where the relay says no with status 200, as it does."""
     if isinstance(answer, dict) and answer.get("ok") is False:
-        code = answer.get("code")
-        status = code if isinstance(code, int) else 0
-        words = escape(str(answer.get("detail") or answer.get("error") or "no reason given"))
-        retry = status >= 500 or status in RETRY_STATUSES
-        raise HttpError(f"relay: {words[:MAX_ERROR]}", status or 400, retry)
+        status = int(dig(answer, "code") or 400)
+        words = client.quote(read_error(json.dumps(answer).encode()) or "no reason given")
+        raise HttpError(f"relay: {words}", status, status >= 500 or status in RETRY_STATUSES)
 
 
 class Repair:
@@ -4431,9 +4459,7 @@ class Repair:
             items = self.server.get_items(title_id or 0, ())
         if not self.errand.is_broken(action) and (action.outcome or not action.step):
             return False
-        if not action.step and not self.leads_back(action):
-            text = f"by its path_map, {path} is neither the link nor its target"
-            raise HttpError(f"{self.server.name}: {text}; correct that, and queue it anew", 404)
+        self.check_file(action)
         if record and action.progress.get("file_id") == record["id"]:
             return True  # the flags that were noted first are the true ones
         if record is None and action.step:
@@ -4454,13 +4480,27 @@ class Repair:
         )  # fmt: skip
         return True
 
-    def leads_back(self, action: Action) -> bool:
-        """Tell whether the server's file is the broken link itself, or what that points to."""
+    def check_file(self, action: Action) -> None:
+        """Make sure that the server's file is the broken link itself, or what that points to.
+
+        The text of a link may name a healthy file and lead elsewhere all the same: through `..`
+        behind a symlink, or with a slash at its end.  HttpError if the file is there.
+        """
+        path, goal = action.path, ""
         here = map_path(action.server_path, self.path_map, back=True)
-        goal = ""
+        if here == path:
+            return
         with contextlib.suppress(OSError):
-            goal = os.path.join(os.path.dirname(action.path), os.readlink(action.path))
-        return here in (action.path, os.path.normpath(goal))
+            goal = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
+        text = f"by its path_map, {action.server_path} is neither the link nor its target"
+        if here == goal or action.step:
+            state = recheck_links(self.conn, self.errand.config.scan, [here]).get(here, (BROKEN,))
+            if state[0] == BROKEN:
+                return
+            text = f"its file {here} is not gone; the link's own text is at fault"
+            if state[0] == UNREACHABLE:
+                raise HttpError(f"{self.server.name}: {here} cannot be judged now", 503, retry=True)
+        raise HttpError(f"{self.server.name}: {text}; correct that, or remove the link", 404)
 
     def delete(self, action: Action) -> None:
         """Delete the record, on the server's disk the link as well.
@@ -4474,7 +4514,7 @@ class Repair:
         except HttpError as exc:
             if exc.status == 500 and self.remove_link(action):
                 self.server.change("DELETE", path)
-            elif exc.status != 404 and (not exc.retry or self.server.find(path) is not None):
+            elif not (exc.retry or exc.status == 404) or self.server.find(path) is not None:
                 raise
         self.errand.note([action], "deleted", step="deleted")
 
@@ -4636,7 +4676,7 @@ class Repair:
                     if action.commands[0]["id"] == number:
                         action.commands[0]["status"] = state
                         if state in FINAL_STATES[1:]:
-                            said = escape(str(dig(command, "message") or "no reason given"))
+                            said = self.server.client.quote(dig(command, "message"))
                             action.error = f"{self.server.name}: the search {state}: {said}"
 
 
