@@ -4286,14 +4286,19 @@ class Dispatcher:
         if BROKEN in states:
             return True
         if UNREACHABLE in states:
-            reason = next(why for status, why in verdicts.values() if status == UNREACHABLE)
-            action.outcome, action.error = PENDING, f"not judged now: {reason}"
-            log.warning("%s: %s", action.path, action.error)
-            self.refused = True
+            self.put_off(
+                action, next(why for state, why in verdicts.values() if state == UNREACHABLE)
+            )
         elif OK in states or not action.step:
             words = "the link works again" if OK in states else "there is no such link"
             end_action(self.conn, action, CANCELLED, words, fired=False)
         return False
+
+    def put_off(self, action: Action, reason: str) -> None:
+        """Leave an action as it is: its link cannot be judged."""
+        action.outcome, action.error = PENDING, f"not judged now: {reason}"
+        log.warning("%s: %s", action.path, action.error)
+        self.refused = True
 
     def fail(self, action: Action, exc: HttpError, quiet: bool = False) -> None:
         """Have an action tried again later, if that makes sense, or let it fail."""
@@ -4457,8 +4462,14 @@ class Repair:
             items = list(self.server.get_list("/episode", episodeFileId=record["id"]))
         elif record:
             items = self.server.get_items(title_id or 0, ())
-        if not self.errand.is_broken(action) and (action.outcome or not action.step):
-            return False
+        if not self.errand.is_broken(action):
+            folder = os.path.dirname(action.path)
+            is_ours = record is None or "removed" in action.progress
+            if not (action.outcome or is_ours or os.path.isdir(folder)):
+                # The library is away for us; the server may see it, and a healthy link in it.
+                self.errand.put_off(action, f"{folder} is not there")
+            if action.outcome:
+                return False
         self.check_file(action)
         if record and action.progress.get("file_id") == record["id"]:
             return True  # the flags that were noted first are the true ones
@@ -4548,13 +4559,13 @@ class Repair:
             return False
         try:
             self.conn.execute(_JOURNAL_REMOVAL, (to_db(here), to_db(os.readlink(here)), utc_now()))
+            self.errand.note([action], "removed", removed=here)
             os.unlink(here)
         except OSError as exc:
             text = f"cannot remove {here}: {exc.strerror}; make its directory writable"
             raise HttpError(
                 f"{self.server.name}: cannot delete its file, and Refresherr {text}", 500
             ) from exc
-        self.errand.note([action], "removed")
         return True
 
     # Searching, and what comes of it
