@@ -4534,7 +4534,8 @@ class Repair:
         kind, flags = self.server.kind, action.progress["items"]
         items = self.server.get_items(action.progress["title_id"], map(int, flags))
         if any(self.file_of(item) == action.progress["file_id"] for item in items):
-            raise HttpError(f"{self.server.name}: has the file record still", retry=True)
+            self.errand.note([action], step="found")  # it said 'deleted' and did not
+            raise HttpError(f"{self.server.name}: has the file record still", 503, retry=True)
         for flag in (True, False):
             turned = [i["id"] for i in items if bool(i.get("monitored")) is not flag]
             changed = [number for number in turned if flags.get(str(number)) is flag]
