@@ -1307,12 +1307,13 @@ class KnownLink(NamedTuple):
     rowid: int
     target: Union[str, bytes, None]
     status: Optional[str]
-    last_status: Optional[str]
+    last_seen: str
     broken_since: Optional[str]
-    error: Optional[str]
+    error: str
 
 
-_KNOWN_COLUMNS = "rowid, last_target, status, last_status, broken_since_utc, error"
+_KNOWN_COLUMNS = """rowid, last_target, status, coalesce(last_seen_utc, ''), broken_since_utc,
+    coalesce(error, '')"""
 _SEE_LINK = """UPDATE symlinks SET last_seen_utc = ?
 WHERE path = ? AND last_target = ? AND status = 'ok' AND last_status = 'ok'"""
 _WRITE_LINK = """
@@ -1353,11 +1354,21 @@ def link_row(
     return (to_db(path), to_db(target), status, status, now, now, since, reason or None)
 
 
+def find_links(conn: sqlite3.Connection, paths: Sequence[str]) -> Dict[str, KnownLink]:
+    """Return what is known of the links at `paths`."""
+    found = {}
+    for start in range(0, len(paths), _LOOKUP):
+        keys = [to_db(path) for path in paths[start : start + _LOOKUP]]
+        marks = ",".join("?" * len(keys))
+        query = f"SELECT path, {_KNOWN_COLUMNS} FROM symlinks WHERE path IN ({marks})"
+        for path, *known in conn.execute(query, keys):
+            found[from_db(path)] = KnownLink(*known)
+    return found
+
+
 def find_link(conn: sqlite3.Connection, path: str) -> Optional[KnownLink]:
     """Return what is known of the link at `path`."""
-    query = f"SELECT {_KNOWN_COLUMNS} FROM symlinks WHERE path = ?"
-    row = conn.execute(query, (to_db(path),)).fetchone()
-    return KnownLink(*row) if row else None
+    return next(iter(find_links(conn, [path]).values()), None)
 
 
 def record_symlink(path: str, target: str, status: str) -> None:
@@ -2592,79 +2603,54 @@ HELD = "held back by the mass-breakage guard: "  # then the unit
 UNJUDGED = "never judged: "  # then the reason
 
 
-@dataclasses.dataclass
-class Unit:
-    """What the guard counts for a mount point, or a directory directly beneath one (`name`)."""
+class Unit(NamedTuple):
+    """What the guard judges as a whole: a mount point, or a directory directly beneath one.
+
+    `counts` are of links: 'total'; 'ok'; 'known broken' before this scan, which prove nothing;
+    'fresh', never judged before; 'gone' now, and not known broken.
+    """
 
     mount: str
-    name: str
-    total: int = 0
-    ok: int = 0
-    known_broken: int = 0  # links that were broken before this scan: they prove nothing
-    fresh: int = 0  # links that were never judged before
-    gone: int = 0  # good links whose target is gone now
-
-    def add(self, other: Unit) -> None:
-        self.total += other.total
-        self.known_broken += other.known_broken
-        self.fresh += other.fresh
-        self.gone += other.gone
-
-    def is_suspicious(self, limit: float) -> bool:
-        """Tell whether more is gone at once than breaks by itself; `limit` is a share."""
-        if self.name != self.mount and self.total < GUARD_CHILD_LINKS:
-            return False
-        good = self.total - self.known_broken
-        if self.fresh * 2 > good:
-            limit = max(limit, GUARD_FRESH_SHARE)
-        return self.gone >= GUARD_MINIMUM and self.gone > limit * good
-
-
-class GoneLink(NamedTuple):
-    """A link whose target is gone, and what the database knew of it."""
-
-    number: int
-    path: str
-    target: str
-    unit: int
-    emptied: str
-    root: int
-    last_seen: str
-    known: Optional[KnownLink]
-
-    @property
-    def was_judged(self) -> bool:
-        return self.known is not None and not (self.known.error or "").startswith(UNJUDGED)
-
-    @property
-    def was_held(self) -> bool:
-        return self.known is not None and (self.known.error or "").startswith(HELD)
+    child: str  # '' for what lies in no directory beneath the mount point
+    counts: Counter[str]
 
 
 @dataclasses.dataclass
 class RootTally:
-    """One line of the result's `roots`."""
+    """One line of the result's `roots`; `covered` by another root that holds it."""
 
     path: str
     state: str = "scanned"
     reason: str = ""
-    covered: bool = False
     real: str = ""
-    examined: int = 0
-    ok: int = 0
-    broken: int = 0
-    unreachable: int = 0
+    covered: bool = False
+    counts: Counter[str] = dataclasses.field(default_factory=Counter)
 
-    def to_json(self) -> JsonObject:
-        result = dataclasses.asdict(self)
-        del result["covered"], result["real"]
-        return result
+
+def add_tallies(roots: Iterable[RootTally]) -> Dict[str, int]:
+    """Return how many links were examined beneath `roots`, and how many have which status."""
+    whole = sum((root.counts for root in roots), Counter())
+    return {name: whole[name] for name in ("examined", OK, BROKEN, UNREACHABLE)}
+
+
+def is_suspicious(counts: Counter[str], limit: float) -> bool:
+    """Tell whether more of a unit is gone at once than breaks by itself; `limit` is a share."""
+    good = counts["total"] - counts["known broken"]
+    if counts["fresh"] * 2 > good:
+        limit = max(limit, GUARD_FRESH_SHARE)
+    return counts["gone"] >= GUARD_MINIMUM and counts["gone"] > limit * good
+
+
+def never_judged(known: Optional[KnownLink]) -> bool:
+    """Tell whether no scan has ever seen whether the link is good."""
+    return known is None or known.error.startswith(UNJUDGED)
 
 
 class ScanRecord:
     """Compares what a worker says with the database and writes the differences.
 
-    Every batch is one short transaction: a scan that is interrupted leaves true rows.
+    Every message of kind KIND has its `take_KIND`; `finish` follows the last.  Every batch is one
+    short transaction: a scan that is interrupted leaves true rows.
     """
 
     def __init__(self, conn: sqlite3.Connection, job: ScanJob, limit: float = 0.2) -> None:
@@ -2672,93 +2658,76 @@ class ScanRecord:
         self.job = job
         # [scan] max_new_broken; 1.0 switches the guard off, infinity accepts any loss.
         self.limit = limit
-        self._mounted: Dict[str, str] = {}
         self.now = datetime.datetime.now(datetime.timezone.utc).isoformat()  # no two scans share it
         self.roots = [RootTally(root) for root in job.roots]
         self.units: Dict[int, Unit] = {}
-        self.changes: Counter[str] = Counter()
-        self.unread: Dict[str, str] = {}
-        self.ignored = 0
-        self.guard_reasons: List[str] = []
-        self.refused = False
-        self._rows: List[Tuple[Any, ...]] = []  # to be written by the next _write()
-        self._events: List[Event] = []
         self.mounts: List[JsonObject] = []
-        self._blocked: Dict[int, str] = {}
-        self._told: Set[str] = set()
+        self.changes: Counter[str] = Counter()
+        self.ignored = 0
+        self.unread: Set[str] = set()
+        self.refusals: Set[str] = set()  # reasons for which something was not judged
+        self.guard: List[Tuple[int, str]] = []  # links it holds back, and why
+        self._mounted: Dict[str, str] = {}
+        self._blocked: Dict[int, str] = {}  # units of which nothing may be said, and why
         self._unwell: Dict[str, str] = {}  # points beneath which no link counts as vanished
         self._uninhabited: Set[str] = set()
-        self._suspicious: Dict[str, Unit] = {}
-        self._held: Counter[str] = Counter()
-        self._emptied: Counter[str] = Counter()
-        self._remembered = {
-            from_db(row[0]): row[1]
-            for row in conn.execute("SELECT mount_point, first_seen_utc FROM mounts")
-        }
+        self._rows: List[Tuple[Any, ...]] = []  # to be written by the next _flush()
+        self._events: List[Event] = []
+        remembered = conn.execute("SELECT mount_point, first_seen_utc FROM mounts")
+        self._remembered = {from_db(point): since for point, since in remembered}
         self._last_rowid = conn.execute("SELECT max(rowid) FROM symlinks").fetchone()[0] or 0
         self._seen = 0  # of the rows that stood there before this scan
         conn.execute("PRAGMA wal_autocheckpoint=8000")  # 32 MB: fewer pages are written twice
-        self._cursor = conn.cursor()
-        self._cursor.row_factory = None
         conn.execute("DROP TABLE IF EXISTS temp.gone")
-        conn.execute(
-            "CREATE TEMP TABLE gone (number INTEGER PRIMARY KEY, path, target, unit, emptied, root)"
-        )
+        conn.execute("CREATE TEMP TABLE gone (link)")
 
     @property
     def examined(self) -> int:
-        return sum(root.examined for root in self.roots)
+        return sum(root.counts["examined"] for root in self.roots)
 
     def take(self, message: Tuple[Any, ...]) -> None:
         """Record one message of the worker."""
-        kind = message[0]
-        if kind == "good":
-            self._take_good(*message[1:])
-        elif kind == "links":
-            self._take_links(message[1])
-        elif kind == "unit":
-            self.units[message[1]] = Unit(message[2], message[3])
-        elif kind == "mount":
-            self._remember_mount(message[1], message[2])
-        elif kind == "unread":
-            self.unread[message[1]] = message[2]
-            log.warning("cannot read %s: %s; its links stay as they were", message[1], message[2])
-        elif kind == "root":
-            self._take_root(*message[1:])
-        elif kind == "ignored":
-            self.ignored += message[1]
-        elif kind == "done":
-            self._take_places(message[1])
-            self._blocked = message[2]
-            self._compare_mounts()
-            self._uninhabited = set(message[3])
+        getattr(self, f"take_{message[0]}")(*message[1:])
 
-    def _take_root(self, number: int, state: str, reason: str, real: str, covered: bool) -> None:
-        # Now, not before: the worker has asked all mounts by now, which mounts autofs' promises.
-        self._mounted = self._mounted or read_mounts(identity=True)
-        root = self.roots[number]
-        root.state = ERROR if state == "refused" else state
-        root.reason = reason
-        root.covered = covered
-        root.real = real.rstrip("/")
-        if state == "refused":
-            self.refused = True
-        if state != "scanned":
-            log.error("root %s: %s; its known links stay as they were", root.path, reason)
-            return
-        for point, fs_type in read_mounts().items():
-            # What the library itself lives on: its links vanish with it.
-            if is_under(point, real) or is_under(real, point):
-                self._remember_mount(point, fs_type)
+    def take_beat(self) -> None:
+        """Nothing is said but that the worker lives."""
 
-    def _remember_mount(self, point: str, fs_type: str) -> None:
+    def take_ignored(self, count: int) -> None:
+        self.ignored += count
+
+    def take_unread(self, directory: str, reason: str) -> None:
+        self.unread.add(directory)
+        log.warning("cannot read %s: %s; its links stay as they were", directory, reason)
+
+    def take_unit(self, number: int, mount: str, child: str) -> None:
+        self.units[number] = Unit(mount, child, Counter())
+
+    def take_mount(self, point: str, fs_type: str) -> None:
+        """Remember a mount point that good targets, or the library itself, live on."""
         if fs_type == "autofs" or point in self._remembered:
             return
         insert = "INSERT OR IGNORE INTO mounts VALUES (?, ?, 0, ?, ?)"
         with transaction(self.conn):
             self.conn.execute(insert, (to_db(point), fs_type, self.now, self.now))
 
-    def _take_places(self, places: Iterable[Tuple[str, str, str, str, str]]) -> None:
+    def take_root(self, number: int, state: str, reason: str, real: str, covered: bool) -> None:
+        # Now, not before: the worker has asked all mounts by now, which mounts autofs' promises.
+        self._mounted = self._mounted or read_mounts(identity=True)
+        path, refused = self.job.roots[number], state == "refused"
+        state = ERROR if refused else state
+        self.roots[number] = RootTally(path, state, reason, real.rstrip("/"), covered)
+        if state != "scanned":
+            log.error("root %s: %s; its known links stay as they were", path, reason)
+            if refused:
+                self._refuse(reason)
+            return
+        for point, fs_type in read_mounts().items():
+            # What the library itself lives on: its links vanish with it.
+            if is_under(point, real) or is_under(real, point):
+                self.take_mount(point, fs_type)
+
+    def take_done(self, places: List[Any], blocked: Dict[int, str], uninhabited: List[str]) -> None:
+        self._blocked, self._uninhabited = blocked, set(uninhabited)
         names = ("mount_point", "fs_type", "state", "reason")
         worst: Dict[str, JsonObject] = {}
         for place in sorted(places, key=lambda place: (place[0], place[2] == HEALTHY)):
@@ -2768,13 +2737,7 @@ class ScanRecord:
             if mount["state"] != HEALTHY:
                 self._unwell[mount["mount_point"]] = mount["reason"]
                 self._refuse(mount["reason"])
-
-    def _refuse(self, reason: str) -> None:
-        """Have the scan end as refused, and say why, once."""
-        self.refused = True
-        if reason not in self._told:
-            self._told.add(reason)
-            log.warning("%s; nothing beneath it is judged", reason)
+        self._compare_mounts()
 
     def _compare_mounts(self) -> None:
         """Refuse what was mounted or unmounted in the middle of the scan; remember what came."""
@@ -2790,96 +2753,85 @@ class ScanRecord:
             condition, values = beneath(point, "last_target")
             sql = f"SELECT 1 FROM symlinks WHERE {condition} LIMIT 1"
             if point in types and self.conn.execute(sql, values).fetchone():
-                self._remember_mount(point, types[point])
+                self.take_mount(point, types[point])
         self._unwell.update((p, f"{p} is absent") for p in self._remembered if p not in now)
+
+    def _refuse(self, reason: str, consequence: str = "nothing beneath it is judged") -> None:
+        """Have the scan end as refused, and say why, once."""
+        if reason not in self.refusals:
+            self.refusals.add(reason)
+            log.warning("%s; %s", reason, consequence)
 
     # Links, as they come
 
-    def _take_good(self, root: int, paths: List[str], targets: List[str], units: List[int]) -> None:
+    def take_good(self, root: int, paths: List[str], targets: List[str], units: List[int]) -> None:
         """Record good links.  Mostly nothing has changed, and moving `last_seen_utc` on is all."""
-        self.roots[root].examined += len(paths)
-        self.roots[root].ok += len(paths)
-        for number, count in Counter(units).items():
-            self.units[number].total += count
-            self.units[number].ok += count
         with transaction(self.conn), contextlib.suppress(UnicodeEncodeError):
             rows = zip(itertools.repeat(self.now), paths, targets)
             if self._last_rowid and self.conn.executemany(_SEE_LINK, rows).rowcount == len(paths):
                 self._seen += len(paths)
+                self.roots[root].counts.update(examined=len(paths), ok=len(paths))
+                for number, count in Counter(units).items():
+                    self.units[number].counts.update(total=count, ok=count)
                 return
-        self._record(
+        self.take_links(
             [(p, t, JUDGED_OK, unit, "", root) for p, t, unit in zip(paths, targets, units)]
         )
 
-    def _take_links(self, links: Sequence[Judged]) -> None:
-        for judged in links:
-            tally = self.roots[judged[5]]
-            tally.examined += 1
-            tally.unreachable += judged[2] != JUDGED_GONE
-            self.units[judged[3]].total += 1
-            self.refused = self.refused or judged[2] == JUDGED_BLOCKED
-        gone = [
-            (to_db(path), to_db(target), unit, to_db(emptied), root)
-            for path, target, judgement, unit, emptied, root in links
-            if judgement == JUDGED_GONE
-        ]
+    def take_links(self, links: Sequence[Judged]) -> None:
+        """Weigh every link; record what can be judged by itself, put aside what is gone."""
+        known = find_links(self.conn, [link[0] for link in links]) if self._last_rowid else {}
+        gone = []
+        for link in links:
+            path, _, judgement, _, reason, _ = link
+            old = known.get(path)
+            self._weigh(link, old)
+            if judgement == JUDGED_GONE:
+                gone.append((marshal.dumps((link, old and tuple(old))),))
+                continue
+            if judgement == JUDGED_BLOCKED:
+                self._refuse(reason)
+            self._settle(link, OK if judgement == JUDGED_OK else UNREACHABLE, reason, old)
         with transaction(self.conn):
-            self.conn.executemany("INSERT INTO temp.gone VALUES (NULL, ?, ?, ?, ?, ?)", gone)
-        self._record([link for link in links if link[2] != JUDGED_GONE])
+            self.conn.executemany("INSERT INTO temp.gone VALUES (?)", gone)
+        self._flush()
 
-    def _record(self, links: Sequence[Judged]) -> None:
-        """Write what has changed of good and unreachable links, and that they were seen."""
-        for start in range(0, len(links), _LOOKUP):
-            part = links[start : start + _LOOKUP]
-            known = self._find([to_db(link[0]) for link in part])
-            for path, target, judgement, number, detail, _ in part:
-                old = known.get(path)
-                status = OK if judgement == JUDGED_OK else UNREACHABLE
-                if old is None:
-                    self.changes["new"] += 1
-                    self.units[number].fresh += 1
-                    if status == OK:  # most links of a first scan: no event, no reason
-                        row = (to_db(path), to_db(target), OK, OK, self.now, self.now, None, None)
-                        self._rows.append(row)
-                        continue
-                else:
-                    self._seen += old.rowid <= self._last_rowid
-                    if old.broken_since:
-                        self.units[number].known_broken += 1
-                    elif (old.error or "").startswith(UNJUDGED):
-                        self.units[number].fresh += 1
-                self._judge(path, target, status, detail, old)
-            self._write(_WRITE_LINK)
+    def _weigh(self, link: Judged, old: Optional[KnownLink]) -> None:
+        """Count a link for its root and for the guard."""
+        judgement, counts = link[2], self.units[link[3]].counts
+        self.roots[link[5]].counts["examined"] += 1
+        counts["total"] += 1
+        counts["ok"] += judgement == JUDGED_OK
+        if old is None:
+            self.changes["new"] += 1
+        else:
+            self._seen += old.rowid <= self._last_rowid
+        if old and old.broken_since:
+            counts["known broken"] += 1
+        else:
+            counts["fresh"] += never_judged(old)
+            counts["gone"] += judgement == JUDGED_GONE
 
-    def _find(self, keys: Sequence[Union[str, bytes]]) -> Dict[str, KnownLink]:
-        if not self._last_rowid:
-            return {}
-        rows = self._cursor.execute(
-            f"SELECT path, {_KNOWN_COLUMNS} FROM symlinks "
-            f"WHERE path IN ({','.join('?' * len(keys))})",
-            keys,
-        )
-        return {from_db(row[0]): KnownLink(*row[1:]) for row in rows}
-
-    def _judge(
-        self, path: str, target: str, status: str, reason: str, old: Optional[KnownLink]
-    ) -> None:
-        """Make the row of a verdict, and its event if there is one, for the next `_write`."""
-        error = (old.error if old else "") or ""
+    def _settle(self, link: Judged, status: str, reason: str, old: Optional[KnownLink]) -> None:
+        """Record a verdict: make its row, and its event if there is one."""
+        path, target, _, _, _, root = link
+        self.roots[root].counts[status] += 1
         if status == UNREACHABLE:
-            if error.startswith(HELD):
-                reason = error  # an outage in between does not end what the guard holds
-            elif not reason.startswith(HELD) and (old is None or error.startswith(UNJUDGED)):
-                reason = reason if reason.startswith(UNJUDGED) else UNJUDGED + reason
+            if old and old.error.startswith(HELD):
+                reason = old.error  # an outage in between does not end what the guard holds
+            elif never_judged(old) and not reason.startswith((HELD, UNJUDGED)):
+                reason = UNJUDGED + reason
         change = classify_change(old, status)
         if change:
             self.changes[change] += 1
             self._events.append(link_event(path, target, change, status))
         self._rows.append(link_row(path, target, status, reason, self.now, old))
+        if len(self._rows) >= BATCH:
+            self._flush()
 
-    def _write(self, statement: str) -> None:
+    def _flush(self) -> None:
         with transaction(self.conn):
-            self.conn.executemany(statement, self._rows)
+            self.conn.executemany(_WRITE_LINK, self._rows)
             _write_events(self.conn, self._events)
         self._rows, self._events = [], []
 
@@ -2887,140 +2839,96 @@ class ScanRecord:
 
     def finish(self) -> None:
         """Judge the links whose targets are gone, then those that are gone themselves."""
-        for link in self._gone_links():
-            self._weigh(link)
-        self._suspicious = self._find_suspicious()
-        for link in self._gone_links():
-            self._record_gone(link)
-            if len(self._rows) == _LOOKUP:
-                self._write(_WRITE_LINK)
-        self._write(_WRITE_LINK)
-        for name, count in self._held.items():
-            unit = self._suspicious.get(name)
-            whole = f" of {unit.total - unit.known_broken:,}" if unit else ""
-            self.guard_reasons.append(
-                f"{count:,}{whole} good links into {name} lost their targets at once"
-            )
+        suspicious = self._find_suspicious()
+        reasons: Counter[str] = Counter()
+        for (packed,) in self.conn.execute("SELECT link FROM temp.gone ORDER BY rowid"):
+            link, known = marshal.loads(packed)
+            old = KnownLink(*known) if known else None
+            status, reason = self._verdict(link, old, suspicious)
+            if status != BROKEN:
+                reasons[reason.replace(UNJUDGED, "")] += 1
+            self._settle(link, status, reason, old)
+        self._flush()
+        for reason in [reason for reason in reasons if reason.startswith(HELD)]:
+            name, count = reason[len(HELD) :], reasons.pop(reason)
+            counts = suspicious.get(name, Counter())
+            good = counts["total"] - counts["known broken"]
+            whole = f" of {good:,}" if good else ""
+            text = f"{count:,}{whole} good links into {name} lost their targets at once"
+            self.guard.append((count, text))
+        for reason, count in reasons.most_common(5):
+            self._refuse(reason, f"{plural(count, 'link')} into it not judged")
         self._record_vanished()
-        good: Counter[str] = Counter()
+        found: Counter[str] = Counter()
         for unit in self.units.values():
-            good[unit.mount] += unit.ok
+            found[unit.mount] += unit.counts["ok"]
         with transaction(self.conn):
             self.conn.executemany(
                 "UPDATE mounts SET good_targets = ?, last_seen_utc = ? WHERE mount_point = ?",
-                [(count, self.now, to_db(point)) for point, count in good.items() if count],
+                [(count, self.now, to_db(point)) for point, count in found.items() if count],
             )
-        for directory, count in self._emptied.most_common(5):
-            text = "%s is empty: perhaps nothing is mounted there; %s into it not judged"
-            log.warning(text, directory, plural(count, "link"))
-        if self.guard_reasons or self._emptied:
-            self.refused = True
 
-    def _gone_links(self) -> Iterator[GoneLink]:
-        last = 0
-        while True:
-            rows = self.conn.execute(
-                "SELECT g.number, g.path, g.target, g.unit, g.emptied, g.root, s.last_seen_utc, "
-                "s.rowid, s.last_target, s.status, s.last_status, s.broken_since_utc, s.error "
-                "FROM (SELECT * FROM temp.gone WHERE number > ? ORDER BY number LIMIT ?) g "
-                "LEFT JOIN symlinks s ON s.path = g.path ORDER BY g.number",
-                (last, _LOOKUP),
-            ).fetchall()
-            for row in rows:
-                known = KnownLink(*tuple(row)[7:]) if row[7] is not None else None
-                path, target, emptied = from_db(row[1]), from_db(row[2]), from_db(row[4])
-                yield GoneLink(row[0], path, target, row[3], emptied, row[5], row[6] or "", known)
-            if not rows:
-                return
-            last = rows[-1][0]
-
-    def _weigh(self, link: GoneLink) -> None:
-        """Count a link whose target is gone for the guard."""
-        unit = self.units[link.unit]
-        self._seen += link.known is not None and link.known.rowid <= self._last_rowid
-        if link.known and link.known.broken_since:
-            unit.known_broken += 1
-            return
-        if not link.was_judged:
-            unit.fresh += 1
-        if link.unit not in self._blocked:
-            unit.gone += 1
-
-    def _find_suspicious(self) -> Dict[str, Unit]:
-        """Return the units in which too much is gone at once."""
+    def _find_suspicious(self) -> Dict[str, Counter[str]]:
+        """Return what is counted where too much is gone at once: by mount point or directory."""
         if self.limit >= 1.0:
             return {}
-        groups: Dict[str, Unit] = {}
-        for unit in self.units.values():
-            for name in {unit.mount, unit.name or unit.mount}:
-                groups.setdefault(name, Unit(unit.mount, name)).add(unit)
-        return {name: unit for name, unit in groups.items() if unit.is_suspicious(self.limit)}
+        groups: Dict[str, Counter[str]] = {}
+        for number, unit in self.units.items():
+            if number in self._blocked:
+                unit.counts["gone"] = 0
+            for name in {unit.mount, unit.child or unit.mount}:
+                groups.setdefault(name, Counter()).update(unit.counts)
+        mounts = {unit.mount for unit in self.units.values()}
+        return {
+            name: counts
+            for name, counts in groups.items()
+            if (name in mounts or counts["total"] >= GUARD_CHILD_LINKS)
+            and is_suspicious(counts, self.limit)
+        }
 
-    def _record_gone(self, link: GoneLink) -> None:
-        status, reason = self._verdict(link)
-        self.changes["new"] += link.known is None
-        root = self.roots[link.root]
-        root.broken += status == BROKEN
-        root.unreachable += status != BROKEN
-        self._judge(link.path, link.target, status, reason, link.known)
-
-    def _verdict(self, link: GoneLink) -> Tuple[str, str]:
+    def _verdict(
+        self, link: Judged, old: Optional[KnownLink], suspicious: Mapping[str, Any]
+    ) -> Tuple[str, str]:
         """Return (status, reason): broken only where the file system is proven healthy."""
-        if link.unit in self._blocked:
-            self._refuse(self._blocked[link.unit])
-            return UNREACHABLE, self._blocked[link.unit]
-        unit = self.units[link.unit]
-        emptied = link.emptied.rstrip("/") or "/"
-        if link.emptied and emptied in self._uninhabited and not self._is_lone_loss(link, unit):
-            self._emptied[emptied] += 1
+        unit = self.units[link[3]]
+        if link[3] in self._blocked:
+            return UNREACHABLE, self._blocked[link[3]]
+        emptied = link[4].rstrip("/") or "/"
+        if link[4] and emptied in self._uninhabited and not self._is_lone_loss(link, old):
             # What another edition called good, before we knew its mount, was never judged by us.
-            known_then = link.last_seen >= self._remembered.get(unit.mount, "~")
+            known_then = old and old.last_seen >= self._remembered.get(unit.mount, "~")
             mark = "" if known_then else UNJUDGED
             return UNREACHABLE, f"{mark}{emptied} is empty: perhaps nothing is mounted there"
-        if self.limit < 1.0 and link.known and link.was_held:
-            name = (link.known.error or "")[len(HELD) :]  # held until it is back, or accepted
-            self._held[name] += 1
-            return UNREACHABLE, HELD + name
-        if not (link.known and link.known.broken_since):
-            for name in (unit.name, unit.mount):
-                if name in self._suspicious:
-                    self._held[name] += 1
+        if self.limit < 1.0 and old and old.error.startswith(HELD):
+            return UNREACHABLE, old.error  # held until it is back, or accepted
+        if not (old and old.broken_since):
+            for name in (unit.child, unit.mount):
+                if name in suspicious:
                     return UNREACHABLE, HELD + name
         return BROKEN, ""
 
-    def _is_lone_loss(self, link: GoneLink, unit: Unit) -> bool:
+    def _is_lone_loss(self, link: Judged, old: Optional[KnownLink]) -> bool:
         """Tell whether a target that left an empty directory is likelier gone than not mounted.
 
         That is so if it was seen good or broken there, on a mount that was remembered then, and
         its own directory still stands; or if somebody has accepted the loss.
         """
-        old = link.known
-        if old is None or not link.was_judged or unit.mount not in self._remembered:
+        since = self._remembered.get(self.units[link[3]].mount)
+        if old is None or never_judged(old) or since is None:
             return False
         return self.limit == math.inf or (
-            link.emptied.endswith("/")
-            and from_db(old.target) == link.target
-            and link.last_seen >= self._remembered[unit.mount]
-            and (old.status != UNREACHABLE or old.broken_since is not None or link.was_held)
+            link[4].endswith("/")
+            and from_db(old.target) == link[1]
+            and old.last_seen >= since
+            and (old.status != UNREACHABLE or bool(old.broken_since) or old.error.startswith(HELD))
         )
 
     def _record_vanished(self) -> None:
         """Mark as missing the links that a complete walk of their directories did not meet."""
-        walked = [r for r in self.roots if r.state == "scanned" and not r.covered]
-        known = sum(self._count(root) for root in walked)
-        missing = sum(self._count(root, "status <> 'ok' AND status = 'missing'") for root in walked)
-        if known - missing == self._seen:
-            return
-        for root in walked:
-            condition, values = beneath(root.path)
-            rows = self._cursor.execute(
-                "SELECT rowid, path FROM symlinks WHERE status IS NOT 'missing' "
-                f"AND last_seen_utc IS NOT ? AND {condition} AND rowid <= ?",
-                [self.now, *values, self._last_rowid],
-            )
-            unseen = [(row[0], from_db(row[1])) for row in rows]
-            if unseen:
-                self._judge_unseen(root, unseen)
+        walked = [root for root in self.roots if root.state == "scanned" and not root.covered]
+        if sum(self._count(root) - self._count_missing(root) for root in walked) != self._seen:
+            for root in walked:
+                self._judge_unseen(root)
 
     def _count(self, root: RootTally, condition: str = "1") -> int:
         """Count the rows beneath a root that stood there before this scan."""
@@ -3028,72 +2936,76 @@ class ScanRecord:
         query = f"SELECT count(*) FROM symlinks WHERE {condition} AND {place} AND rowid <= ?"
         return int(self.conn.execute(query, [*values, self._last_rowid]).fetchone()[0])
 
-    def _judge_unseen(self, root: RootTally, unseen: List[Tuple[int, str]]) -> None:
+    def _count_missing(self, root: RootTally) -> int:
+        return self._count(root, "status <> 'ok' AND status = 'missing'")  # so says the index
+
+    def _judge_unseen(self, root: RootTally) -> None:
         ignore = Ignore(self.job.ignore)
-        gone: List[int] = []
+        place, values = beneath(root.path)
+        unseen = self.conn.execute(
+            "SELECT rowid, path FROM symlinks WHERE status IS NOT 'missing' "
+            f"AND last_seen_utc IS NOT ? AND {place} AND rowid <= ?",
+            [self.now, *values, self._last_rowid],
+        )
+        gone: List[Tuple[int]] = []
         ignored: List[Tuple[int]] = []
-        for rowid, path in unseen:
+        for rowid, name in unseen:
+            path = from_db(name)
+            point = find_ancestor(root.real + path[len(root.path.rstrip("/")) :], self._unwell)
             if find_ancestor(path, self.unread):
                 continue
             if ignore.active and ignore.matches_beneath(root.path, path):
                 ignored.append((rowid,))
-                continue
-            point = find_ancestor(root.real + path[len(root.path.rstrip("/")) :], self._unwell)
-            if point:
+            elif point:
                 self._refuse(self._unwell[point])
-                continue
-            gone.append(rowid)
+            else:
+                gone.append((rowid,))
         with transaction(self.conn):
             self.conn.executemany("DELETE FROM symlinks WHERE rowid = ?", ignored)
-        present = self._count(root, "status IS NOT 'missing'")
+        present = self._count(root, "status IS NOT 'missing'") if gone else 0
         if self.limit < 1.0 and GUARD_MINIMUM <= len(gone) > self.limit * present:
-            self._held[root.path] += len(gone)
-            self.guard_reasons.append(
-                f"{len(gone):,} of {plural(present, 'link')} vanished from {root.path} at once"
-            )
+            whole = plural(present, "link")
+            text = f"{len(gone):,} of {whole} vanished from {root.path} at once"
+            self.guard.append((len(gone), text))
             return
-        query = f"SELECT path, {_KNOWN_COLUMNS} FROM symlinks WHERE rowid = ?"
-        for rowid in gone:
-            path, *known = self._cursor.execute(query, (rowid,)).fetchone()
-            old = KnownLink(*known)
-            self._judge(from_db(path), from_db(old.target), MISSING, "", old)
+        self.changes["vanished"] += len(gone)
+        select = "SELECT path, last_target FROM symlinks WHERE rowid = ?"
+        rows = (map(from_db, self.conn.execute(select, key).fetchone()) for key in gone)
+        events = (link_event(path, target, "vanished", MISSING) for path, target in rows)
         # Not _WRITE_LINK: what is missing was not seen now.
-        self._rows = [(row[0],) for row in self._rows]
-        self._write(
-            "UPDATE symlinks SET status = 'missing', last_status = 'missing' WHERE path = ?"
-        )
+        update = "UPDATE symlinks SET status = 'missing', last_status = 'missing' WHERE rowid = ?"
+        with transaction(self.conn):
+            _write_events(self.conn, events)
+            self.conn.executemany(update, gone)
 
     # The result
 
     def to_json(self) -> JsonObject:
         """Return the scan's result as the commands show it, with its exit code."""
-        totals = {
-            name: sum(getattr(root, name) for root in self.roots)
-            for name in ("examined", "ok", "broken", "unreachable")
-        }
-        gone = "status <> 'ok' AND status = 'missing'"
-        missing = sum(self._count(root, gone) for root in self.roots if not root.covered)
-        names = ("new", "newly_broken", "recovered", "vanished")
+        totals = add_tallies(self.roots)
+        missing = sum(self._count_missing(root) for root in self.roots if not root.covered)
+        changes = ("new", "newly_broken", "recovered", "vanished")
+        failed = [root for root in self.roots if root.state != "scanned"]
+        code = EXIT_PARTIAL if failed or totals[UNREACHABLE] or self.unread else EXIT_OK
+        if failed and len(failed) == len(self.roots):
+            code = EXIT_FAILED
+        if self.refusals or self.guard:
+            code = EXIT_REFUSED
         return {
-            "roots": [root.to_json() for root in self.roots],
+            "roots": [
+                {"path": r.path, "state": r.state, "reason": r.reason, **add_tallies([r])}
+                for r in self.roots
+            ],
             "totals": {**totals, "missing": missing, "ignored": self.ignored},
-            "changes": {name: self.changes[name] for name in names},
+            "changes": {name: self.changes[name] for name in changes},
             "mounts": self.mounts,
             "guard": {
-                "tripped": bool(self.guard_reasons),
-                "held_back": sum(self._held.values()),
-                "reason": "; ".join(self.guard_reasons),
+                "tripped": bool(self.guard),
+                "held_back": sum(count for count, _ in self.guard),
+                "reason": "; ".join(reason for _, reason in self.guard),
             },
-            "exit_code": self._exit_code(totals["unreachable"]),
+            "exit_code": code,
         }
-
-    def _exit_code(self, unreachable: int) -> int:
-        if self.refused:
-            return EXIT_REFUSED
-        failed = [root for root in self.roots if root.state != "scanned"]
-        if failed and len(failed) == len(self.roots):
-            return EXIT_FAILED
-        return EXIT_PARTIAL if failed or unreachable or self.unread else EXIT_OK
 
 
 def scan_library(
@@ -3118,9 +3030,8 @@ def scan_library(
         worker.close()
         if collecting:
             gc.enable()
-    result = record.to_json()
-    result["duration_seconds"] = round(time.monotonic() - started, 3)
-    return result
+    duration = round(time.monotonic() - started, 3)
+    return {**record.to_json(), "duration_seconds": duration}
 
 
 def plan_scan(
