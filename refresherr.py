@@ -62,8 +62,8 @@ from collections import Counter
 # isort: off
 # fmt: off
 from typing import (
-    Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set,
-    TextIO, Tuple, Type, Union)
+    Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
+    Sequence, Set, TextIO, Tuple, Type, Union)
 # fmt: on
 # isort: on
 from urllib.parse import quote
@@ -133,15 +133,13 @@ def escape(text: str) -> str:
 
     A byte that is not UTF-8 (a lone surrogate, PEP 383) shows as \\xNN, as it stands on the disk.
     """
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else _escape_char(char) for char in text)
 
+    def escaped(char: str) -> str:
+        if "\udc80" <= char <= "\udcff":
+            return f"\\x{ord(char) - 0xDC00:02x}"
+        return char if char.isprintable() else char.encode("unicode_escape").decode()
 
-def _escape_char(char: str) -> str:
-    if "\udc80" <= char <= "\udcff":
-        return f"\\x{ord(char) - 0xDC00:02x}"
-    return char.encode("unicode_escape").decode()
+    return text if text.isprintable() else "".join(map(escaped, text))
 
 
 def redact(text: str) -> str:
@@ -397,10 +395,9 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
     """Return a parser that accepts one of `choices`."""
 
     def parse(text: str) -> str:
-        word = text.strip().lower()
-        if word not in choices:
-            raise ValueError("write " + ", ".join(choices[:-1]) + f" or {choices[-1]}")
-        return word
+        if text.strip().lower() in choices:
+            return text.strip().lower()
+        raise ValueError("write " + ", ".join(choices[:-1]) + f" or {choices[-1]}")
 
     return parse
 
@@ -581,9 +578,8 @@ def find_config_file(
     if named:
         return os.path.abspath(os.path.expanduser(named))
     home = environ.get("XDG_CONFIG_HOME") or os.path.join(environ.get("HOME", "/"), ".config")
-    beside = os.path.join(os.path.dirname(os.path.abspath(program)), "refresherr.ini")
-    at_home = os.path.join(home, "refresherr", "refresherr.ini")
-    places = (environ.get("CONFIG_FILE") or "", beside, at_home, "/etc/refresherr.ini")
+    folders = (os.path.dirname(os.path.abspath(program)), f"{home}/refresherr", "/etc")
+    places = [environ.get("CONFIG_FILE") or "", *(f"{f}/refresherr.ini" for f in folders)]
     return next(filter(os.path.isfile, places), None)
 
 
@@ -596,19 +592,16 @@ def load_config(
     """
     values, warnings = _read_config_file(file) if file else ({}, [])
     _merge_environment(values, environ)
-    parts: Dict[str, Any] = {}
-    instances = []
-    for section, texts in sorted(values.items()):
-        kind = section.split()[0]
-        if kind in INSTANCE_KINDS:
-            settings = _parse_section(section, InstanceSettings, texts)
-            instances.append(Instance(kind, "_".join(section.split()), settings))
-        else:
-            parts[section] = _parse_section(section, SECTIONS[section], texts)
+    parsed = {section: _parse_section(section, texts) for section, texts in sorted(values.items())}
+    instances = tuple(
+        Instance(section.split()[0], "_".join(section.split()), parsed.pop(section))
+        for section in [*parsed]
+        if section not in SECTIONS
+    )
     for (section, key), value in flags.items():
-        current = parts.get(section, SECTIONS[section]())
-        parts[section] = dataclasses.replace(current, **{key: value})
-    config = Config(instances=tuple(instances), file=file or "", warnings=tuple(warnings), **parts)
+        current = parsed.get(section, SECTIONS[section]())
+        parsed[section] = dataclasses.replace(current, **{key: value})
+    config = Config(instances=instances, file=file or "", warnings=tuple(warnings), **parsed)
     _check_config(config)
     return config
 
@@ -636,27 +629,25 @@ def _read_config_file(file: str) -> Tuple[Values, List[str]]:
         section = _section_name(title, file)
         if section in values:
             raise ConfigError(f"{file}: the section [{title}] stands twice")
-        fields = {field.name: field.metadata["secret"] for field in _fields(section)}
-        known = [*fields, *(f"{name}_file" for name, is_secret in fields.items() if is_secret)]
-        for key in parser[title]:
+        values[section] = dict(parser[title])
+        secrets = {field.name: field.metadata["secret"] for field in _fields(section)}
+        known = [*secrets, *(f"{name}_file" for name in secrets if secrets[name])]
+        for key, text in values[section].items():
             if key not in known:
                 hint = _nearest(key, known)
                 raise ConfigError(f"{file}: [{title}] has no setting {key!r}{hint}")
-        values[section] = dict(parser[title])
-        exposed = exposed or any(fields.get(key) and text for key, text in parser[title].items())
+            exposed = exposed or bool(text and secrets.get(key))
     advice = f"others can read the secrets in {file}; run: chmod 600 {file}"
     return values, [advice] if exposed and mode & 0o077 else []
 
 
 def _section_name(title: str, file: str) -> str:
-    words = title.lower().split()
-    if len(words) == 2 and words[0] in INSTANCE_KINDS:
-        return " ".join(words)
-    if len(words) == 1 and words[0] in SECTIONS:
-        return words[0]
-    if words and words[0] in INSTANCE_KINDS:
-        raise ConfigError(f"{file}: give the server a one-word name, such as [{words[0]} main]")
-    hint = _nearest((words or [""])[0], [*SECTIONS, *INSTANCE_KINDS])
+    kind, *names = title.lower().split() or [""]
+    if (kind in SECTIONS and not names) or (kind in INSTANCE_KINDS and len(names) == 1):
+        return " ".join([kind, *names])
+    if kind in INSTANCE_KINDS:
+        raise ConfigError(f"{file}: give the server a one-word name, such as [{kind} main]")
+    hint = _nearest(kind, [*SECTIONS, *INSTANCE_KINDS])
     raise ConfigError(f"{file}: unknown section [{title}]{hint}")
 
 
@@ -675,9 +666,9 @@ def _merge_environment(values: Values, environ: Mapping[str, str]) -> None:
     """Lay the environment over the file's values: REFRESHERR_SECTION_KEY and the old names."""
     for section in SECTIONS:
         for field in _fields(section):
-            middle = "" if section == "refresherr" else f"{section.upper()}_"
-            name = f"REFRESHERR_{middle}{field.name.upper()}"
-            text = environ.get(name) or environ.get(field.metadata["env"] or name)
+            prefix = section if section == "refresherr" else f"refresherr_{section}"
+            text = environ.get(f"{prefix}_{field.name}".upper())
+            text = text or environ.get(field.metadata["env"])
             if text:
                 values.setdefault(section, {})[field.name] = text
                 values[section].pop(f"{field.name}_file", None)
@@ -697,20 +688,18 @@ def _merge_environment(values: Values, environ: Mapping[str, str]) -> None:
             server["url" if key == "URL" else "api_key"] = text
 
 
-def _parse_section(section: str, table: Type[Any], texts: Mapping[str, str]) -> Any:
+def _parse_section(section: str, texts: Mapping[str, str]) -> Any:
     parsed = {}
-    for field in dataclasses.fields(table):
-        text = texts.get(field.name, "")
-        file = texts.get(f"{field.name}_file")
-        if field.metadata["secret"] and not text and file:
-            text = _read_secret(section, f"{field.name}_file", file)
+    for field in _fields(section):
+        text, file = texts.get(field.name), texts.get(f"{field.name}_file")
+        text = text or (_read_secret(section, f"{field.name}_file", file) if file else "")
         try:
             if text.strip():
                 parsed[field.name] = field.metadata["parse"](text)
         except ValueError as exc:
             shown = "" if field.metadata["secret"] else f" ({redact(text.strip())!r})"
             raise ConfigError(f"config: [{section}] {field.name}{shown}: {exc}") from exc
-    return table(**parsed)
+    return SECTIONS.get(section, InstanceSettings)(**parsed)
 
 
 def _read_secret(section: str, key: str, file: str) -> str:
@@ -740,24 +729,21 @@ def _check_config(config: Config) -> None:
 def config_to_json(config: Config) -> JsonObject:
     """Return the effective settings; every secret shows as '***'."""
 
-    def shown(settings: Any) -> JsonObject:
-        result: JsonObject = {}
-        for field in dataclasses.fields(settings):
-            value = getattr(settings, field.name)
-            if field.metadata["secret"]:
-                value = value and "***"
-            elif field.metadata["parse"] is parse_map:
-                value = dict(value)
-            elif field.metadata["parse"] is parse_workers:
-                value = value or "auto"
-            elif isinstance(value, str):
-                value = redact(value)
-            result[field.name] = value
-        return result
+    def shown(field: Any, value: Any) -> Any:
+        if field.metadata["secret"]:
+            return value and "***"
+        if field.metadata["parse"] is parse_map:
+            return dict(value)
+        if field.metadata["parse"] is parse_workers:
+            return value or "auto"
+        return redact(value) if isinstance(value, str) else value
 
-    settings = {section: shown(getattr(config, section)) for section in SECTIONS}
-    for instance in config.instances:
-        settings[instance.name] = shown(instance.settings)
+    tables = {section: getattr(config, section) for section in SECTIONS}
+    tables.update((instance.name, instance.settings) for instance in config.instances)
+    settings = {
+        name: {f.name: shown(f, getattr(table, f.name)) for f in dataclasses.fields(table)}
+        for name, table in tables.items()
+    }
     return {"file": config.file or None, "settings": settings}
 
 
@@ -771,12 +757,12 @@ _SAMPLE_HEAD = """\
 def format_sample_config() -> str:
     """Return a config file with every setting in it, commented out, made from the tables."""
     lines = [_SAMPLE_HEAD]
-    tv = {"kind": "sonarr", "port": "8989", "folder": "tv"}
-    movies = {"kind": "radarr", "port": "7878", "folder": "movies"}
-    sections = [(name, table, {"kind": name}) for name, table in SECTIONS.items()]
-    servers = (("sonarr tv", tv), ("radarr movies", movies))
-    sections[2:2] = [(title, InstanceSettings, words) for title, words in servers]
-    for title, table, words in sections:
+    titles = list(SECTIONS)
+    titles[2:2] = ["sonarr tv", "radarr movies"]
+    for title in titles:
+        table = SECTIONS.get(title, InstanceSettings)
+        kind, _, folder = title.partition(" ")
+        words = {"kind": kind, "folder": folder, "port": 8989 if kind == "sonarr" else 7878}
         lines += [f"; {table.__doc__}", f"#[{title}]"]
         for field in dataclasses.fields(table):
             if field.metadata["doc"]:
@@ -1044,58 +1030,59 @@ def get_connection(db_path: Optional[str] = None) -> sqlite3.Connection:
     Rows read as `row["url"]`; every statement commits by itself unless a transaction is begun.
     The schema is not touched: that is `initialize_schema`.  Raises DatabaseError.
     """
+    return open_database(db_path, upgrade=False)
+
+
+def open_database(db_path: Optional[str] = None, upgrade: bool = True) -> sqlite3.Connection:
+    """Do as `get_connection` does, and bring the schema up to date."""
     path = db_path or default_db_path()
     if sqlite3.sqlite_version_info < (3, 24):
         raise DatabaseError(f"SQLite {sqlite3.sqlite_version} is too old; 3.24 is needed")
-    try:
-        _make_database_file(path)
-    except OSError as exc:
-        raise DatabaseError(
-            f"cannot open the database {path}: {exc.strerror}; name a writable place with "
-            "--data-dir DIR"
-        ) from exc
+    _make_database_file(path)
     with explained_errors(path), contextlib.ExitStack() as on_failure:
         conn = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None)
         on_failure.callback(conn.close)
         conn.row_factory = sqlite3.Row
-        _refuse_newer_schema(conn, path)  # before the journal mode: a newer one stays untouched
+        _known_version(conn)  # before the journal mode: a newer one stays untouched
         _set_journal_mode(conn, path)
+        if upgrade:
+            initialize_schema(conn)
         on_failure.pop_all()
     return conn
 
 
+@contextlib.contextmanager
+def _writable_place(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        advice = "name a writable place with --data-dir DIR"
+        raise DatabaseError(f"cannot open the {what}: {exc.strerror}; {advice}") from exc
+
+
 def _make_database_file(path: str) -> None:
     """Make the file with its mode before SQLite does, with the umask's."""
-    if os.path.isdir(path):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     # Never open a database that is in use: closing any descriptor of a file drops all POSIX locks
     # that this process holds on it, those of SQLite's connections in other threads included.
-    with _create_lock, contextlib.suppress(FileExistsError):
+    with _create_lock, _writable_place(f"database {path}"), contextlib.suppress(FileExistsError):
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-
-
-def _refuse_newer_schema(conn: sqlite3.Connection, path: str) -> None:
-    version = schema_version(conn)
-    if version > SCHEMA_VERSION:
-        raise DatabaseError(
-            f"database {path} has schema version {version}, this program knows {SCHEMA_VERSION}; "
-            "use a newer Refresherr"
-        )
 
 
 def _set_journal_mode(conn: sqlite3.Connection, path: str) -> None:
     mounts = read_mounts()
     fs_type = mounts.get(find_ancestor(os.path.realpath(path), mounts) or "/", "unknown")
-    mode = "delete" if is_network_type(fs_type) else "wal"
-    if mode == "delete":
+    mode, synchronous = "wal", "NORMAL"
+    if is_network_type(fs_type):
+        mode, synchronous = "delete", "FULL"
         log.debug("no WAL: %s is on a network file system (%s)", path, fs_type)
     deadline = time.monotonic() + BUSY_TIMEOUT
     while True:
         try:
-            if conn.execute("PRAGMA journal_mode").fetchone()[0] != mode:
-                conn.execute(f"PRAGMA journal_mode={mode}")
-            conn.execute(f"PRAGMA synchronous={'NORMAL' if mode == 'wal' else 'FULL'}")
+            conn.execute(f"PRAGMA journal_mode={mode}")
+            conn.execute(f"PRAGMA synchronous={synchronous}")
             return
         except sqlite3.OperationalError as exc:
             # Two that switch a fresh file to WAL at once: SQLite refuses one without waiting.
@@ -1124,20 +1111,15 @@ def transaction(conn: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
             raise
 
 
-def open_database(db_path: Optional[str] = None) -> sqlite3.Connection:
-    """Return a connection to a database that stands at the current schema version."""
-    with contextlib.ExitStack() as on_failure:
-        conn = get_connection(db_path)
-        on_failure.callback(conn.close)
-        initialize_schema(conn)
-        on_failure.pop_all()
-    return conn
-
-
 @contextlib.contextmanager
 def _writing() -> Iterator[sqlite3.Connection]:
     with contextlib.closing(open_database()) as conn, transaction(conn):
         yield conn
+
+
+def _own(conn: Optional[sqlite3.Connection]) -> ContextManager[sqlite3.Connection]:
+    """Return a block with `conn`, or with a connection of its own to the default database."""
+    return contextlib.nullcontext(conn) if conn else contextlib.closing(get_connection())
 
 
 def database_path(conn: sqlite3.Connection) -> str:
@@ -1150,6 +1132,17 @@ def schema_version(conn: sqlite3.Connection) -> int:
     if not _columns(conn, "schema_version"):
         return 0
     return conn.execute("SELECT max(version) FROM schema_version").fetchone()[0] or 0
+
+
+def _known_version(conn: sqlite3.Connection) -> int:
+    """Return `schema_version`.  DatabaseError if it is newer than this program."""
+    version = schema_version(conn)
+    if version > SCHEMA_VERSION:
+        raise DatabaseError(
+            f"database {database_path(conn)} has schema version {version}, this program knows "
+            f"{SCHEMA_VERSION}; use a newer Refresherr"
+        )
+    return version
 
 
 def _columns(conn: sqlite3.Connection, table: str) -> List[str]:
@@ -1173,13 +1166,9 @@ def _migrate_to_v3(conn: sqlite3.Connection) -> None:
         "WHERE coalesce(status, last_status) IN ('broken', 'repairing')",
         (utc_now(),),
     )
-    update = "UPDATE actions SET url = ?, reason = ?, last_error = ? WHERE id = ?"
-    actions = conn.execute("SELECT id, url, reason, last_error FROM actions").fetchall()
-    for number, *texts in actions:
-        cleaners = (strip_secrets, redact, redact)
-        clean = [text and cleaner(text) for cleaner, text in zip(cleaners, texts)]
-        if clean != texts:
-            conn.execute(update, (*clean, number))
+    for column, clean in (("url", strip_secrets), ("reason", redact), ("last_error", redact)):
+        conn.create_function("clean", 1, clean)
+        conn.execute(f"UPDATE actions SET {column} = clean({column}) WHERE {column} <> ''")
 
 
 MIGRATIONS: Dict[int, Callable[[sqlite3.Connection], None]] = {
@@ -1195,21 +1184,14 @@ def initialize_schema(conn: Optional[sqlite3.Connection] = None) -> None:
     Raises DatabaseError, and touches nothing, when the database is newer than this program or
     when its own check fails.
     """
-    if conn is None:
-        with contextlib.closing(get_connection()) as own:
-            initialize_schema(own)
-        return
-    with explained_errors(database_path(conn)):
+    with _own(conn) as conn, explained_errors(database_path(conn)):
         if schema_version(conn) == SCHEMA_VERSION:
             return
         # What is overwritten may be a token: leave no copy of it in a freed page.
         conn.execute("PRAGMA secure_delete=ON")
-        with transaction(conn):  # alone: another thread or process may be at it, too
-            _refuse_newer_schema(conn, database_path(conn))
-            version = schema_version(conn)
-            if version == SCHEMA_VERSION:
-                return
-            holds_data = _holds_data(conn)
+        with transaction(conn):  # alone: another thread or process may have been at it, too
+            version = _known_version(conn)
+            holds_data = version < SCHEMA_VERSION and _holds_data(conn)
             if holds_data:
                 _back_up_before_migration(conn, version)
             _migrate(conn, version)
@@ -1289,11 +1271,7 @@ def nuke_database(conn: Optional[sqlite3.Connection] = None, confirm: bool = Fal
     """Drop every table and build the schema anew.  ValueError without `confirm=True`."""
     if not confirm:
         raise ValueError("nuke_database deletes everything; call it with confirm=True")
-    if conn is None:
-        with contextlib.closing(get_connection()) as own:
-            nuke_database(own, confirm=True)
-        return
-    with explained_errors(database_path(conn)):
+    with _own(conn) as conn, explained_errors(database_path(conn)):
         with transaction(conn):
             for table in _quoted_tables(conn):
                 conn.execute(f"DROP TABLE {table}")
@@ -1462,14 +1440,9 @@ def process_lock(db_path: str, wait: float) -> Iterator[None]:
     The kernel drops it with the process, however that ends.
     """
     file = db_path + ".lock"
-    try:
+    with _writable_place(f"lock file {file}"):
         os.makedirs(os.path.dirname(file), mode=0o700, exist_ok=True)
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as exc:
-        raise DatabaseError(
-            f"cannot make the lock file {file}: {exc.strerror}; name a writable place with "
-            "--data-dir DIR"
-        ) from exc
     deadline = time.monotonic() + wait
     try:
         while True:
@@ -1502,10 +1475,10 @@ def scratch_database(db_path: str) -> Iterator[sqlite3.Connection]:
             # Without a journal nobody is writing; 'immutable' then leaves no file of ours behind.
             flag = "mode=ro" if os.path.exists(db_path + "-wal") else "immutable=1"
             uri = f"file:{quote(db_path)}?{flag}"
-            with explained_errors(db_path), contextlib.closing(
-                sqlite3.connect(uri, uri=True)
-            ) as source:
-                backup_database(source, copy)
+            with explained_errors(db_path):
+                source = sqlite3.connect(uri, uri=True)
+                with contextlib.closing(source):
+                    backup_database(source, copy)
         with contextlib.closing(open_database(copy)) as conn:
             yield conn
 
@@ -2601,6 +2574,7 @@ GUARD_FRESH_SHARE = 0.5  # the guard's share while most links of a unit were nev
 # How `symlinks.error` begins where it must be remembered:
 HELD = "held back by the mass-breakage guard: "  # then the unit
 UNJUDGED = "never judged: "  # then the reason
+_TALLIED = ("examined", OK, BROKEN, UNREACHABLE)
 
 
 class Unit(NamedTuple):
@@ -2613,24 +2587,6 @@ class Unit(NamedTuple):
     mount: str
     child: str  # '' for what lies in no directory beneath the mount point
     counts: Counter[str]
-
-
-@dataclasses.dataclass
-class RootTally:
-    """One line of the result's `roots`; `covered` by another root that holds it."""
-
-    path: str
-    state: str = "scanned"
-    reason: str = ""
-    real: str = ""
-    covered: bool = False
-    counts: Counter[str] = dataclasses.field(default_factory=Counter)
-
-
-def add_tallies(roots: Iterable[RootTally]) -> Dict[str, int]:
-    """Return how many links were examined beneath `roots`, and how many have which status."""
-    whole = sum((root.counts for root in roots), Counter())
-    return {name: whole[name] for name in ("examined", OK, BROKEN, UNREACHABLE)}
 
 
 def is_suspicious(counts: Counter[str], limit: float) -> bool:
@@ -2659,7 +2615,8 @@ class ScanRecord:
         # [scan] max_new_broken; 1.0 switches the guard off, infinity accepts any loss.
         self.limit = limit
         self.now = datetime.datetime.now(datetime.timezone.utc).isoformat()  # no two scans share it
-        self.roots = [RootTally(root) for root in job.roots]
+        tally = {"state": "scanned", "reason": "", **dict.fromkeys(_TALLIED, 0)}
+        self.roots: List[JsonObject] = [{"path": root, **tally} for root in job.roots]
         self.units: Dict[int, Unit] = {}
         self.mounts: List[JsonObject] = []
         self.changes: Counter[str] = Counter()
@@ -2667,6 +2624,8 @@ class ScanRecord:
         self.unread: Set[str] = set()
         self.refusals: Set[str] = set()  # reasons for which something was not judged
         self.guard: List[Tuple[int, str]] = []  # links it holds back, and why
+        self._real: Dict[str, str] = {}  # {root: its real path} of those that are walked
+        self._covered: Set[str] = set()  # roots that another holds
         self._mounted: Dict[str, str] = {}
         self._blocked: Dict[int, str] = {}  # units of which nothing may be said, and why
         self._unwell: Dict[str, str] = {}  # points beneath which no link counts as vanished
@@ -2683,7 +2642,7 @@ class ScanRecord:
 
     @property
     def examined(self) -> int:
-        return sum(root.counts["examined"] for root in self.roots)
+        return sum(root["examined"] for root in self.roots)
 
     def take(self, message: Tuple[Any, ...]) -> None:
         """Record one message of the worker."""
@@ -2713,14 +2672,17 @@ class ScanRecord:
     def take_root(self, number: int, state: str, reason: str, real: str, covered: bool) -> None:
         # Now, not before: the worker has asked all mounts by now, which mounts autofs' promises.
         self._mounted = self._mounted or read_mounts(identity=True)
-        path, refused = self.job.roots[number], state == "refused"
-        state = ERROR if refused else state
-        self.roots[number] = RootTally(path, state, reason, real.rstrip("/"), covered)
+        root = self.job.roots[number]
+        self.roots[number].update(state=ERROR if state == "refused" else state, reason=reason)
         if state != "scanned":
-            log.error("root %s: %s; its known links stay as they were", path, reason)
-            if refused:
+            log.error("root %s: %s; its known links stay as they were", root, reason)
+            if state == "refused":
                 self._refuse(reason)
             return
+        if covered:
+            self._covered.add(root)
+        else:
+            self._real[root] = real.rstrip("/")
         for point, fs_type in read_mounts().items():
             # What the library itself lives on: its links vanish with it.
             if is_under(point, real) or is_under(real, point):
@@ -2770,7 +2732,8 @@ class ScanRecord:
             rows = zip(itertools.repeat(self.now), paths, targets)
             if self._last_rowid and self.conn.executemany(_SEE_LINK, rows).rowcount == len(paths):
                 self._seen += len(paths)
-                self.roots[root].counts.update(examined=len(paths), ok=len(paths))
+                for name in ("examined", OK):
+                    self.roots[root][name] += len(paths)
                 for number, count in Counter(units).items():
                     self.units[number].counts.update(total=count, ok=count)
                 return
@@ -2799,7 +2762,7 @@ class ScanRecord:
     def _weigh(self, link: Judged, old: Optional[KnownLink]) -> None:
         """Count a link for its root and for the guard."""
         judgement, counts = link[2], self.units[link[3]].counts
-        self.roots[link[5]].counts["examined"] += 1
+        self.roots[link[5]]["examined"] += 1
         counts["total"] += 1
         counts["ok"] += judgement == JUDGED_OK
         if old is None:
@@ -2815,7 +2778,7 @@ class ScanRecord:
     def _settle(self, link: Judged, status: str, reason: str, old: Optional[KnownLink]) -> None:
         """Record a verdict: make its row, and its event if there is one."""
         path, target, _, _, _, root = link
-        self.roots[root].counts[status] += 1
+        self.roots[root][status] += 1
         if status == UNREACHABLE:
             if old and old.error.startswith(HELD):
                 reason = old.error  # an outage in between does not end what the guard holds
@@ -2925,23 +2888,22 @@ class ScanRecord:
 
     def _record_vanished(self) -> None:
         """Mark as missing the links that a complete walk of their directories did not meet."""
-        walked = [root for root in self.roots if root.state == "scanned" and not root.covered]
-        if sum(self._count(root) - self._count_missing(root) for root in walked) != self._seen:
-            for root in walked:
+        if sum(self._count(root) - self._count_missing(root) for root in self._real) != self._seen:
+            for root in self._real:
                 self._judge_unseen(root)
 
-    def _count(self, root: RootTally, condition: str = "1") -> int:
+    def _count(self, root: str, condition: str = "1") -> int:
         """Count the rows beneath a root that stood there before this scan."""
-        place, values = beneath(root.path)
+        place, values = beneath(root)
         query = f"SELECT count(*) FROM symlinks WHERE {condition} AND {place} AND rowid <= ?"
         return int(self.conn.execute(query, [*values, self._last_rowid]).fetchone()[0])
 
-    def _count_missing(self, root: RootTally) -> int:
+    def _count_missing(self, root: str) -> int:
         return self._count(root, "status <> 'ok' AND status = 'missing'")  # so says the index
 
-    def _judge_unseen(self, root: RootTally) -> None:
+    def _judge_unseen(self, root: str) -> None:
         ignore = Ignore(self.job.ignore)
-        place, values = beneath(root.path)
+        place, values = beneath(root)
         unseen = self.conn.execute(
             "SELECT rowid, path FROM symlinks WHERE status IS NOT 'missing' "
             f"AND last_seen_utc IS NOT ? AND {place} AND rowid <= ?",
@@ -2951,10 +2913,10 @@ class ScanRecord:
         ignored: List[Tuple[int]] = []
         for rowid, name in unseen:
             path = from_db(name)
-            point = find_ancestor(root.real + path[len(root.path.rstrip("/")) :], self._unwell)
+            point = find_ancestor(self._real[root] + path[len(root.rstrip("/")) :], self._unwell)
             if find_ancestor(path, self.unread):
                 continue
-            if ignore.active and ignore.matches_beneath(root.path, path):
+            if ignore.active and ignore.matches_beneath(root, path):
                 ignored.append((rowid,))
             elif point:
                 self._refuse(self._unwell[point])
@@ -2964,8 +2926,7 @@ class ScanRecord:
             self.conn.executemany("DELETE FROM symlinks WHERE rowid = ?", ignored)
         present = self._count(root, "status IS NOT 'missing'") if gone else 0
         if self.limit < 1.0 and GUARD_MINIMUM <= len(gone) > self.limit * present:
-            whole = plural(present, "link")
-            text = f"{len(gone):,} of {whole} vanished from {root.path} at once"
+            text = f"{len(gone):,} of {plural(present, 'link')} vanished from {root} at once"
             self.guard.append((len(gone), text))
             return
         self.changes["vanished"] += len(gone)
@@ -2982,20 +2943,17 @@ class ScanRecord:
 
     def to_json(self) -> JsonObject:
         """Return the scan's result as the commands show it, with its exit code."""
-        totals = add_tallies(self.roots)
-        missing = sum(self._count_missing(root) for root in self.roots if not root.covered)
+        totals = {name: sum(root[name] for root in self.roots) for name in _TALLIED}
+        missing = sum(self._count_missing(r) for r in self.job.roots if r not in self._covered)
         changes = ("new", "newly_broken", "recovered", "vanished")
-        failed = [root for root in self.roots if root.state != "scanned"]
+        failed = [root for root in self.roots if root["state"] != "scanned"]
         code = EXIT_PARTIAL if failed or totals[UNREACHABLE] or self.unread else EXIT_OK
-        if failed and len(failed) == len(self.roots):
+        if failed == self.roots:
             code = EXIT_FAILED
         if self.refusals or self.guard:
             code = EXIT_REFUSED
         return {
-            "roots": [
-                {"path": r.path, "state": r.state, "reason": r.reason, **add_tallies([r])}
-                for r in self.roots
-            ],
+            "roots": self.roots,
             "totals": {**totals, "missing": missing, "ignored": self.ignored},
             "changes": {name: self.changes[name] for name in changes},
             "mounts": self.mounts,
@@ -3199,19 +3157,14 @@ class Finding:
 
 def examine_runtime() -> List[Finding]:
     """Look at the interpreter and its SQLite."""
-    python = ".".join(map(str, sys.version_info[:3]))
-    try:
+    python = ".".join(map(str, sys.version_info[:3])) + f" at {sys.executable}"
+    https = Finding("https", "warning", "this Python has no ssl", "only http:// URLs will work")
+    with contextlib.suppress(ImportError):
         import ssl
 
         https = Finding("https", "ok", ssl.OPENSSL_VERSION)
-    except ImportError:
-        advice = "only http:// URLs will work"
-        https = Finding("https", "warning", "this Python has no ssl", advice)
-    return [
-        Finding("python", "ok", f"{python} at {sys.executable}"),
-        Finding("sqlite", "ok", sqlite3.sqlite_version),
-        https,
-    ]
+    sqlite = Finding("sqlite", "ok", sqlite3.sqlite_version)
+    return [Finding("python", "ok", python), sqlite, https]
 
 
 def examine_database(conn: sqlite3.Connection) -> List[Finding]:
@@ -3221,10 +3174,10 @@ def examine_database(conn: sqlite3.Connection) -> List[Finding]:
     mode = conn.execute("PRAGMA journal_mode").fetchone()[0]
     free = shutil.disk_usage(os.path.dirname(path)).free
     detail = f"{path}, schema version {schema_version(conn)}, journal {mode}"
-    advice = ""
+    result = [Finding("database", "ok", detail)]
     if damage != "ok":
-        detail, advice = f"{path}: {damage}", "restore a backup, or `db nuke --yes`"
-    result = [Finding("database", "failed" if advice else "ok", detail, advice)]
+        advice = "restore a backup, or `db nuke --yes`"
+        result = [Finding("database", "failed", f"{path}: {damage}", advice)]
     if mode != "wal":
         advice = "a local disk would be faster"
         result.append(Finding("journal", "warning", f"journal mode {mode}", advice))
@@ -3252,12 +3205,10 @@ def examine_library(config: Config, conn: sqlite3.Connection) -> List[Finding]:
     try:
         for message in worker.messages():
             if message[0] == "root":
-                name, reason = f"root {job.roots[message[1]]}", message[3]
-                finding = Finding(name, "ok", "can be read")
-                if message[2] != "scanned":
-                    advice = "mount it, or correct [scan] roots"
-                    finding = Finding(name, "failed", reason, advice)
-                findings.append(finding)
+                name = f"root {job.roots[message[1]]}"
+                good = Finding(name, "ok", "can be read")
+                bad = Finding(name, "failed", message[3], "mount it, or correct [scan] roots")
+                findings.append(good if message[2] == "scanned" else bad)
             elif message[0] == "done":
                 findings += [_examined_mount(*place) for place in message[1]]
     finally:
