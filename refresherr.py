@@ -205,10 +205,7 @@ def format_time(epoch: float) -> str:
 
 
 def parse_time(value: Union[str, int, float, None]) -> Optional[float]:
-    """Return a Unix time from what the editions of this database wrote, None if it is no time.
-
-    They wrote ISO 8601 with and without a zone (then UTC), and Unix times as numbers or text.
-    """
+    """Return the Unix time of ISO 8601 (UTC without a zone) or of a number, None of aught else."""
     text = str(value).strip()
     with contextlib.suppress(ValueError):
         return float(text) if math.isfinite(float(text)) else None
@@ -908,76 +905,61 @@ _write_lock = threading.Lock()
 _create_lock = threading.Lock()
 
 _V1_TABLES = """
-CREATE TABLE IF NOT EXISTS schema_version (
-    id INTEGER PRIMARY KEY, version INTEGER, applied_utc TEXT);
-CREATE TABLE IF NOT EXISTS symlinks (
-    path TEXT PRIMARY KEY, last_target TEXT, status TEXT, last_status TEXT,
+CREATE TABLE schema_version (id INTEGER PRIMARY KEY, version INTEGER, applied_utc TEXT);
+CREATE TABLE symlinks (path TEXT PRIMARY KEY, last_target TEXT, status TEXT, last_status TEXT,
     first_seen_utc TEXT, last_seen_utc TEXT);
-CREATE TABLE IF NOT EXISTS actions (
-    id INTEGER PRIMARY KEY, url TEXT, status TEXT, reason TEXT, related_path TEXT,
-    created_utc TEXT, fired_utc TEXT, last_error TEXT);
-CREATE INDEX IF NOT EXISTS idx_actions_status ON actions(status);
-CREATE INDEX IF NOT EXISTS idx_actions_related_path ON actions(related_path);
-CREATE TABLE IF NOT EXISTS movies (
-    id INTEGER PRIMARY KEY, instance TEXT, radarr_id INTEGER, title TEXT, year INTEGER,
-    imdb_id TEXT, tmdb_id INTEGER, monitored INTEGER, added_utc TEXT, poster_url TEXT,
-    fanart_url TEXT);
-CREATE INDEX IF NOT EXISTS ix_movies_instance ON movies(instance);
-CREATE UNIQUE INDEX IF NOT EXISTS uq_movies_instance_radarr ON movies(instance, radarr_id);
-CREATE TABLE IF NOT EXISTS movie_files (
-    id INTEGER PRIMARY KEY, instance TEXT, radarr_movie_id INTEGER, radarr_file_id INTEGER,
-    quality TEXT, resolution INTEGER, video_codec TEXT, audio_codec TEXT, size_bytes INTEGER,
-    original_path TEXT, symlink_path TEXT);
-CREATE INDEX IF NOT EXISTS ix_movie_files_inst_mid ON movie_files(instance, radarr_movie_id);
-CREATE TABLE IF NOT EXISTS series (
-    id INTEGER PRIMARY KEY, instance TEXT, sonarr_id INTEGER, title TEXT, imdb_id TEXT,
-    tvdb_id INTEGER, tmdb_id INTEGER, monitored INTEGER, poster_url TEXT, fanart_url TEXT);
-CREATE INDEX IF NOT EXISTS ix_series_instance ON series(instance);
-CREATE UNIQUE INDEX IF NOT EXISTS uq_series_instance_sid ON series(instance, sonarr_id);
-CREATE TABLE IF NOT EXISTS episode_files (
-    id INTEGER PRIMARY KEY, instance TEXT, sonarr_series_id INTEGER, sonarr_file_id INTEGER,
-    season_number INTEGER, quality TEXT, resolution INTEGER, release_group TEXT,
+CREATE TABLE actions (id INTEGER PRIMARY KEY, url TEXT, status TEXT, reason TEXT,
+    related_path TEXT, created_utc TEXT, fired_utc TEXT, last_error TEXT);
+CREATE INDEX idx_actions_status ON actions(status);
+CREATE INDEX idx_actions_related_path ON actions(related_path);
+CREATE TABLE movies (id INTEGER PRIMARY KEY, instance TEXT, radarr_id INTEGER, title TEXT,
+    year INTEGER, imdb_id TEXT, tmdb_id INTEGER, monitored INTEGER, added_utc TEXT,
+    poster_url TEXT, fanart_url TEXT);
+CREATE INDEX ix_movies_instance ON movies(instance);
+CREATE UNIQUE INDEX uq_movies_instance_radarr ON movies(instance, radarr_id);
+CREATE TABLE movie_files (id INTEGER PRIMARY KEY, instance TEXT, radarr_movie_id INTEGER,
+    radarr_file_id INTEGER, quality TEXT, resolution INTEGER, video_codec TEXT, audio_codec TEXT,
     size_bytes INTEGER, original_path TEXT, symlink_path TEXT);
-CREATE INDEX IF NOT EXISTS ix_episode_files_inst_sid ON episode_files(instance, sonarr_series_id);
-CREATE TABLE IF NOT EXISTS events (
-    id INTEGER PRIMARY KEY, ts INTEGER, path TEXT, target TEXT, kind TEXT, name TEXT,
-    action TEXT, status TEXT);
-CREATE TABLE IF NOT EXISTS cinesync_items (
-    id INTEGER PRIMARY KEY, tmdb_id INTEGER, show_title TEXT, show_norm TEXT, year INTEGER,
-    season INTEGER, episode INTEGER, path TEXT UNIQUE, target_ok INTEGER,
-    resolution_rank INTEGER, first_seen_utc INTEGER, last_seen_utc INTEGER);
-CREATE TABLE IF NOT EXISTS cinesync_runs (
-    run_id INTEGER PRIMARY KEY, started_utc INTEGER, finished_utc INTEGER, dry_run INTEGER,
-    repair_roots TEXT, cinesync_base TEXT, allowed_prefixes TEXT, indexed_count INTEGER,
-    checked_broken INTEGER, candidate_found INTEGER, resolved_target_ok INTEGER,
-    replaced INTEGER, skipped INTEGER, errors INTEGER)
+CREATE INDEX ix_movie_files_inst_mid ON movie_files(instance, radarr_movie_id);
+CREATE TABLE series (id INTEGER PRIMARY KEY, instance TEXT, sonarr_id INTEGER, title TEXT,
+    imdb_id TEXT, tvdb_id INTEGER, tmdb_id INTEGER, monitored INTEGER, poster_url TEXT,
+    fanart_url TEXT);
+CREATE INDEX ix_series_instance ON series(instance);
+CREATE UNIQUE INDEX uq_series_instance_sid ON series(instance, sonarr_id);
+CREATE TABLE episode_files (id INTEGER PRIMARY KEY, instance TEXT, sonarr_series_id INTEGER,
+    sonarr_file_id INTEGER, season_number INTEGER, quality TEXT, resolution INTEGER,
+    release_group TEXT, size_bytes INTEGER, original_path TEXT, symlink_path TEXT);
+CREATE INDEX ix_episode_files_inst_sid ON episode_files(instance, sonarr_series_id);
+CREATE TABLE events (id INTEGER PRIMARY KEY, ts INTEGER, path TEXT, target TEXT, kind TEXT,
+    name TEXT, action TEXT, status TEXT);
+CREATE TABLE cinesync_items (id INTEGER PRIMARY KEY, tmdb_id INTEGER, show_title TEXT,
+    show_norm TEXT, year INTEGER, season INTEGER, episode INTEGER, path TEXT UNIQUE,
+    target_ok INTEGER, resolution_rank INTEGER, first_seen_utc INTEGER, last_seen_utc INTEGER);
+CREATE TABLE cinesync_runs (run_id INTEGER PRIMARY KEY, started_utc INTEGER, finished_utc INTEGER,
+    dry_run INTEGER, repair_roots TEXT, cinesync_base TEXT, allowed_prefixes TEXT,
+    indexed_count INTEGER, checked_broken INTEGER, candidate_found INTEGER,
+    resolved_target_ok INTEGER, replaced INTEGER, skipped INTEGER, errors INTEGER)
 """
 
 # runs.summary is the JSON of the command's result; finished_utc and exit_code stay NULL while it
 # runs, and for ever if it was killed.  link_changes is the journal: a row stands there, 'planned',
 # before a link is touched.
 _V3_TABLES = """
-CREATE TABLE IF NOT EXISTS runs (
-    run_id INTEGER PRIMARY KEY, command TEXT NOT NULL, started_utc TEXT NOT NULL,
+CREATE TABLE runs (run_id INTEGER PRIMARY KEY, command TEXT NOT NULL, started_utc TEXT NOT NULL,
     finished_utc TEXT, exit_code INTEGER, summary TEXT);
-CREATE TABLE IF NOT EXISTS mounts (
-    mount_point TEXT PRIMARY KEY, fs_type TEXT NOT NULL, good_targets INTEGER NOT NULL,
-    first_seen_utc TEXT NOT NULL, last_seen_utc TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS link_changes (
-    change_id INTEGER PRIMARY KEY, run_id INTEGER NOT NULL, path TEXT NOT NULL,
-    old_target TEXT NOT NULL, new_target TEXT NOT NULL, state TEXT NOT NULL,
+CREATE TABLE mounts (mount_point TEXT PRIMARY KEY, fs_type TEXT NOT NULL,
+    good_targets INTEGER NOT NULL, first_seen_utc TEXT NOT NULL, last_seen_utc TEXT NOT NULL);
+CREATE TABLE link_changes (change_id INTEGER PRIMARY KEY, run_id INTEGER NOT NULL,
+    path TEXT NOT NULL, old_target TEXT NOT NULL, new_target TEXT NOT NULL, state TEXT NOT NULL,
     changed_utc TEXT NOT NULL, reason TEXT);
-CREATE INDEX IF NOT EXISTS ix_link_changes_run ON link_changes(run_id);
-CREATE INDEX IF NOT EXISTS ix_symlinks_not_ok ON symlinks(status, path) WHERE status <> 'ok';
-CREATE INDEX IF NOT EXISTS ix_events_ts ON events(ts)
+CREATE INDEX ix_link_changes_run ON link_changes(run_id);
+CREATE INDEX ix_symlinks_not_ok ON symlinks(status, path) WHERE status <> 'ok';
+CREATE INDEX ix_events_ts ON events(ts)
 """
-_V3_COLUMNS = (
-    ("symlinks", "broken_since_utc", "TEXT"),
-    ("symlinks", "error", "TEXT"),
-    ("actions", "attempts", "INTEGER DEFAULT 0"),
-    ("actions", "next_attempt_utc", "TEXT"),
-    ("actions", "progress", "TEXT"),
-)
+_V3_COLUMNS = {
+    "symlinks": ("broken_since_utc TEXT", "error TEXT"),
+    "actions": ("attempts INTEGER DEFAULT 0", "next_attempt_utc TEXT", "progress TEXT"),
+}
 
 
 def default_db_path() -> str:
@@ -1149,18 +1131,21 @@ def _columns(conn: sqlite3.Connection, table: str) -> List[str]:
     return [row[1] for row in conn.execute(f"PRAGMA table_info({table})")]
 
 
-def _run_script(conn: sqlite3.Connection, script: str) -> None:
+def _create_all(conn: sqlite3.Connection, script: str) -> None:
+    """Create the tables and indexes of a script, as far as they do not exist."""
     # Not executescript: that commits the transaction under way first.
     for statement in script.split(";\n"):
-        conn.execute(statement)
+        conn.execute(re.sub(r"(TABLE|INDEX)", r"\1 IF NOT EXISTS", statement, count=1))
 
 
 def _migrate_to_v3(conn: sqlite3.Connection) -> None:
-    _run_script(conn, _V1_TABLES)  # the container edition makes some tables only when needed
-    for table, column, kind in _V3_COLUMNS:
-        if column not in _columns(conn, table):
-            conn.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
-    _run_script(conn, _V3_TABLES)
+    _create_all(conn, _V1_TABLES)  # the container edition makes some tables only when needed
+    for table, columns in _V3_COLUMNS.items():
+        old = _columns(conn, table)
+        for column in columns:
+            if column.split()[0] not in old:
+                conn.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
+    _create_all(conn, _V3_TABLES)
     conn.execute(
         "UPDATE symlinks SET broken_since_utc = coalesce(last_seen_utc, first_seen_utc, ?) "
         "WHERE coalesce(status, last_status) IN ('broken', 'repairing')",
@@ -1172,7 +1157,7 @@ def _migrate_to_v3(conn: sqlite3.Connection) -> None:
 
 
 MIGRATIONS: Dict[int, Callable[[sqlite3.Connection], None]] = {
-    1: lambda conn: _run_script(conn, _V1_TABLES),
+    1: lambda conn: _create_all(conn, _V1_TABLES),
     2: lambda conn: None,  # the container edition's: its own tables are none of our business
     3: _migrate_to_v3,
 }
@@ -1191,11 +1176,9 @@ def initialize_schema(conn: Optional[sqlite3.Connection] = None) -> None:
         conn.execute("PRAGMA secure_delete=ON")
         with transaction(conn):  # alone: another thread or process may have been at it, too
             version = _known_version(conn)
-            holds_data = version < SCHEMA_VERSION and _holds_data(conn)
-            if holds_data:
-                _back_up_before_migration(conn, version)
+            was_used = version < SCHEMA_VERSION and _back_up_before_migration(conn, version)
             _migrate(conn, version)
-        if holds_data:
+        if was_used:
             _scrub(conn)
 
 
@@ -1222,12 +1205,11 @@ def _quoted_tables(conn: sqlite3.Connection) -> List[str]:
     return [row[0] for row in rows]
 
 
-def _holds_data(conn: sqlite3.Connection) -> bool:
-    tables = [table for table in _quoted_tables(conn) if table != '"schema_version"']
-    return any(conn.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in tables)
-
-
-def _back_up_before_migration(conn: sqlite3.Connection, version: int) -> None:
+def _back_up_before_migration(conn: sqlite3.Connection, version: int) -> bool:
+    """Copy the database beside itself; False if there is nothing in it."""
+    tables = set(_quoted_tables(conn)) - {'"schema_version"'}
+    if not any(conn.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in tables):
+        return False
     path = database_path(conn)
     finding = conn.execute("PRAGMA quick_check(1)").fetchone()[0]
     if finding != "ok":
@@ -1240,6 +1222,7 @@ def _back_up_before_migration(conn: sqlite3.Connection, version: int) -> None:
     with contextlib.closing(sqlite3.connect(path)) as reader:
         backup_database(reader, backup)
     log.info("upgrading the database from version %d; the old one is kept as %s", version, backup)
+    return True
 
 
 @contextlib.contextmanager
@@ -1350,18 +1333,14 @@ def find_link(conn: sqlite3.Connection, path: str) -> Optional[KnownLink]:
 
 
 def record_symlink(path: str, target: str, status: str) -> None:
-    """Record that the link at `path` points to `target` and is `status` now.
-
-    Raises ValueError for a status that is none of `STATUSES`.
-    """
+    """Record that the link at `path` points to `target` and is `status`, one of `STATUSES`."""
     if status not in STATUSES:
         raise ValueError(f"unknown status {status!r}; known: {', '.join(STATUSES)}")
     with _writing() as conn:
         known = find_link(conn, path)
         conn.execute(_WRITE_LINK, link_row(path, target, status, "", utc_now(), known))
         change = classify_change(known, status)
-        if change:
-            _write_events(conn, [link_event(path, target, change, status)])
+        _write_events(conn, [link_event(path, target, change, status)] if change else [])
 
 
 def enqueue_action(url: str, reason: str = "", related_path: Optional[str] = None) -> int:
@@ -1375,12 +1354,11 @@ def enqueue_action(url: str, reason: str = "", related_path: Optional[str] = Non
         row = conn.execute(same, (bare,)).fetchone()
         if row:
             return int(row["id"])
-        cursor = conn.execute(
-            "INSERT INTO actions (url, status, reason, related_path, created_utc) "
-            "VALUES (?, 'pending', ?, ?, ?)",
-            (bare, to_db(redact(reason)), to_db(related_path) if related_path else None, utc_now()),
-        )
-        return int(cursor.lastrowid or 0)
+        insert = """INSERT INTO actions (url, status, reason, related_path, created_utc)
+            VALUES (?, 'pending', ?, ?, ?)"""
+        place = to_db(related_path) if related_path else None
+        cursor = conn.execute(insert, (bare, to_db(redact(reason)), place, utc_now()))
+        return cursor.lastrowid or 0
 
 
 def get_pending_actions(limit: int = 25) -> List[sqlite3.Row]:
@@ -1445,23 +1423,24 @@ def process_lock(db_path: str, wait: float) -> Iterator[None]:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     deadline = time.monotonic() + wait
     try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise LockedError(
-                        f"another run holds the lock {file}; wait for it to end, or use "
-                        "--lock-wait SECONDS"
-                    ) from None
-                time.sleep(0.1)
-            except OSError as exc:
-                log.warning("no lock on this file system (%s): %s", exc.strerror, file)
-                break
+        while not _try_lock(descriptor, file):
+            if time.monotonic() >= deadline:
+                advice = "wait for it to end, or use --lock-wait SECONDS"
+                raise LockedError(f"another run holds the lock {file}; {advice}")
+            time.sleep(0.1)
         yield
     finally:
         os.close(descriptor)
+
+
+def _try_lock(descriptor: int, file: str) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as exc:
+        log.warning("no lock on this file system (%s): %s", exc.strerror, file)
+    return True
 
 
 @contextlib.contextmanager
@@ -1475,20 +1454,17 @@ def scratch_database(db_path: str) -> Iterator[sqlite3.Connection]:
             # Without a journal nobody is writing; 'immutable' then leaves no file of ours behind.
             flag = "mode=ro" if os.path.exists(db_path + "-wal") else "immutable=1"
             uri = f"file:{quote(db_path)}?{flag}"
-            with explained_errors(db_path):
-                source = sqlite3.connect(uri, uri=True)
-                with contextlib.closing(source):
-                    backup_database(source, copy)
+            with explained_errors(db_path), contextlib.closing(
+                sqlite3.connect(uri, uri=True)
+            ) as source:
+                backup_database(source, copy)
         with contextlib.closing(open_database(copy)) as conn:
             yield conn
 
 
 @contextlib.contextmanager
 def recorded_run(conn: sqlite3.Connection, command: str) -> Iterator[JsonObject]:
-    """Keep an honest row in `runs`: yields the summary to fill; its 'exit_code' is the result.
-
-    A run that is killed leaves the row without an end.
-    """
+    """Keep an honest row in `runs`: yields the summary to fill; its 'exit_code' is the result."""
     insert = "INSERT INTO runs (command, started_utc) VALUES (?, ?)"
     with transaction(conn):
         run_id = conn.execute(insert, (command, utc_now())).lastrowid
@@ -1498,12 +1474,10 @@ def recorded_run(conn: sqlite3.Connection, command: str) -> Iterator[JsonObject]
     try:
         yield summary
         code = summary.get("exit_code", EXIT_OK)
-    except KeyboardInterrupt:
-        code = EXIT_INTERRUPTED
-        raise
-    except RefresherrError as exc:
-        code = exc.exit_code
-        summary.setdefault("message", redact(str(exc)))
+    except (RefresherrError, KeyboardInterrupt) as exc:
+        code = getattr(exc, "exit_code", EXIT_INTERRUPTED)
+        if isinstance(exc, RefresherrError):
+            summary.setdefault("message", redact(str(exc)))
         raise
     finally:
         with contextlib.suppress(sqlite3.Error), transaction(conn):
@@ -2612,8 +2586,7 @@ class ScanRecord:
     def __init__(self, conn: sqlite3.Connection, job: ScanJob, limit: float = 0.2) -> None:
         self.conn = conn
         self.job = job
-        # [scan] max_new_broken; 1.0 switches the guard off, infinity accepts any loss.
-        self.limit = limit
+        self.limit = limit  # a share; 1.0 switches the guard off, infinity accepts any loss
         self.now = datetime.datetime.now(datetime.timezone.utc).isoformat()  # no two scans share it
         tally = {"state": "scanned", "reason": "", **dict.fromkeys(_TALLIED, 0)}
         self.roots: List[JsonObject] = [{"path": root, **tally} for root in job.roots]
@@ -2821,7 +2794,10 @@ class ScanRecord:
             self.guard.append((count, text))
         for reason, count in reasons.most_common(5):
             self._refuse(reason, f"{plural(count, 'link')} into it not judged")
-        self._record_vanished()
+        # Two counts by index: mostly nothing has vanished.
+        if sum(self._count(root) - self._count_missing(root) for root in self._real) != self._seen:
+            for root in self._real:
+                self._record_vanished(root)
         found: Counter[str] = Counter()
         for unit in self.units.values():
             found[unit.mount] += unit.counts["ok"]
@@ -2833,8 +2809,6 @@ class ScanRecord:
 
     def _find_suspicious(self) -> Dict[str, Counter[str]]:
         """Return what is counted where too much is gone at once: by mount point or directory."""
-        if self.limit >= 1.0:
-            return {}
         groups: Dict[str, Counter[str]] = {}
         for number, unit in self.units.items():
             if number in self._blocked:
@@ -2886,12 +2860,6 @@ class ScanRecord:
             and (old.status != UNREACHABLE or bool(old.broken_since) or old.error.startswith(HELD))
         )
 
-    def _record_vanished(self) -> None:
-        """Mark as missing the links that a complete walk of their directories did not meet."""
-        if sum(self._count(root) - self._count_missing(root) for root in self._real) != self._seen:
-            for root in self._real:
-                self._judge_unseen(root)
-
     def _count(self, root: str, condition: str = "1") -> int:
         """Count the rows beneath a root that stood there before this scan."""
         place, values = beneath(root)
@@ -2901,7 +2869,8 @@ class ScanRecord:
     def _count_missing(self, root: str) -> int:
         return self._count(root, "status <> 'ok' AND status = 'missing'")  # so says the index
 
-    def _judge_unseen(self, root: str) -> None:
+    def _record_vanished(self, root: str) -> None:
+        """Mark as missing the links that a complete walk of their directories did not meet."""
         ignore = Ignore(self.job.ignore)
         place, values = beneath(root)
         unseen = self.conn.execute(
@@ -2925,7 +2894,7 @@ class ScanRecord:
         with transaction(self.conn):
             self.conn.executemany("DELETE FROM symlinks WHERE rowid = ?", ignored)
         present = self._count(root, "status IS NOT 'missing'") if gone else 0
-        if self.limit < 1.0 and GUARD_MINIMUM <= len(gone) > self.limit * present:
+        if GUARD_MINIMUM <= len(gone) > self.limit * present:
             text = f"{len(gone):,} of {plural(present, 'link')} vanished from {root} at once"
             self.guard.append((len(gone), text))
             return
