@@ -62,8 +62,8 @@ from collections import Counter
 # isort: off
 # fmt: off
 from typing import (
-    Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
-    Sequence, Set, TextIO, Tuple, Type, Union)
+    Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set,
+    TextIO, Tuple, Type, Union)
 # fmt: on
 # isort: on
 from urllib.parse import quote
@@ -248,18 +248,14 @@ log = logging.getLogger("refresherr")
 
 
 class Terminal:
-    """Where output goes: data to stdout, messages and progress to stderr.
-
-    `colour` and `progress` hold only where the streams are terminals that understand them.
-    """
+    """Data goes to stdout, messages to stderr; colour and progress only where it is a terminal."""
 
     _CODES = {"red": "31", "green": "32", "yellow": "33", "bold": "1", "dim": "2"}
 
     def __init__(
         self, out: TextIO, err: TextIO, *, colour: bool = False, progress: bool = False
     ) -> None:
-        self.out = out
-        self.err = err
+        self.out, self.err = out, err
         self.colour = colour and out.isatty()
         self._progress = progress and err.isatty()
         self._drawn = 0
@@ -267,9 +263,8 @@ class Terminal:
 
     def paint(self, text: str, *styles: str) -> str:
         """Return `text` in colour where colour is wanted."""
-        if not self.colour or not styles:
-            return text
-        return f"\x1b[{';'.join(self._CODES[style] for style in styles)}m{text}\x1b[0m"
+        codes = ";".join(self._CODES[style] for style in styles)
+        return f"\x1b[{codes}m{text}\x1b[0m" if self.colour and styles else text
 
     def line(self, text: str = "") -> None:
         """Print a line of data.  The caller has escaped what is foreign in it."""
@@ -299,21 +294,18 @@ class TerminalHandler(logging.Handler):
 
     def __init__(self, terminal: Terminal, tracebacks: bool) -> None:
         super().__init__()
-        self._terminal = terminal
-        self._tracebacks = tracebacks
+        self._terminal, self._tracebacks = terminal, tracebacks
 
     def emit(self, record: logging.LogRecord) -> None:
         self._terminal.clear()
         text = escape_message(record.getMessage())
         if record.levelno >= logging.WARNING:
             text = f"{record.levelname.lower()}: {text}"
-        try:
+        with contextlib.suppress(OSError, ValueError):  # stderr is gone: nobody is left to be told
             print(f"refresherr: {text}", file=self._terminal.err)
             if record.exc_info and self._tracebacks:
                 trace = logging.Formatter().formatException(record.exc_info)
                 print("\n".join(map(escape_message, trace.splitlines())), file=self._terminal.err)
-        except (OSError, ValueError):
-            pass  # stderr is gone: nobody is left to be told
 
 
 # ---------------------------------------------------------------------------------------------
@@ -568,10 +560,10 @@ Values = Dict[str, Dict[str, str]]
 
 
 def find_config_file(
-    explicit: Optional[str], environ: Mapping[str, str], program: str
+    flag: Optional[str], environ: Mapping[str, str], program: str
 ) -> Optional[str]:
-    """Return the config file to read, None without one.  ConfigError if a named one is absent."""
-    named = explicit or environ.get("REFRESHERR_CONFIG")
+    """Return the config file to read, None without one; one that is named need not exist."""
+    named = flag or environ.get("REFRESHERR_CONFIG")
     if named:
         return os.path.abspath(os.path.expanduser(named))
     home = environ.get("XDG_CONFIG_HOME") or os.path.join(environ.get("HOME", "/"), ".config")
@@ -717,10 +709,9 @@ def _check_config(config: Config) -> None:
     base = config.cinesync.base
     for root in config.cinesync.roots:
         if base and is_under(base, root):
-            raise ConfigError(
-                f"config: [cinesync] base {base} lies inside the repair root {root}; "
-                "Refresherr would repair CineSync's own links"
-            )
+            where = f"base {base} lies inside the repair root {root}"
+            harm = "Refresherr would repair CineSync's own links"
+            raise ConfigError(f"config: [cinesync] {where}; {harm}")
 
 
 def config_to_json(config: Config) -> JsonObject:
@@ -901,6 +892,8 @@ def _show_name(folder: str, before: str) -> str:
 BUSY_TIMEOUT = 60.0  # seconds a writer waits for another before "database is locked"
 _LOOKUP = 500  # paths in one SELECT; SQLite before 3.32 binds 999 parameters at the most
 
+_START_ANEW = "restore a backup, or start anew with `db nuke --yes`"
+
 _write_lock = threading.Lock()
 _create_lock = threading.Lock()
 
@@ -993,7 +986,7 @@ def explained_errors(path: str) -> Iterator[None]:
         "disk is full": "free some space there and run the command again; nothing is lost",
         "disk I/O": "check the disk; `db check` tells whether the database is whole",
         "locked": "another program keeps it busy; try again later",
-        "malformed": "restore a backup, or start anew with `db nuke --yes`",
+        "malformed": _START_ANEW,
         "not a database": "it is no SQLite file; move it away, or name another with --db",
     }
     try:
@@ -1099,7 +1092,9 @@ def _writing() -> Iterator[sqlite3.Connection]:
         yield conn
 
 
-def _own(conn: Optional[sqlite3.Connection]) -> ContextManager[sqlite3.Connection]:
+def _own(
+    conn: Optional[sqlite3.Connection],
+) -> contextlib.AbstractContextManager[sqlite3.Connection]:
     """Return a block with `conn`, or with a connection of its own to the default database."""
     return contextlib.nullcontext(conn) if conn else contextlib.closing(get_connection())
 
@@ -1120,9 +1115,9 @@ def _known_version(conn: sqlite3.Connection) -> int:
     """Return `schema_version`.  DatabaseError if it is newer than this program."""
     version = schema_version(conn)
     if version > SCHEMA_VERSION:
+        advice = f"this program knows {SCHEMA_VERSION}; use a newer Refresherr"
         raise DatabaseError(
-            f"database {database_path(conn)} has schema version {version}, this program knows "
-            f"{SCHEMA_VERSION}; use a newer Refresherr"
+            f"database {database_path(conn)} has schema version {version}, {advice}"
         )
     return version
 
@@ -1146,11 +1141,9 @@ def _migrate_to_v3(conn: sqlite3.Connection) -> None:
             if column.split()[0] not in old:
                 conn.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
     _create_all(conn, _V3_TABLES)
-    conn.execute(
-        "UPDATE symlinks SET broken_since_utc = coalesce(last_seen_utc, first_seen_utc, ?) "
-        "WHERE coalesce(status, last_status) IN ('broken', 'repairing')",
-        (utc_now(),),
-    )
+    update = """UPDATE symlinks SET broken_since_utc = coalesce(last_seen_utc, first_seen_utc, ?)
+        WHERE coalesce(status, last_status) IN ('broken', 'repairing')"""
+    conn.execute(update, (utc_now(),))
     for column, clean in (("url", strip_secrets), ("reason", redact), ("last_error", redact)):
         conn.create_function("clean", 1, clean)
         conn.execute(f"UPDATE actions SET {column} = clean({column}) WHERE {column} <> ''")
@@ -1213,10 +1206,8 @@ def _back_up_before_migration(conn: sqlite3.Connection, version: int) -> bool:
     path = database_path(conn)
     finding = conn.execute("PRAGMA quick_check(1)").fetchone()[0]
     if finding != "ok":
-        raise DatabaseError(
-            f"database {path} is damaged ({finding}); it was not upgraded: restore a backup, or "
-            "start anew with `db nuke --yes`"
-        )
+        what = f"database {path} is damaged ({finding})"
+        raise DatabaseError(f"{what}; it was not upgraded: {_START_ANEW}")
     backup = f"{path}.v{version}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}.bak"
     # By a connection of its own: SQLite copies nothing from one that is about to write.
     with contextlib.closing(sqlite3.connect(path)) as reader:
@@ -1354,11 +1345,12 @@ def enqueue_action(url: str, reason: str = "", related_path: Optional[str] = Non
         row = conn.execute(same, (bare,)).fetchone()
         if row:
             return int(row["id"])
-        insert = """INSERT INTO actions (url, status, reason, related_path, created_utc)
-            VALUES (?, 'pending', ?, ?, ?)"""
-        place = to_db(related_path) if related_path else None
-        cursor = conn.execute(insert, (bare, to_db(redact(reason)), place, utc_now()))
-        return cursor.lastrowid or 0
+        cursor = conn.execute(
+            "INSERT INTO actions (url, status, reason, related_path, created_utc) "
+            "VALUES (?, 'pending', ?, ?, ?)",
+            (bare, to_db(redact(reason)), to_db(related_path) if related_path else None, utc_now()),
+        )
+        return int(cursor.lastrowid or 0)
 
 
 def get_pending_actions(limit: int = 25) -> List[sqlite3.Row]:
@@ -1404,11 +1396,9 @@ def beneath(root: str, column: str = "path") -> Tuple[str, List[Any]]:
     """
     first = root.rstrip("/") + "/"
     last = first[:-1] + "0"  # the character after '/'
-    ranges: List[Any] = [os.fsencode(first), os.fsencode(last)]
-    sql = f"({column} >= ? AND {column} < ?)"
-    if isinstance(to_db(root), bytes):
-        return sql, ranges
-    return f"({sql} OR {sql})", [first, last, *ranges]
+    as_text, as_bytes = [to_db(first), to_db(last)], [os.fsencode(first), os.fsencode(last)]
+    within = f"{column} >= ? AND {column} < ?"
+    return f"({within} OR {within})", [*as_text, *as_bytes]
 
 
 @contextlib.contextmanager
@@ -2552,14 +2542,14 @@ _TALLIED = ("examined", OK, BROKEN, UNREACHABLE)
 
 
 class Unit(NamedTuple):
-    """What the guard judges as a whole: a mount point, or a directory directly beneath one.
+    """What the guard judges as a whole: a mount point, or a directory (`child`) directly in one.
 
     `counts` are of links: 'total'; 'ok'; 'known broken' before this scan, which prove nothing;
     'fresh', never judged before; 'gone' now, and not known broken.
     """
 
     mount: str
-    child: str  # '' for what lies in no directory beneath the mount point
+    child: str
     counts: Counter[str]
 
 
@@ -2584,8 +2574,7 @@ class ScanRecord:
     """
 
     def __init__(self, conn: sqlite3.Connection, job: ScanJob, limit: float = 0.2) -> None:
-        self.conn = conn
-        self.job = job
+        self.conn, self.job = conn, job
         self.limit = limit  # a share; 1.0 switches the guard off, infinity accepts any loss
         self.now = datetime.datetime.now(datetime.timezone.utc).isoformat()  # no two scans share it
         tally = {"state": "scanned", "reason": "", **dict.fromkeys(_TALLIED, 0)}
@@ -2598,7 +2587,6 @@ class ScanRecord:
         self.refusals: Set[str] = set()  # reasons for which something was not judged
         self.guard: List[Tuple[int, str]] = []  # links it holds back, and why
         self._real: Dict[str, str] = {}  # {root: its real path} of those that are walked
-        self._covered: Set[str] = set()  # roots that another holds
         self._mounted: Dict[str, str] = {}
         self._blocked: Dict[int, str] = {}  # units of which nothing may be said, and why
         self._unwell: Dict[str, str] = {}  # points beneath which no link counts as vanished
@@ -2652,9 +2640,7 @@ class ScanRecord:
             if state == "refused":
                 self._refuse(reason)
             return
-        if covered:
-            self._covered.add(root)
-        else:
+        if not covered:
             self._real[root] = real.rstrip("/")
         for point, fs_type in read_mounts().items():
             # What the library itself lives on: its links vanish with it.
@@ -2710,9 +2696,8 @@ class ScanRecord:
                 for number, count in Counter(units).items():
                     self.units[number].counts.update(total=count, ok=count)
                 return
-        self.take_links(
-            [(p, t, JUDGED_OK, unit, "", root) for p, t, unit in zip(paths, targets, units)]
-        )
+        links = zip(paths, targets, units)
+        self.take_links([(path, target, JUDGED_OK, unit, "", root) for path, target, unit in links])
 
     def take_links(self, links: Sequence[Judged]) -> None:
         """Weigh every link; record what can be judged by itself, put aside what is gone."""
@@ -2734,8 +2719,9 @@ class ScanRecord:
 
     def _weigh(self, link: Judged, old: Optional[KnownLink]) -> None:
         """Count a link for its root and for the guard."""
-        judgement, counts = link[2], self.units[link[3]].counts
-        self.roots[link[5]]["examined"] += 1
+        _, _, judgement, number, _, root = link
+        counts = self.units[number].counts
+        self.roots[root]["examined"] += 1
         counts["total"] += 1
         counts["ok"] += judgement == JUDGED_OK
         if old is None:
@@ -2801,11 +2787,10 @@ class ScanRecord:
         found: Counter[str] = Counter()
         for unit in self.units.values():
             found[unit.mount] += unit.counts["ok"]
+        update = "UPDATE mounts SET good_targets = ?, last_seen_utc = ? WHERE mount_point = ?"
+        rows = [(count, self.now, to_db(point)) for point, count in found.items() if count]
         with transaction(self.conn):
-            self.conn.executemany(
-                "UPDATE mounts SET good_targets = ?, last_seen_utc = ? WHERE mount_point = ?",
-                [(count, self.now, to_db(point)) for point, count in found.items() if count],
-            )
+            self.conn.executemany(update, rows)
 
     def _find_suspicious(self) -> Dict[str, Counter[str]]:
         """Return what is counted where too much is gone at once: by mount point or directory."""
@@ -2824,14 +2809,15 @@ class ScanRecord:
         }
 
     def _verdict(
-        self, link: Judged, old: Optional[KnownLink], suspicious: Mapping[str, Any]
+        self, link: Judged, old: Optional[KnownLink], guarded: Iterable[str]
     ) -> Tuple[str, str]:
         """Return (status, reason): broken only where the file system is proven healthy."""
-        unit = self.units[link[3]]
-        if link[3] in self._blocked:
-            return UNREACHABLE, self._blocked[link[3]]
-        emptied = link[4].rstrip("/") or "/"
-        if link[4] and emptied in self._uninhabited and not self._is_lone_loss(link, old):
+        _, _, _, number, detail, _ = link
+        unit = self.units[number]
+        if number in self._blocked:
+            return UNREACHABLE, self._blocked[number]
+        emptied = detail and (detail.rstrip("/") or "/")
+        if emptied in self._uninhabited and not self._is_lone_loss(link, old):
             # What another edition called good, before we knew its mount, was never judged by us.
             known_then = old and old.last_seen >= self._remembered.get(unit.mount, "~")
             mark = "" if known_then else UNJUDGED
@@ -2840,7 +2826,7 @@ class ScanRecord:
             return UNREACHABLE, old.error  # held until it is back, or accepted
         if not (old and old.broken_since):
             for name in (unit.child, unit.mount):
-                if name in suspicious:
+                if name in guarded:
                     return UNREACHABLE, HELD + name
         return BROKEN, ""
 
@@ -2850,12 +2836,13 @@ class ScanRecord:
         That is so if it was seen good or broken there, on a mount that was remembered then, and
         its own directory still stands; or if somebody has accepted the loss.
         """
-        since = self._remembered.get(self.units[link[3]].mount)
+        _, target, _, number, detail, _ = link
+        since = self._remembered.get(self.units[number].mount)
         if old is None or never_judged(old) or since is None:
             return False
         return self.limit == math.inf or (
-            link[4].endswith("/")
-            and from_db(old.target) == link[1]
+            detail.endswith("/")
+            and from_db(old.target) == target
             and old.last_seen >= since
             and (old.status != UNREACHABLE or bool(old.broken_since) or old.error.startswith(HELD))
         )
@@ -2873,14 +2860,11 @@ class ScanRecord:
         """Mark as missing the links that a complete walk of their directories did not meet."""
         ignore = Ignore(self.job.ignore)
         place, values = beneath(root)
-        unseen = self.conn.execute(
-            "SELECT rowid, path FROM symlinks WHERE status IS NOT 'missing' "
-            f"AND last_seen_utc IS NOT ? AND {place} AND rowid <= ?",
-            [self.now, *values, self._last_rowid],
-        )
+        unseen = f"""SELECT rowid, path FROM symlinks
+            WHERE status IS NOT 'missing' AND last_seen_utc IS NOT ? AND {place} AND rowid <= ?"""
         gone: List[Tuple[int]] = []
         ignored: List[Tuple[int]] = []
-        for rowid, name in unseen:
+        for rowid, name in self.conn.execute(unseen, [self.now, *values, self._last_rowid]):
             path = from_db(name)
             point = find_ancestor(self._real[root] + path[len(root.rstrip("/")) :], self._unwell)
             if find_ancestor(path, self.unread):
@@ -2893,7 +2877,7 @@ class ScanRecord:
                 gone.append((rowid,))
         with transaction(self.conn):
             self.conn.executemany("DELETE FROM symlinks WHERE rowid = ?", ignored)
-        present = self._count(root, "status IS NOT 'missing'") if gone else 0
+        present = self._count(root, "status IS NOT 'missing'")
         if GUARD_MINIMUM <= len(gone) > self.limit * present:
             text = f"{len(gone):,} of {plural(present, 'link')} vanished from {root} at once"
             self.guard.append((len(gone), text))
@@ -2913,9 +2897,10 @@ class ScanRecord:
     def to_json(self) -> JsonObject:
         """Return the scan's result as the commands show it, with its exit code."""
         totals = {name: sum(root[name] for root in self.roots) for name in _TALLIED}
-        missing = sum(self._count_missing(r) for r in self.job.roots if r not in self._covered)
         changes = ("new", "newly_broken", "recovered", "vanished")
         failed = [root for root in self.roots if root["state"] != "scanned"]
+        apart = {*self._real, *(root["path"] for root in failed)}  # no other root holds them
+        missing = sum(map(self._count_missing, apart))
         code = EXIT_PARTIAL if failed or totals[UNREACHABLE] or self.unread else EXIT_OK
         if failed == self.roots:
             code = EXIT_FAILED
@@ -2969,14 +2954,10 @@ def plan_scan(
     if not chosen:
         raise UsageError("no roots to scan: name a directory, or set roots in [scan] of the config")
     rows = conn.execute("SELECT mount_point, fs_type FROM mounts")
-    return ScanJob(
-        roots=chosen,
-        ignore=settings.ignore,
-        mount_checks=settings.mount_checks,
-        remembered={from_db(point): fs_type for point, fs_type in rows},
-        workers=settings.workers,
-        stat_timeout=settings.stat_timeout,
-    )
+    remembered = {from_db(point): fs_type for point, fs_type in rows}
+    names = ("ignore", "mount_checks", "workers", "stat_timeout")
+    given = {name: getattr(settings, name) for name in names}
+    return ScanJob(roots=chosen, remembered=remembered, **given)
 
 
 def forget_mount(conn: sqlite3.Connection, point: str) -> bool:
@@ -3143,10 +3124,8 @@ def examine_database(conn: sqlite3.Connection) -> List[Finding]:
     mode = conn.execute("PRAGMA journal_mode").fetchone()[0]
     free = shutil.disk_usage(os.path.dirname(path)).free
     detail = f"{path}, schema version {schema_version(conn)}, journal {mode}"
-    result = [Finding("database", "ok", detail)]
-    if damage != "ok":
-        advice = "restore a backup, or `db nuke --yes`"
-        result = [Finding("database", "failed", f"{path}: {damage}", advice)]
+    damaged = Finding("database", "failed", f"{path}: {damage}", _START_ANEW)
+    result = [Finding("database", "ok", detail) if damage == "ok" else damaged]
     if mode != "wal":
         advice = "a local disk would be faster"
         result.append(Finding("journal", "warning", f"journal mode {mode}", advice))
