@@ -141,15 +141,13 @@ def escape(text: str) -> str:
 
     A byte that is not UTF-8 (a lone surrogate, PEP 383) shows as \\xNN, as it stands on the disk.
     """
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else _escape_char(char) for char in text)
 
+    def escaped(char: str) -> str:
+        if "\udc80" <= char <= "\udcff":
+            return f"\\x{ord(char) - 0xDC00:02x}"
+        return char if char.isprintable() else char.encode("unicode_escape").decode()
 
-def _escape_char(char: str) -> str:
-    if "\udc80" <= char <= "\udcff":
-        return f"\\x{ord(char) - 0xDC00:02x}"
-    return char.encode("unicode_escape").decode()
+    return text if text.isprintable() else "".join(map(escaped, text))
 
 
 def redact(text: str) -> str:
@@ -215,10 +213,7 @@ def format_time(epoch: float) -> str:
 
 
 def parse_time(value: Union[str, int, float, None]) -> Optional[float]:
-    """Return a Unix time from what the editions of this database wrote, None if it is no time.
-
-    They wrote ISO 8601 with and without a zone (then UTC), and Unix times as numbers or text.
-    """
+    """Return the Unix time of ISO 8601 (UTC without a zone) or of a number, None of aught else."""
     text = str(value).strip()
     with contextlib.suppress(ValueError):
         return float(text) if math.isfinite(float(text)) else None
@@ -262,18 +257,14 @@ log = logging.getLogger("refresherr")
 
 
 class Terminal:
-    """Where output goes: data to stdout, messages and progress to stderr.
-
-    `colour` and `progress` hold only where the streams are terminals that understand them.
-    """
+    """Data goes to stdout, messages to stderr; colour and progress only where it is a terminal."""
 
     _CODES = {"red": "31", "green": "32", "yellow": "33", "bold": "1", "dim": "2"}
 
     def __init__(
         self, out: TextIO, err: TextIO, *, colour: bool = False, progress: bool = False
     ) -> None:
-        self.out = out
-        self.err = err
+        self.out, self.err = out, err
         self.colour = colour and out.isatty()
         self._progress = progress and err.isatty()
         self._drawn = 0
@@ -281,9 +272,8 @@ class Terminal:
 
     def paint(self, text: str, *styles: str) -> str:
         """Return `text` in colour where colour is wanted."""
-        if not self.colour or not styles:
-            return text
-        return f"\x1b[{';'.join(self._CODES[style] for style in styles)}m{text}\x1b[0m"
+        codes = ";".join(self._CODES[style] for style in styles)
+        return f"\x1b[{codes}m{text}\x1b[0m" if self.colour and styles else text
 
     def line(self, text: str = "") -> None:
         """Print a line of data.  The caller has escaped what is foreign in it."""
@@ -313,21 +303,18 @@ class TerminalHandler(logging.Handler):
 
     def __init__(self, terminal: Terminal, tracebacks: bool) -> None:
         super().__init__()
-        self._terminal = terminal
-        self._tracebacks = tracebacks
+        self._terminal, self._tracebacks = terminal, tracebacks
 
     def emit(self, record: logging.LogRecord) -> None:
         self._terminal.clear()
         text = escape_message(record.getMessage())
         if record.levelno >= logging.WARNING:
             text = f"{record.levelname.lower()}: {text}"
-        try:
+        with contextlib.suppress(OSError, ValueError):  # stderr is gone: nobody is left to be told
             print(f"refresherr: {text}", file=self._terminal.err)
             if record.exc_info and self._tracebacks:
                 trace = logging.Formatter().formatException(record.exc_info)
                 print("\n".join(map(escape_message, trace.splitlines())), file=self._terminal.err)
-        except (OSError, ValueError):
-            pass  # stderr is gone: nobody is left to be told
 
 
 # ---------------------------------------------------------------------------------------------
@@ -415,10 +402,9 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
     """Return a parser that accepts one of `choices`."""
 
     def parse(text: str) -> str:
-        word = text.strip().lower()
-        if word not in choices:
-            raise ValueError("write " + ", ".join(choices[:-1]) + f" or {choices[-1]}")
-        return word
+        if text.strip().lower() in choices:
+            return text.strip().lower()
+        raise ValueError("write " + ", ".join(choices[:-1]) + f" or {choices[-1]}")
 
     return parse
 
@@ -592,16 +578,15 @@ Values = Dict[str, Dict[str, str]]
 
 
 def find_config_file(
-    explicit: Optional[str], environ: Mapping[str, str], program: str
+    flag: Optional[str], environ: Mapping[str, str], program: str
 ) -> Optional[str]:
-    """Return the config file to read, None without one.  ConfigError if a named one is absent."""
-    named = explicit or environ.get("REFRESHERR_CONFIG")
+    """Return the config file to read, None without one; one that is named need not exist."""
+    named = flag or environ.get("REFRESHERR_CONFIG")
     if named:
         return os.path.abspath(os.path.expanduser(named))
     home = environ.get("XDG_CONFIG_HOME") or os.path.join(environ.get("HOME", "/"), ".config")
-    beside = os.path.join(os.path.dirname(os.path.abspath(program)), "refresherr.ini")
-    at_home = os.path.join(home, "refresherr", "refresherr.ini")
-    places = (environ.get("CONFIG_FILE") or "", beside, at_home, "/etc/refresherr.ini")
+    folders = (os.path.dirname(os.path.abspath(program)), f"{home}/refresherr", "/etc")
+    places = [environ.get("CONFIG_FILE") or "", *(f"{f}/refresherr.ini" for f in folders)]
     return next(filter(os.path.isfile, places), None)
 
 
@@ -614,19 +599,16 @@ def load_config(
     """
     values, warnings = _read_config_file(file) if file else ({}, [])
     _merge_environment(values, environ)
-    parts: Dict[str, Any] = {}
-    instances = []
-    for section, texts in sorted(values.items()):
-        kind = section.split()[0]
-        if kind in INSTANCE_KINDS:
-            settings = _parse_section(section, InstanceSettings, texts)
-            instances.append(Instance(kind, "_".join(section.split()), settings))
-        else:
-            parts[section] = _parse_section(section, SECTIONS[section], texts)
+    parsed = {section: _parse_section(section, texts) for section, texts in sorted(values.items())}
+    instances = tuple(
+        Instance(section.split()[0], "_".join(section.split()), parsed.pop(section))
+        for section in [*parsed]
+        if section not in SECTIONS
+    )
     for (section, key), value in flags.items():
-        current = parts.get(section, SECTIONS[section]())
-        parts[section] = dataclasses.replace(current, **{key: value})
-    config = Config(instances=tuple(instances), file=file or "", warnings=tuple(warnings), **parts)
+        current = parsed.get(section, SECTIONS[section]())
+        parsed[section] = dataclasses.replace(current, **{key: value})
+    config = Config(instances=instances, file=file or "", warnings=tuple(warnings), **parsed)
     _check_config(config)
     return config
 
@@ -654,27 +636,25 @@ def _read_config_file(file: str) -> Tuple[Values, List[str]]:
         section = _section_name(title, file)
         if section in values:
             raise ConfigError(f"{file}: the section [{title}] stands twice")
-        fields = {field.name: field.metadata["secret"] for field in _fields(section)}
-        known = [*fields, *(f"{name}_file" for name, is_secret in fields.items() if is_secret)]
-        for key in parser[title]:
+        values[section] = dict(parser[title])
+        secrets = {field.name: field.metadata["secret"] for field in _fields(section)}
+        known = [*secrets, *(f"{name}_file" for name in secrets if secrets[name])]
+        for key, text in values[section].items():
             if key not in known:
                 hint = _nearest(key, known)
                 raise ConfigError(f"{file}: [{title}] has no setting {key!r}{hint}")
-        values[section] = dict(parser[title])
-        exposed = exposed or any(fields.get(key) and text for key, text in parser[title].items())
+            exposed = exposed or bool(text and secrets.get(key))
     advice = f"others can read the secrets in {file}; run: chmod 600 {file}"
     return values, [advice] if exposed and mode & 0o077 else []
 
 
 def _section_name(title: str, file: str) -> str:
-    words = title.lower().split()
-    if len(words) == 2 and words[0] in INSTANCE_KINDS:
-        return " ".join(words)
-    if len(words) == 1 and words[0] in SECTIONS:
-        return words[0]
-    if words and words[0] in INSTANCE_KINDS:
-        raise ConfigError(f"{file}: give the server a one-word name, such as [{words[0]} main]")
-    hint = _nearest((words or [""])[0], [*SECTIONS, *INSTANCE_KINDS])
+    kind, *names = title.lower().split() or [""]
+    if (kind in SECTIONS and not names) or (kind in INSTANCE_KINDS and len(names) == 1):
+        return " ".join([kind, *names])
+    if kind in INSTANCE_KINDS:
+        raise ConfigError(f"{file}: give the server a one-word name, such as [{kind} main]")
+    hint = _nearest(kind, [*SECTIONS, *INSTANCE_KINDS])
     raise ConfigError(f"{file}: unknown section [{title}]{hint}")
 
 
@@ -693,9 +673,9 @@ def _merge_environment(values: Values, environ: Mapping[str, str]) -> None:
     """Lay the environment over the file's values: REFRESHERR_SECTION_KEY and the old names."""
     for section in SECTIONS:
         for field in _fields(section):
-            middle = "" if section == "refresherr" else f"{section.upper()}_"
-            name = f"REFRESHERR_{middle}{field.name.upper()}"
-            text = environ.get(name) or environ.get(field.metadata["env"] or name)
+            prefix = section if section == "refresherr" else f"refresherr_{section}"
+            text = environ.get(f"{prefix}_{field.name}".upper())
+            text = text or environ.get(field.metadata["env"])
             if text:
                 values.setdefault(section, {})[field.name] = text
                 values[section].pop(f"{field.name}_file", None)
@@ -715,20 +695,18 @@ def _merge_environment(values: Values, environ: Mapping[str, str]) -> None:
             server["url" if key == "URL" else "api_key"] = text
 
 
-def _parse_section(section: str, table: Type[Any], texts: Mapping[str, str]) -> Any:
+def _parse_section(section: str, texts: Mapping[str, str]) -> Any:
     parsed = {}
-    for field in dataclasses.fields(table):
-        text = texts.get(field.name, "")
-        file = texts.get(f"{field.name}_file")
-        if field.metadata["secret"] and not text and file:
-            text = _read_secret(section, f"{field.name}_file", file)
+    for field in _fields(section):
+        text, file = texts.get(field.name), texts.get(f"{field.name}_file")
+        text = text or (_read_secret(section, f"{field.name}_file", file) if file else "")
         try:
             if text.strip():
                 parsed[field.name] = field.metadata["parse"](text)
         except ValueError as exc:
             shown = "" if field.metadata["secret"] else f" ({redact(text.strip())!r})"
             raise ConfigError(f"config: [{section}] {field.name}{shown}: {exc}") from exc
-    return table(**parsed)
+    return SECTIONS.get(section, InstanceSettings)(**parsed)
 
 
 def _read_secret(section: str, key: str, file: str) -> str:
@@ -749,33 +727,29 @@ def _check_config(config: Config) -> None:
     base = config.cinesync.base
     for root in config.cinesync.roots:
         if base and is_under(base, root):
-            raise ConfigError(
-                f"config: [cinesync] base {base} lies inside the repair root {root}; "
-                "Refresherr would repair CineSync's own links"
-            )
+            where = f"base {base} lies inside the repair root {root}"
+            harm = "Refresherr would repair CineSync's own links"
+            raise ConfigError(f"config: [cinesync] {where}; {harm}")
 
 
 def config_to_json(config: Config) -> JsonObject:
     """Return the effective settings; every secret shows as '***'."""
 
-    def shown(settings: Any) -> JsonObject:
-        result: JsonObject = {}
-        for field in dataclasses.fields(settings):
-            value = getattr(settings, field.name)
-            if field.metadata["secret"]:
-                value = value and "***"
-            elif field.metadata["parse"] is parse_map:
-                value = dict(value)
-            elif field.metadata["parse"] is parse_workers:
-                value = value or "auto"
-            elif isinstance(value, str):
-                value = redact(value)
-            result[field.name] = value
-        return result
+    def shown(field: Any, value: Any) -> Any:
+        if field.metadata["secret"]:
+            return value and "***"
+        if field.metadata["parse"] is parse_map:
+            return dict(value)
+        if field.metadata["parse"] is parse_workers:
+            return value or "auto"
+        return redact(value) if isinstance(value, str) else value
 
-    settings = {section: shown(getattr(config, section)) for section in SECTIONS}
-    for instance in config.instances:
-        settings[instance.name] = shown(instance.settings)
+    tables = {section: getattr(config, section) for section in SECTIONS}
+    tables.update((instance.name, instance.settings) for instance in config.instances)
+    settings = {
+        name: {f.name: shown(f, getattr(table, f.name)) for f in dataclasses.fields(table)}
+        for name, table in tables.items()
+    }
     return {"file": config.file or None, "settings": settings}
 
 
@@ -789,12 +763,12 @@ _SAMPLE_HEAD = """\
 def format_sample_config() -> str:
     """Return a config file with every setting in it, commented out, made from the tables."""
     lines = [_SAMPLE_HEAD]
-    tv = {"kind": "sonarr", "port": "8989", "folder": "tv"}
-    movies = {"kind": "radarr", "port": "7878", "folder": "movies"}
-    sections = [(name, table, {"kind": name}) for name, table in SECTIONS.items()]
-    servers = (("sonarr tv", tv), ("radarr movies", movies))
-    sections[2:2] = [(title, InstanceSettings, words) for title, words in servers]
-    for title, table, words in sections:
+    titles = list(SECTIONS)
+    titles[2:2] = ["sonarr tv", "radarr movies"]
+    for title in titles:
+        table = SECTIONS.get(title, InstanceSettings)
+        kind, _, folder = title.partition(" ")
+        words = {"kind": kind, "folder": folder, "port": 8989 if kind == "sonarr" else 7878}
         lines += [f"; {table.__doc__}", f"#[{title}]"]
         for field in dataclasses.fields(table):
             if field.metadata["doc"]:
@@ -936,80 +910,67 @@ def _show_name(folder: str, before: str) -> str:
 BUSY_TIMEOUT = 60.0  # seconds a writer waits for another before "database is locked"
 _LOOKUP = 500  # paths in one SELECT; SQLite before 3.32 binds 999 parameters at the most
 
+_START_ANEW = "restore a backup, or start anew with `db nuke --yes`"
+
 _write_lock = threading.Lock()
 _create_lock = threading.Lock()
 
 _V1_TABLES = """
-CREATE TABLE IF NOT EXISTS schema_version (
-    id INTEGER PRIMARY KEY, version INTEGER, applied_utc TEXT);
-CREATE TABLE IF NOT EXISTS symlinks (
-    path TEXT PRIMARY KEY, last_target TEXT, status TEXT, last_status TEXT,
+CREATE TABLE schema_version (id INTEGER PRIMARY KEY, version INTEGER, applied_utc TEXT);
+CREATE TABLE symlinks (path TEXT PRIMARY KEY, last_target TEXT, status TEXT, last_status TEXT,
     first_seen_utc TEXT, last_seen_utc TEXT);
-CREATE TABLE IF NOT EXISTS actions (
-    id INTEGER PRIMARY KEY, url TEXT, status TEXT, reason TEXT, related_path TEXT,
-    created_utc TEXT, fired_utc TEXT, last_error TEXT);
-CREATE INDEX IF NOT EXISTS idx_actions_status ON actions(status);
-CREATE INDEX IF NOT EXISTS idx_actions_related_path ON actions(related_path);
-CREATE TABLE IF NOT EXISTS movies (
-    id INTEGER PRIMARY KEY, instance TEXT, radarr_id INTEGER, title TEXT, year INTEGER,
-    imdb_id TEXT, tmdb_id INTEGER, monitored INTEGER, added_utc TEXT, poster_url TEXT,
-    fanart_url TEXT);
-CREATE INDEX IF NOT EXISTS ix_movies_instance ON movies(instance);
-CREATE UNIQUE INDEX IF NOT EXISTS uq_movies_instance_radarr ON movies(instance, radarr_id);
-CREATE TABLE IF NOT EXISTS movie_files (
-    id INTEGER PRIMARY KEY, instance TEXT, radarr_movie_id INTEGER, radarr_file_id INTEGER,
-    quality TEXT, resolution INTEGER, video_codec TEXT, audio_codec TEXT, size_bytes INTEGER,
-    original_path TEXT, symlink_path TEXT);
-CREATE INDEX IF NOT EXISTS ix_movie_files_inst_mid ON movie_files(instance, radarr_movie_id);
-CREATE TABLE IF NOT EXISTS series (
-    id INTEGER PRIMARY KEY, instance TEXT, sonarr_id INTEGER, title TEXT, imdb_id TEXT,
-    tvdb_id INTEGER, tmdb_id INTEGER, monitored INTEGER, poster_url TEXT, fanart_url TEXT);
-CREATE INDEX IF NOT EXISTS ix_series_instance ON series(instance);
-CREATE UNIQUE INDEX IF NOT EXISTS uq_series_instance_sid ON series(instance, sonarr_id);
-CREATE TABLE IF NOT EXISTS episode_files (
-    id INTEGER PRIMARY KEY, instance TEXT, sonarr_series_id INTEGER, sonarr_file_id INTEGER,
-    season_number INTEGER, quality TEXT, resolution INTEGER, release_group TEXT,
+CREATE TABLE actions (id INTEGER PRIMARY KEY, url TEXT, status TEXT, reason TEXT,
+    related_path TEXT, created_utc TEXT, fired_utc TEXT, last_error TEXT);
+CREATE INDEX idx_actions_status ON actions(status);
+CREATE INDEX idx_actions_related_path ON actions(related_path);
+CREATE TABLE movies (id INTEGER PRIMARY KEY, instance TEXT, radarr_id INTEGER, title TEXT,
+    year INTEGER, imdb_id TEXT, tmdb_id INTEGER, monitored INTEGER, added_utc TEXT,
+    poster_url TEXT, fanart_url TEXT);
+CREATE INDEX ix_movies_instance ON movies(instance);
+CREATE UNIQUE INDEX uq_movies_instance_radarr ON movies(instance, radarr_id);
+CREATE TABLE movie_files (id INTEGER PRIMARY KEY, instance TEXT, radarr_movie_id INTEGER,
+    radarr_file_id INTEGER, quality TEXT, resolution INTEGER, video_codec TEXT, audio_codec TEXT,
     size_bytes INTEGER, original_path TEXT, symlink_path TEXT);
-CREATE INDEX IF NOT EXISTS ix_episode_files_inst_sid ON episode_files(instance, sonarr_series_id);
-CREATE TABLE IF NOT EXISTS events (
-    id INTEGER PRIMARY KEY, ts INTEGER, path TEXT, target TEXT, kind TEXT, name TEXT,
-    action TEXT, status TEXT);
-CREATE TABLE IF NOT EXISTS cinesync_items (
-    id INTEGER PRIMARY KEY, tmdb_id INTEGER, show_title TEXT, show_norm TEXT, year INTEGER,
-    season INTEGER, episode INTEGER, path TEXT UNIQUE, target_ok INTEGER,
-    resolution_rank INTEGER, first_seen_utc INTEGER, last_seen_utc INTEGER);
-CREATE TABLE IF NOT EXISTS cinesync_runs (
-    run_id INTEGER PRIMARY KEY, started_utc INTEGER, finished_utc INTEGER, dry_run INTEGER,
-    repair_roots TEXT, cinesync_base TEXT, allowed_prefixes TEXT, indexed_count INTEGER,
-    checked_broken INTEGER, candidate_found INTEGER, resolved_target_ok INTEGER,
-    replaced INTEGER, skipped INTEGER, errors INTEGER)
+CREATE INDEX ix_movie_files_inst_mid ON movie_files(instance, radarr_movie_id);
+CREATE TABLE series (id INTEGER PRIMARY KEY, instance TEXT, sonarr_id INTEGER, title TEXT,
+    imdb_id TEXT, tvdb_id INTEGER, tmdb_id INTEGER, monitored INTEGER, poster_url TEXT,
+    fanart_url TEXT);
+CREATE INDEX ix_series_instance ON series(instance);
+CREATE UNIQUE INDEX uq_series_instance_sid ON series(instance, sonarr_id);
+CREATE TABLE episode_files (id INTEGER PRIMARY KEY, instance TEXT, sonarr_series_id INTEGER,
+    sonarr_file_id INTEGER, season_number INTEGER, quality TEXT, resolution INTEGER,
+    release_group TEXT, size_bytes INTEGER, original_path TEXT, symlink_path TEXT);
+CREATE INDEX ix_episode_files_inst_sid ON episode_files(instance, sonarr_series_id);
+CREATE TABLE events (id INTEGER PRIMARY KEY, ts INTEGER, path TEXT, target TEXT, kind TEXT,
+    name TEXT, action TEXT, status TEXT);
+CREATE TABLE cinesync_items (id INTEGER PRIMARY KEY, tmdb_id INTEGER, show_title TEXT,
+    show_norm TEXT, year INTEGER, season INTEGER, episode INTEGER, path TEXT UNIQUE,
+    target_ok INTEGER, resolution_rank INTEGER, first_seen_utc INTEGER, last_seen_utc INTEGER);
+CREATE TABLE cinesync_runs (run_id INTEGER PRIMARY KEY, started_utc INTEGER, finished_utc INTEGER,
+    dry_run INTEGER, repair_roots TEXT, cinesync_base TEXT, allowed_prefixes TEXT,
+    indexed_count INTEGER, checked_broken INTEGER, candidate_found INTEGER,
+    resolved_target_ok INTEGER, replaced INTEGER, skipped INTEGER, errors INTEGER)
 """
 
 # runs.summary is the JSON of the command's result; finished_utc and exit_code stay NULL while it
 # runs, and for ever if it was killed.  link_changes is the journal: a row stands there, 'planned',
 # before a link is touched.
 _V3_TABLES = """
-CREATE TABLE IF NOT EXISTS runs (
-    run_id INTEGER PRIMARY KEY, command TEXT NOT NULL, started_utc TEXT NOT NULL,
+CREATE TABLE runs (run_id INTEGER PRIMARY KEY, command TEXT NOT NULL, started_utc TEXT NOT NULL,
     finished_utc TEXT, exit_code INTEGER, summary TEXT);
-CREATE TABLE IF NOT EXISTS mounts (
-    mount_point TEXT PRIMARY KEY, fs_type TEXT NOT NULL, good_targets INTEGER NOT NULL,
-    first_seen_utc TEXT NOT NULL, last_seen_utc TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS link_changes (
-    change_id INTEGER PRIMARY KEY, run_id INTEGER NOT NULL, path TEXT NOT NULL,
-    old_target TEXT NOT NULL, new_target TEXT NOT NULL, state TEXT NOT NULL,
+CREATE TABLE mounts (mount_point TEXT PRIMARY KEY, fs_type TEXT NOT NULL,
+    good_targets INTEGER NOT NULL, first_seen_utc TEXT NOT NULL, last_seen_utc TEXT NOT NULL);
+CREATE TABLE link_changes (change_id INTEGER PRIMARY KEY, run_id INTEGER NOT NULL,
+    path TEXT NOT NULL, old_target TEXT NOT NULL, new_target TEXT NOT NULL, state TEXT NOT NULL,
     changed_utc TEXT NOT NULL, reason TEXT);
-CREATE INDEX IF NOT EXISTS ix_link_changes_run ON link_changes(run_id);
-CREATE INDEX IF NOT EXISTS ix_symlinks_not_ok ON symlinks(status, path) WHERE status <> 'ok';
-CREATE INDEX IF NOT EXISTS ix_events_ts ON events(ts)
+CREATE INDEX ix_link_changes_run ON link_changes(run_id);
+CREATE INDEX ix_symlinks_not_ok ON symlinks(status, path) WHERE status <> 'ok';
+CREATE INDEX ix_events_ts ON events(ts)
 """
-_V3_COLUMNS = (
-    ("symlinks", "broken_since_utc", "TEXT"),
-    ("symlinks", "error", "TEXT"),
-    ("actions", "attempts", "INTEGER DEFAULT 0"),
-    ("actions", "next_attempt_utc", "TEXT"),
-    ("actions", "progress", "TEXT"),
-)
+_V3_COLUMNS = {
+    "symlinks": ("broken_since_utc TEXT", "error TEXT"),
+    "actions": ("attempts INTEGER DEFAULT 0", "next_attempt_utc TEXT", "progress TEXT"),
+}
 
 
 def default_db_path() -> str:
@@ -1043,7 +1004,7 @@ def explained_errors(path: str) -> Iterator[None]:
         "disk is full": "free some space there and run the command again; nothing is lost",
         "disk I/O": "check the disk; `db check` tells whether the database is whole",
         "locked": "another program keeps it busy; try again later",
-        "malformed": "restore a backup, or start anew with `db nuke --yes`",
+        "malformed": _START_ANEW,
         "not a database": "it is no SQLite file; move it away, or name another with --db",
     }
     try:
@@ -1062,58 +1023,59 @@ def get_connection(db_path: Optional[str] = None) -> sqlite3.Connection:
     Rows read as `row["url"]`; every statement commits by itself unless a transaction is begun.
     The schema is not touched: that is `initialize_schema`.  Raises DatabaseError.
     """
+    return open_database(db_path, upgrade=False)
+
+
+def open_database(db_path: Optional[str] = None, upgrade: bool = True) -> sqlite3.Connection:
+    """Do as `get_connection` does, and bring the schema up to date."""
     path = db_path or default_db_path()
     if sqlite3.sqlite_version_info < (3, 24):
         raise DatabaseError(f"SQLite {sqlite3.sqlite_version} is too old; 3.24 is needed")
-    try:
-        _make_database_file(path)
-    except OSError as exc:
-        raise DatabaseError(
-            f"cannot open the database {path}: {exc.strerror}; name a writable place with "
-            "--data-dir DIR"
-        ) from exc
+    _make_database_file(path)
     with explained_errors(path), contextlib.ExitStack() as on_failure:
         conn = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None)
         on_failure.callback(conn.close)
         conn.row_factory = sqlite3.Row
-        _refuse_newer_schema(conn, path)  # before the journal mode: a newer one stays untouched
+        _known_version(conn)  # before the journal mode: a newer one stays untouched
         _set_journal_mode(conn, path)
+        if upgrade:
+            initialize_schema(conn)
         on_failure.pop_all()
     return conn
 
 
+@contextlib.contextmanager
+def _writable_place(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        advice = "name a writable place with --data-dir DIR"
+        raise DatabaseError(f"cannot open the {what}: {exc.strerror}; {advice}") from exc
+
+
 def _make_database_file(path: str) -> None:
     """Make the file with its mode before SQLite does, with the umask's."""
-    if os.path.isdir(path):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     # Never open a database that is in use: closing any descriptor of a file drops all POSIX locks
     # that this process holds on it, those of SQLite's connections in other threads included.
-    with _create_lock, contextlib.suppress(FileExistsError):
+    with _create_lock, _writable_place(f"database {path}"), contextlib.suppress(FileExistsError):
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-
-
-def _refuse_newer_schema(conn: sqlite3.Connection, path: str) -> None:
-    version = schema_version(conn)
-    if version > SCHEMA_VERSION:
-        raise DatabaseError(
-            f"database {path} has schema version {version}, this program knows {SCHEMA_VERSION}; "
-            "use a newer Refresherr"
-        )
 
 
 def _set_journal_mode(conn: sqlite3.Connection, path: str) -> None:
     mounts = read_mounts()
     fs_type = mounts.get(find_ancestor(os.path.realpath(path), mounts) or "/", "unknown")
-    mode = "delete" if is_network_type(fs_type) else "wal"
-    if mode == "delete":
+    mode, synchronous = "wal", "NORMAL"
+    if is_network_type(fs_type):
+        mode, synchronous = "delete", "FULL"
         log.debug("no WAL: %s is on a network file system (%s)", path, fs_type)
     deadline = time.monotonic() + BUSY_TIMEOUT
     while True:
         try:
-            if conn.execute("PRAGMA journal_mode").fetchone()[0] != mode:
-                conn.execute(f"PRAGMA journal_mode={mode}")
-            conn.execute(f"PRAGMA synchronous={'NORMAL' if mode == 'wal' else 'FULL'}")
+            conn.execute(f"PRAGMA journal_mode={mode}")
+            conn.execute(f"PRAGMA synchronous={synchronous}")
             return
         except sqlite3.OperationalError as exc:
             # Two that switch a fresh file to WAL at once: SQLite refuses one without waiting.
@@ -1142,20 +1104,17 @@ def transaction(conn: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
             raise
 
 
-def open_database(db_path: Optional[str] = None) -> sqlite3.Connection:
-    """Return a connection to a database that stands at the current schema version."""
-    with contextlib.ExitStack() as on_failure:
-        conn = get_connection(db_path)
-        on_failure.callback(conn.close)
-        initialize_schema(conn)
-        on_failure.pop_all()
-    return conn
-
-
 @contextlib.contextmanager
 def _writing() -> Iterator[sqlite3.Connection]:
     with contextlib.closing(open_database()) as conn, transaction(conn):
         yield conn
+
+
+def _own(
+    conn: Optional[sqlite3.Connection],
+) -> contextlib.AbstractContextManager[sqlite3.Connection]:
+    """Return a block with `conn`, or with a connection of its own to the default database."""
+    return contextlib.nullcontext(conn) if conn else contextlib.closing(get_connection())
 
 
 def database_path(conn: sqlite3.Connection) -> str:
@@ -1170,38 +1129,46 @@ def schema_version(conn: sqlite3.Connection) -> int:
     return conn.execute("SELECT max(version) FROM schema_version").fetchone()[0] or 0
 
 
+def _known_version(conn: sqlite3.Connection) -> int:
+    """Return `schema_version`.  DatabaseError if it is newer than this program."""
+    version = schema_version(conn)
+    if version > SCHEMA_VERSION:
+        advice = f"this program knows {SCHEMA_VERSION}; use a newer Refresherr"
+        raise DatabaseError(
+            f"database {database_path(conn)} has schema version {version}, {advice}"
+        )
+    return version
+
+
 def _columns(conn: sqlite3.Connection, table: str) -> List[str]:
     return [row[1] for row in conn.execute(f"PRAGMA table_info({table})")]
 
 
-def _run_script(conn: sqlite3.Connection, script: str) -> None:
+def _create_all(conn: sqlite3.Connection, script: str) -> None:
+    """Create the tables and indexes of a script, as far as they do not exist."""
     # Not executescript: that commits the transaction under way first.
     for statement in script.split(";\n"):
-        conn.execute(statement)
+        conn.execute(re.sub(r"(TABLE|INDEX)", r"\1 IF NOT EXISTS", statement, count=1))
 
 
 def _migrate_to_v3(conn: sqlite3.Connection) -> None:
-    _run_script(conn, _V1_TABLES)  # the container edition makes some tables only when needed
-    for table, column, kind in _V3_COLUMNS:
-        if column not in _columns(conn, table):
-            conn.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
-    _run_script(conn, _V3_TABLES)
-    conn.execute(
-        "UPDATE symlinks SET broken_since_utc = coalesce(last_seen_utc, first_seen_utc, ?) "
-        "WHERE coalesce(status, last_status) IN ('broken', 'repairing')",
-        (utc_now(),),
-    )
-    update = "UPDATE actions SET url = ?, reason = ?, last_error = ? WHERE id = ?"
-    actions = conn.execute("SELECT id, url, reason, last_error FROM actions").fetchall()
-    for number, *texts in actions:
-        cleaners = (strip_secrets, redact, redact)
-        clean = [text and cleaner(text) for cleaner, text in zip(cleaners, texts)]
-        if clean != texts:
-            conn.execute(update, (*clean, number))
+    _create_all(conn, _V1_TABLES)  # the container edition makes some tables only when needed
+    for table, columns in _V3_COLUMNS.items():
+        old = _columns(conn, table)
+        for column in columns:
+            if column.split()[0] not in old:
+                conn.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
+    _create_all(conn, _V3_TABLES)
+    update = """UPDATE symlinks SET broken_since_utc = coalesce(last_seen_utc, first_seen_utc, ?)
+        WHERE coalesce(status, last_status) IN ('broken', 'repairing')"""
+    conn.execute(update, (utc_now(),))
+    for column, clean in (("url", strip_secrets), ("reason", redact), ("last_error", redact)):
+        conn.create_function("clean", 1, clean)
+        conn.execute(f"UPDATE actions SET {column} = clean({column}) WHERE {column} <> ''")
 
 
 MIGRATIONS: Dict[int, Callable[[sqlite3.Connection], None]] = {
-    1: lambda conn: _run_script(conn, _V1_TABLES),
+    1: lambda conn: _create_all(conn, _V1_TABLES),
     2: lambda conn: None,  # the container edition's: its own tables are none of our business
     3: _migrate_to_v3,
 }
@@ -1213,25 +1180,16 @@ def initialize_schema(conn: Optional[sqlite3.Connection] = None) -> None:
     Raises DatabaseError, and touches nothing, when the database is newer than this program or
     when its own check fails.
     """
-    if conn is None:
-        with contextlib.closing(get_connection()) as own:
-            initialize_schema(own)
-        return
-    with explained_errors(database_path(conn)):
+    with _own(conn) as conn, explained_errors(database_path(conn)):
         if schema_version(conn) == SCHEMA_VERSION:
             return
         # What is overwritten may be a token: leave no copy of it in a freed page.
         conn.execute("PRAGMA secure_delete=ON")
-        with transaction(conn):  # alone: another thread or process may be at it, too
-            _refuse_newer_schema(conn, database_path(conn))
-            version = schema_version(conn)
-            if version == SCHEMA_VERSION:
-                return
-            holds_data = _holds_data(conn)
-            if holds_data:
-                _back_up_before_migration(conn, version)
+        with transaction(conn):  # alone: another thread or process may have been at it, too
+            version = _known_version(conn)
+            was_used = version < SCHEMA_VERSION and _back_up_before_migration(conn, version)
             _migrate(conn, version)
-        if holds_data:
+        if was_used:
             _scrub(conn)
 
 
@@ -1258,24 +1216,22 @@ def _quoted_tables(conn: sqlite3.Connection) -> List[str]:
     return [row[0] for row in rows]
 
 
-def _holds_data(conn: sqlite3.Connection) -> bool:
-    tables = [table for table in _quoted_tables(conn) if table != '"schema_version"']
-    return any(conn.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in tables)
-
-
-def _back_up_before_migration(conn: sqlite3.Connection, version: int) -> None:
+def _back_up_before_migration(conn: sqlite3.Connection, version: int) -> bool:
+    """Copy the database beside itself; False if there is nothing in it."""
+    tables = set(_quoted_tables(conn)) - {'"schema_version"'}
+    if not any(conn.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in tables):
+        return False
     path = database_path(conn)
     finding = conn.execute("PRAGMA quick_check(1)").fetchone()[0]
     if finding != "ok":
-        raise DatabaseError(
-            f"database {path} is damaged ({finding}); it was not upgraded: restore a backup, or "
-            "start anew with `db nuke --yes`"
-        )
+        what = f"database {path} is damaged ({finding})"
+        raise DatabaseError(f"{what}; it was not upgraded: {_START_ANEW}")
     backup = f"{path}.v{version}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}.bak"
     # By a connection of its own: SQLite copies nothing from one that is about to write.
     with contextlib.closing(sqlite3.connect(path)) as reader:
         backup_database(reader, backup)
     log.info("upgrading the database from version %d; the old one is kept as %s", version, backup)
+    return True
 
 
 @contextlib.contextmanager
@@ -1307,11 +1263,7 @@ def nuke_database(conn: Optional[sqlite3.Connection] = None, confirm: bool = Fal
     """Drop every table and build the schema anew.  ValueError without `confirm=True`."""
     if not confirm:
         raise ValueError("nuke_database deletes everything; call it with confirm=True")
-    if conn is None:
-        with contextlib.closing(get_connection()) as own:
-            nuke_database(own, confirm=True)
-        return
-    with explained_errors(database_path(conn)):
+    with _own(conn) as conn, explained_errors(database_path(conn)):
         with transaction(conn):
             for table in _quoted_tables(conn):
                 conn.execute(f"DROP TABLE {table}")
@@ -1325,12 +1277,13 @@ class KnownLink(NamedTuple):
     rowid: int
     target: Union[str, bytes, None]
     status: Optional[str]
-    last_status: Optional[str]
+    last_seen: str
     broken_since: Optional[str]
-    error: Optional[str]
+    error: str
 
 
-_KNOWN_COLUMNS = "rowid, last_target, status, last_status, broken_since_utc, error"
+_KNOWN_COLUMNS = """rowid, last_target, status, coalesce(last_seen_utc, ''), broken_since_utc,
+    coalesce(error, '')"""
 _SEE_LINK = """UPDATE symlinks SET last_seen_utc = ?
 WHERE path = ? AND last_target = ? AND status = 'ok' AND last_status = 'ok'"""
 _WRITE_LINK = """
@@ -1371,26 +1324,32 @@ def link_row(
     return (to_db(path), to_db(target), status, status, now, now, since, reason or None)
 
 
+def find_links(conn: sqlite3.Connection, paths: Sequence[str]) -> Dict[str, KnownLink]:
+    """Return what is known of the links at `paths`."""
+    found = {}
+    for start in range(0, len(paths), _LOOKUP):
+        keys = [to_db(path) for path in paths[start : start + _LOOKUP]]
+        marks = ",".join("?" * len(keys))
+        query = f"SELECT path, {_KNOWN_COLUMNS} FROM symlinks WHERE path IN ({marks})"
+        for path, *known in conn.execute(query, keys):
+            found[from_db(path)] = KnownLink(*known)
+    return found
+
+
 def find_link(conn: sqlite3.Connection, path: str) -> Optional[KnownLink]:
     """Return what is known of the link at `path`."""
-    query = f"SELECT {_KNOWN_COLUMNS} FROM symlinks WHERE path = ?"
-    row = conn.execute(query, (to_db(path),)).fetchone()
-    return KnownLink(*row) if row else None
+    return next(iter(find_links(conn, [path]).values()), None)
 
 
 def record_symlink(path: str, target: str, status: str) -> None:
-    """Record that the link at `path` points to `target` and is `status` now.
-
-    Raises ValueError for a status that is none of `STATUSES`.
-    """
+    """Record that the link at `path` points to `target` and is `status`, one of `STATUSES`."""
     if status not in STATUSES:
         raise ValueError(f"unknown status {status!r}; known: {', '.join(STATUSES)}")
     with _writing() as conn:
         known = find_link(conn, path)
         conn.execute(_WRITE_LINK, link_row(path, target, status, "", utc_now(), known))
         change = classify_change(known, status)
-        if change:
-            _write_events(conn, [link_event(path, target, change, status)])
+        _write_events(conn, [link_event(path, target, change, status)] if change else [])
 
 
 def enqueue_action(url: str, reason: str = "", related_path: Optional[str] = None) -> int:
@@ -1463,11 +1422,9 @@ def beneath(root: str, column: str = "path") -> Tuple[str, List[Any]]:
     """
     first = root.rstrip("/") + "/"
     last = first[:-1] + "0"  # the character after '/'
-    ranges: List[Any] = [os.fsencode(first), os.fsencode(last)]
-    sql = f"({column} >= ? AND {column} < ?)"
-    if isinstance(to_db(root), bytes):
-        return sql, ranges
-    return f"({sql} OR {sql})", [first, last, *ranges]
+    as_text, as_bytes = [to_db(first), to_db(last)], [os.fsencode(first), os.fsencode(last)]
+    within = f"{column} >= ? AND {column} < ?"
+    return f"({within} OR {within})", [*as_text, *as_bytes]
 
 
 @contextlib.contextmanager
@@ -1477,33 +1434,29 @@ def process_lock(db_path: str, wait: float) -> Iterator[None]:
     The kernel drops it with the process, however that ends.
     """
     file = db_path + ".lock"
-    try:
+    with _writable_place(f"lock file {file}"):
         os.makedirs(os.path.dirname(file), mode=0o700, exist_ok=True)
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as exc:
-        raise DatabaseError(
-            f"cannot make the lock file {file}: {exc.strerror}; name a writable place with "
-            "--data-dir DIR"
-        ) from exc
     deadline = time.monotonic() + wait
     try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise LockedError(
-                        f"another run holds the lock {file}; wait for it to end, or use "
-                        "--lock-wait SECONDS"
-                    ) from None
-                time.sleep(0.1)
-            except OSError as exc:
-                log.warning("no lock on this file system (%s): %s", exc.strerror, file)
-                break
+        while not _try_lock(descriptor, file):
+            if time.monotonic() >= deadline:
+                advice = "wait for it to end, or use --lock-wait SECONDS"
+                raise LockedError(f"another run holds the lock {file}; {advice}")
+            time.sleep(0.1)
         yield
     finally:
         os.close(descriptor)
+
+
+def _try_lock(descriptor: int, file: str) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as exc:
+        log.warning("no lock on this file system (%s): %s", exc.strerror, file)
+    return True
 
 
 @contextlib.contextmanager
@@ -1527,10 +1480,7 @@ def scratch_database(db_path: str) -> Iterator[sqlite3.Connection]:
 
 @contextlib.contextmanager
 def recorded_run(conn: sqlite3.Connection, command: str) -> Iterator[JsonObject]:
-    """Keep an honest row in `runs`: yields the summary to fill; its 'exit_code' is the result.
-
-    A run that is killed leaves the row without an end.
-    """
+    """Keep an honest row in `runs`: yields the summary to fill; its 'exit_code' is the result."""
     insert = "INSERT INTO runs (command, started_utc) VALUES (?, ?)"
     with transaction(conn):
         run_id = conn.execute(insert, (command, utc_now())).lastrowid
@@ -1540,12 +1490,10 @@ def recorded_run(conn: sqlite3.Connection, command: str) -> Iterator[JsonObject]
     try:
         yield summary
         code = summary.get("exit_code", EXIT_OK)
-    except KeyboardInterrupt:
-        code = EXIT_INTERRUPTED
-        raise
-    except RefresherrError as exc:
-        code = exc.exit_code
-        summary.setdefault("message", redact(str(exc)))
+    except (RefresherrError, KeyboardInterrupt) as exc:
+        code = getattr(exc, "exit_code", EXIT_INTERRUPTED)
+        if isinstance(exc, RefresherrError):
+            summary.setdefault("message", redact(str(exc)))
         raise
     finally:
         with contextlib.suppress(sqlite3.Error), transaction(conn):
@@ -2651,175 +2599,117 @@ GUARD_FRESH_SHARE = 0.5  # the guard's share while most links of a unit were nev
 # How `symlinks.error` begins where it must be remembered:
 HELD = "held back by the mass-breakage guard: "  # then the unit
 UNJUDGED = "never judged: "  # then the reason
+_TALLIED = ("examined", OK, BROKEN, UNREACHABLE)
 
 
-@dataclasses.dataclass
-class Unit:
-    """What the guard counts for a mount point, or a directory directly beneath one (`name`)."""
+class Unit(NamedTuple):
+    """What the guard judges as a whole: a mount point, or a directory (`child`) directly in one.
+
+    `counts` are of links: 'total'; 'ok'; 'known broken' before this scan, which prove nothing;
+    'fresh', never judged before; 'gone' now, and not known broken.
+    """
 
     mount: str
-    name: str
-    total: int = 0
-    ok: int = 0
-    known_broken: int = 0  # links that were broken before this scan: they prove nothing
-    fresh: int = 0  # links that were never judged before
-    gone: int = 0  # good links whose target is gone now
-
-    def add(self, other: Unit) -> None:
-        self.total += other.total
-        self.known_broken += other.known_broken
-        self.fresh += other.fresh
-        self.gone += other.gone
-
-    def is_suspicious(self, limit: float) -> bool:
-        """Tell whether more is gone at once than breaks by itself; `limit` is a share."""
-        if self.name != self.mount and self.total < GUARD_CHILD_LINKS:
-            return False
-        good = self.total - self.known_broken
-        if self.fresh * 2 > good:
-            limit = max(limit, GUARD_FRESH_SHARE)
-        return self.gone >= GUARD_MINIMUM and self.gone > limit * good
+    child: str
+    counts: Counter[str]
 
 
-class GoneLink(NamedTuple):
-    """A link whose target is gone, and what the database knew of it."""
-
-    number: int
-    path: str
-    target: str
-    unit: int
-    emptied: str
-    root: int
-    last_seen: str
-    known: Optional[KnownLink]
-
-    @property
-    def was_judged(self) -> bool:
-        return self.known is not None and not (self.known.error or "").startswith(UNJUDGED)
-
-    @property
-    def was_held(self) -> bool:
-        return self.known is not None and (self.known.error or "").startswith(HELD)
+def is_suspicious(counts: Counter[str], limit: float) -> bool:
+    """Tell whether more of a unit is gone at once than breaks by itself; `limit` is a share."""
+    good = counts["total"] - counts["known broken"]
+    if counts["fresh"] * 2 > good:
+        limit = max(limit, GUARD_FRESH_SHARE)
+    return counts["gone"] >= GUARD_MINIMUM and counts["gone"] > limit * good
 
 
-@dataclasses.dataclass
-class RootTally:
-    """One line of the result's `roots`."""
-
-    path: str
-    state: str = "scanned"
-    reason: str = ""
-    covered: bool = False
-    real: str = ""
-    examined: int = 0
-    ok: int = 0
-    broken: int = 0
-    unreachable: int = 0
-
-    def to_json(self) -> JsonObject:
-        result = dataclasses.asdict(self)
-        del result["covered"], result["real"]
-        return result
+def never_judged(known: Optional[KnownLink]) -> bool:
+    """Tell whether no scan has ever seen whether the link is good."""
+    return known is None or known.error.startswith(UNJUDGED)
 
 
 class ScanRecord:
     """Compares what a worker says with the database and writes the differences.
 
-    Every batch is one short transaction: a scan that is interrupted leaves true rows.
+    Every message of kind KIND has its `take_KIND`; `finish` follows the last.  Every batch is one
+    short transaction: a scan that is interrupted leaves true rows.
     """
 
     def __init__(self, conn: sqlite3.Connection, job: ScanJob, limit: float = 0.2) -> None:
-        self.conn = conn
-        self.job = job
-        # [scan] max_new_broken; 1.0 switches the guard off, infinity accepts any loss.
-        self.limit = limit
-        self._mounted: Dict[str, str] = {}
+        self.conn, self.job = conn, job
+        self.limit = limit  # a share; 1.0 switches the guard off, infinity accepts any loss
         self.now = datetime.datetime.now(datetime.timezone.utc).isoformat()  # no two scans share it
-        self.roots = [RootTally(root) for root in job.roots]
+        tally = {"state": "scanned", "reason": "", **dict.fromkeys(_TALLIED, 0)}
+        self.roots: List[JsonObject] = [{"path": root, **tally} for root in job.roots]
         self.units: Dict[int, Unit] = {}
-        self.changes: Counter[str] = Counter()
-        self.unread: Dict[str, str] = {}
-        self.ignored = 0
-        self.guard_reasons: List[str] = []
-        self.refused = False
-        self._rows: List[Tuple[Any, ...]] = []  # to be written by the next _write()
-        self._events: List[Event] = []
         self.mounts: List[JsonObject] = []
-        self._blocked: Dict[int, str] = {}
-        self._told: Set[str] = set()
+        self.changes: Counter[str] = Counter()
+        self.ignored = 0
+        self.unread: Set[str] = set()
+        self.refusals: Set[str] = set()  # reasons for which something was not judged
+        self.guard: List[Tuple[int, str]] = []  # links it holds back, and why
+        self._real: Dict[str, str] = {}  # {root: its real path} of those that are walked
+        self._mounted: Dict[str, str] = {}
+        self._blocked: Dict[int, str] = {}  # units of which nothing may be said, and why
         self._unwell: Dict[str, str] = {}  # points beneath which no link counts as vanished
         self._uninhabited: Set[str] = set()
-        self._suspicious: Dict[str, Unit] = {}
-        self._held: Counter[str] = Counter()
-        self._emptied: Counter[str] = Counter()
-        self._remembered = {
-            from_db(row[0]): row[1]
-            for row in conn.execute("SELECT mount_point, first_seen_utc FROM mounts")
-        }
+        self._rows: List[Tuple[Any, ...]] = []  # to be written by the next _flush()
+        self._events: List[Event] = []
+        remembered = conn.execute("SELECT mount_point, first_seen_utc FROM mounts")
+        self._remembered = {from_db(point): since for point, since in remembered}
         self._last_rowid = conn.execute("SELECT max(rowid) FROM symlinks").fetchone()[0] or 0
         self._seen = 0  # of the rows that stood there before this scan
         conn.execute("PRAGMA wal_autocheckpoint=8000")  # 32 MB: fewer pages are written twice
-        self._cursor = conn.cursor()
-        self._cursor.row_factory = None
         conn.execute("DROP TABLE IF EXISTS temp.gone")
-        conn.execute(
-            "CREATE TEMP TABLE gone (number INTEGER PRIMARY KEY, path, target, unit, emptied, root)"
-        )
+        conn.execute("CREATE TEMP TABLE gone (link)")
 
     @property
     def examined(self) -> int:
-        return sum(root.examined for root in self.roots)
+        return sum(root["examined"] for root in self.roots)
 
     def take(self, message: Tuple[Any, ...]) -> None:
         """Record one message of the worker."""
-        kind = message[0]
-        if kind == "good":
-            self._take_good(*message[1:])
-        elif kind == "links":
-            self._take_links(message[1])
-        elif kind == "unit":
-            self.units[message[1]] = Unit(message[2], message[3])
-        elif kind == "mount":
-            self._remember_mount(message[1], message[2])
-        elif kind == "unread":
-            self.unread[message[1]] = message[2]
-            log.warning("cannot read %s: %s; its links stay as they were", message[1], message[2])
-        elif kind == "root":
-            self._take_root(*message[1:])
-        elif kind == "ignored":
-            self.ignored += message[1]
-        elif kind == "done":
-            self._take_places(message[1])
-            self._blocked = message[2]
-            self._compare_mounts()
-            self._uninhabited = set(message[3])
+        getattr(self, f"take_{message[0]}")(*message[1:])
 
-    def _take_root(self, number: int, state: str, reason: str, real: str, covered: bool) -> None:
-        # Now, not before: the worker has asked all mounts by now, which mounts autofs' promises.
-        self._mounted = self._mounted or read_mounts(identity=True)
-        root = self.roots[number]
-        root.state = ERROR if state == "refused" else state
-        root.reason = reason
-        root.covered = covered
-        root.real = real.rstrip("/")
-        if state == "refused":
-            self.refused = True
-        if state != "scanned":
-            log.error("root %s: %s; its known links stay as they were", root.path, reason)
-            return
-        for point, fs_type in read_mounts().items():
-            # What the library itself lives on: its links vanish with it.
-            if is_under(point, real) or is_under(real, point):
-                self._remember_mount(point, fs_type)
+    def take_beat(self) -> None:
+        """Nothing is said but that the worker lives."""
 
-    def _remember_mount(self, point: str, fs_type: str) -> None:
+    def take_ignored(self, count: int) -> None:
+        self.ignored += count
+
+    def take_unread(self, directory: str, reason: str) -> None:
+        self.unread.add(directory)
+        log.warning("cannot read %s: %s; its links stay as they were", directory, reason)
+
+    def take_unit(self, number: int, mount: str, child: str) -> None:
+        self.units[number] = Unit(mount, child, Counter())
+
+    def take_mount(self, point: str, fs_type: str) -> None:
+        """Remember a mount point that good targets, or the library itself, live on."""
         if fs_type == "autofs" or point in self._remembered:
             return
         insert = "INSERT OR IGNORE INTO mounts VALUES (?, ?, 0, ?, ?)"
         with transaction(self.conn):
             self.conn.execute(insert, (to_db(point), fs_type, self.now, self.now))
 
-    def _take_places(self, places: Iterable[Tuple[str, str, str, str, str]]) -> None:
+    def take_root(self, number: int, state: str, reason: str, real: str, covered: bool) -> None:
+        # Now, not before: the worker has asked all mounts by now, which mounts autofs' promises.
+        self._mounted = self._mounted or read_mounts(identity=True)
+        root = self.job.roots[number]
+        self.roots[number].update(state=ERROR if state == "refused" else state, reason=reason)
+        if state != "scanned":
+            log.error("root %s: %s; its known links stay as they were", root, reason)
+            if state == "refused":
+                self._refuse(reason)
+            return
+        if not covered:
+            self._real[root] = real.rstrip("/")
+        for point, fs_type in read_mounts().items():
+            # What the library itself lives on: its links vanish with it.
+            if is_under(point, real) or is_under(real, point):
+                self.take_mount(point, fs_type)
+
+    def take_done(self, places: List[Any], blocked: Dict[int, str], uninhabited: List[str]) -> None:
+        self._blocked, self._uninhabited = blocked, set(uninhabited)
         names = ("mount_point", "fs_type", "state", "reason")
         worst: Dict[str, JsonObject] = {}
         for place in sorted(places, key=lambda place: (place[0], place[2] == HEALTHY)):
@@ -2829,13 +2719,7 @@ class ScanRecord:
             if mount["state"] != HEALTHY:
                 self._unwell[mount["mount_point"]] = mount["reason"]
                 self._refuse(mount["reason"])
-
-    def _refuse(self, reason: str) -> None:
-        """Have the scan end as refused, and say why, once."""
-        self.refused = True
-        if reason not in self._told:
-            self._told.add(reason)
-            log.warning("%s; nothing beneath it is judged", reason)
+        self._compare_mounts()
 
     def _compare_mounts(self) -> None:
         """Refuse what was mounted or unmounted in the middle of the scan; remember what came."""
@@ -2851,96 +2735,86 @@ class ScanRecord:
             condition, values = beneath(point, "last_target")
             sql = f"SELECT 1 FROM symlinks WHERE {condition} LIMIT 1"
             if point in types and self.conn.execute(sql, values).fetchone():
-                self._remember_mount(point, types[point])
+                self.take_mount(point, types[point])
         self._unwell.update((p, f"{p} is absent") for p in self._remembered if p not in now)
+
+    def _refuse(self, reason: str, consequence: str = "nothing beneath it is judged") -> None:
+        """Have the scan end as refused, and say why, once."""
+        if reason not in self.refusals:
+            self.refusals.add(reason)
+            log.warning("%s; %s", reason, consequence)
 
     # Links, as they come
 
-    def _take_good(self, root: int, paths: List[str], targets: List[str], units: List[int]) -> None:
+    def take_good(self, root: int, paths: List[str], targets: List[str], units: List[int]) -> None:
         """Record good links.  Mostly nothing has changed, and moving `last_seen_utc` on is all."""
-        self.roots[root].examined += len(paths)
-        self.roots[root].ok += len(paths)
-        for number, count in Counter(units).items():
-            self.units[number].total += count
-            self.units[number].ok += count
         with transaction(self.conn), contextlib.suppress(UnicodeEncodeError):
             rows = zip(itertools.repeat(self.now), paths, targets)
             if self._last_rowid and self.conn.executemany(_SEE_LINK, rows).rowcount == len(paths):
                 self._seen += len(paths)
+                for name in ("examined", OK):
+                    self.roots[root][name] += len(paths)
+                for number, count in Counter(units).items():
+                    self.units[number].counts.update(total=count, ok=count)
                 return
-        self._record(
-            [(p, t, JUDGED_OK, unit, "", root) for p, t, unit in zip(paths, targets, units)]
-        )
+        links = zip(paths, targets, units)
+        self.take_links([(path, target, JUDGED_OK, unit, "", root) for path, target, unit in links])
 
-    def _take_links(self, links: Sequence[Judged]) -> None:
-        for judged in links:
-            tally = self.roots[judged[5]]
-            tally.examined += 1
-            tally.unreachable += judged[2] != JUDGED_GONE
-            self.units[judged[3]].total += 1
-            self.refused = self.refused or judged[2] == JUDGED_BLOCKED
-        gone = [
-            (to_db(path), to_db(target), unit, to_db(emptied), root)
-            for path, target, judgement, unit, emptied, root in links
-            if judgement == JUDGED_GONE
-        ]
+    def take_links(self, links: Sequence[Judged]) -> None:
+        """Weigh every link; record what can be judged by itself, put aside what is gone."""
+        known = find_links(self.conn, [link[0] for link in links]) if self._last_rowid else {}
+        gone = []
+        for link in links:
+            path, _, judgement, _, reason, _ = link
+            old = known.get(path)
+            self._weigh(link, old)
+            if judgement == JUDGED_GONE:
+                gone.append((marshal.dumps((link, old and tuple(old))),))
+                continue
+            if judgement == JUDGED_BLOCKED:
+                self._refuse(reason)
+            self._settle(link, OK if judgement == JUDGED_OK else UNREACHABLE, reason, old)
         with transaction(self.conn):
-            self.conn.executemany("INSERT INTO temp.gone VALUES (NULL, ?, ?, ?, ?, ?)", gone)
-        self._record([link for link in links if link[2] != JUDGED_GONE])
+            self.conn.executemany("INSERT INTO temp.gone VALUES (?)", gone)
+        self._flush()
 
-    def _record(self, links: Sequence[Judged]) -> None:
-        """Write what has changed of good and unreachable links, and that they were seen."""
-        for start in range(0, len(links), _LOOKUP):
-            part = links[start : start + _LOOKUP]
-            known = self._find([to_db(link[0]) for link in part])
-            for path, target, judgement, number, detail, _ in part:
-                old = known.get(path)
-                status = OK if judgement == JUDGED_OK else UNREACHABLE
-                if old is None:
-                    self.changes["new"] += 1
-                    self.units[number].fresh += 1
-                    if status == OK:  # most links of a first scan: no event, no reason
-                        row = (to_db(path), to_db(target), OK, OK, self.now, self.now, None, None)
-                        self._rows.append(row)
-                        continue
-                else:
-                    self._seen += old.rowid <= self._last_rowid
-                    if old.broken_since:
-                        self.units[number].known_broken += 1
-                    elif (old.error or "").startswith(UNJUDGED):
-                        self.units[number].fresh += 1
-                self._judge(path, target, status, detail, old)
-            self._write(_WRITE_LINK)
+    def _weigh(self, link: Judged, old: Optional[KnownLink]) -> None:
+        """Count a link for its root and for the guard."""
+        _, _, judgement, number, _, root = link
+        counts = self.units[number].counts
+        self.roots[root]["examined"] += 1
+        counts["total"] += 1
+        counts["ok"] += judgement == JUDGED_OK
+        if old is None:
+            self.changes["new"] += 1
+        else:
+            self._seen += old.rowid <= self._last_rowid
+        if old and old.broken_since:
+            counts["known broken"] += 1
+        else:
+            counts["fresh"] += never_judged(old)
+            counts["gone"] += judgement == JUDGED_GONE
 
-    def _find(self, keys: Sequence[Union[str, bytes]]) -> Dict[str, KnownLink]:
-        if not self._last_rowid:
-            return {}
-        rows = self._cursor.execute(
-            f"SELECT path, {_KNOWN_COLUMNS} FROM symlinks "
-            f"WHERE path IN ({','.join('?' * len(keys))})",
-            keys,
-        )
-        return {from_db(row[0]): KnownLink(*row[1:]) for row in rows}
-
-    def _judge(
-        self, path: str, target: str, status: str, reason: str, old: Optional[KnownLink]
-    ) -> None:
-        """Make the row of a verdict, and its event if there is one, for the next `_write`."""
-        error = (old.error if old else "") or ""
+    def _settle(self, link: Judged, status: str, reason: str, old: Optional[KnownLink]) -> None:
+        """Record a verdict: make its row, and its event if there is one."""
+        path, target, _, _, _, root = link
+        self.roots[root][status] += 1
         if status == UNREACHABLE:
-            if error.startswith(HELD):
-                reason = error  # an outage in between does not end what the guard holds
-            elif not reason.startswith(HELD) and (old is None or error.startswith(UNJUDGED)):
-                reason = reason if reason.startswith(UNJUDGED) else UNJUDGED + reason
+            if old and old.error.startswith(HELD):
+                reason = old.error  # an outage in between does not end what the guard holds
+            elif never_judged(old) and not reason.startswith((HELD, UNJUDGED)):
+                reason = UNJUDGED + reason
         change = classify_change(old, status)
         if change:
             self.changes[change] += 1
             self._events.append(link_event(path, target, change, status))
         self._rows.append(link_row(path, target, status, reason, self.now, old))
+        if len(self._rows) >= BATCH:
+            self._flush()
 
-    def _write(self, statement: str) -> None:
+    def _flush(self) -> None:
         with transaction(self.conn):
-            self.conn.executemany(statement, self._rows)
+            self.conn.executemany(_WRITE_LINK, self._rows)
             _write_events(self.conn, self._events)
         self._rows, self._events = [], []
 
@@ -2948,213 +2822,163 @@ class ScanRecord:
 
     def finish(self) -> None:
         """Judge the links whose targets are gone, then those that are gone themselves."""
-        for link in self._gone_links():
-            self._weigh(link)
-        self._suspicious = self._find_suspicious()
-        for link in self._gone_links():
-            self._record_gone(link)
-            if len(self._rows) == _LOOKUP:
-                self._write(_WRITE_LINK)
-        self._write(_WRITE_LINK)
-        for name, count in self._held.items():
-            unit = self._suspicious.get(name)
-            whole = f" of {unit.total - unit.known_broken:,}" if unit else ""
-            self.guard_reasons.append(
-                f"{count:,}{whole} good links into {name} lost their targets at once"
-            )
-        self._record_vanished()
-        good: Counter[str] = Counter()
+        suspicious = self._find_suspicious()
+        reasons: Counter[str] = Counter()
+        for (packed,) in self.conn.execute("SELECT link FROM temp.gone ORDER BY rowid"):
+            link, known = marshal.loads(packed)
+            old = KnownLink(*known) if known else None
+            status, reason = self._verdict(link, old, suspicious)
+            if status != BROKEN:
+                reasons[reason.replace(UNJUDGED, "")] += 1
+            self._settle(link, status, reason, old)
+        self._flush()
+        for reason in [reason for reason in reasons if reason.startswith(HELD)]:
+            name, count = reason[len(HELD) :], reasons.pop(reason)
+            counts = suspicious.get(name, Counter())
+            good = counts["total"] - counts["known broken"]
+            whole = f" of {good:,}" if good else ""
+            text = f"{count:,}{whole} good links into {name} lost their targets at once"
+            self.guard.append((count, text))
+        for reason, count in reasons.most_common(5):
+            self._refuse(reason, f"{plural(count, 'link')} into it not judged")
+        # Two counts by index: mostly nothing has vanished.
+        if sum(self._count(root) - self._count_missing(root) for root in self._real) != self._seen:
+            for root in self._real:
+                self._record_vanished(root)
+        found: Counter[str] = Counter()
         for unit in self.units.values():
-            good[unit.mount] += unit.ok
+            found[unit.mount] += unit.counts["ok"]
+        update = "UPDATE mounts SET good_targets = ?, last_seen_utc = ? WHERE mount_point = ?"
+        rows = [(count, self.now, to_db(point)) for point, count in found.items() if count]
         with transaction(self.conn):
-            self.conn.executemany(
-                "UPDATE mounts SET good_targets = ?, last_seen_utc = ? WHERE mount_point = ?",
-                [(count, self.now, to_db(point)) for point, count in good.items() if count],
-            )
-        for directory, count in self._emptied.most_common(5):
-            text = "%s is empty: perhaps nothing is mounted there; %s into it not judged"
-            log.warning(text, directory, plural(count, "link"))
-        if self.guard_reasons or self._emptied:
-            self.refused = True
+            self.conn.executemany(update, rows)
 
-    def _gone_links(self) -> Iterator[GoneLink]:
-        last = 0
-        while True:
-            rows = self.conn.execute(
-                "SELECT g.number, g.path, g.target, g.unit, g.emptied, g.root, s.last_seen_utc, "
-                "s.rowid, s.last_target, s.status, s.last_status, s.broken_since_utc, s.error "
-                "FROM (SELECT * FROM temp.gone WHERE number > ? ORDER BY number LIMIT ?) g "
-                "LEFT JOIN symlinks s ON s.path = g.path ORDER BY g.number",
-                (last, _LOOKUP),
-            ).fetchall()
-            for row in rows:
-                known = KnownLink(*tuple(row)[7:]) if row[7] is not None else None
-                path, target, emptied = from_db(row[1]), from_db(row[2]), from_db(row[4])
-                yield GoneLink(row[0], path, target, row[3], emptied, row[5], row[6] or "", known)
-            if not rows:
-                return
-            last = rows[-1][0]
+    def _find_suspicious(self) -> Dict[str, Counter[str]]:
+        """Return what is counted where too much is gone at once: by mount point or directory."""
+        groups: Dict[str, Counter[str]] = {}
+        for number, unit in self.units.items():
+            if number in self._blocked:
+                unit.counts["gone"] = 0
+            for name in {unit.mount, unit.child or unit.mount}:
+                groups.setdefault(name, Counter()).update(unit.counts)
+        mounts = {unit.mount for unit in self.units.values()}
+        return {
+            name: counts
+            for name, counts in groups.items()
+            if (name in mounts or counts["total"] >= GUARD_CHILD_LINKS)
+            and is_suspicious(counts, self.limit)
+        }
 
-    def _weigh(self, link: GoneLink) -> None:
-        """Count a link whose target is gone for the guard."""
-        unit = self.units[link.unit]
-        self._seen += link.known is not None and link.known.rowid <= self._last_rowid
-        if link.known and link.known.broken_since:
-            unit.known_broken += 1
-            return
-        if not link.was_judged:
-            unit.fresh += 1
-        if link.unit not in self._blocked:
-            unit.gone += 1
-
-    def _find_suspicious(self) -> Dict[str, Unit]:
-        """Return the units in which too much is gone at once."""
-        if self.limit >= 1.0:
-            return {}
-        groups: Dict[str, Unit] = {}
-        for unit in self.units.values():
-            for name in {unit.mount, unit.name or unit.mount}:
-                groups.setdefault(name, Unit(unit.mount, name)).add(unit)
-        return {name: unit for name, unit in groups.items() if unit.is_suspicious(self.limit)}
-
-    def _record_gone(self, link: GoneLink) -> None:
-        status, reason = self._verdict(link)
-        self.changes["new"] += link.known is None
-        root = self.roots[link.root]
-        root.broken += status == BROKEN
-        root.unreachable += status != BROKEN
-        self._judge(link.path, link.target, status, reason, link.known)
-
-    def _verdict(self, link: GoneLink) -> Tuple[str, str]:
+    def _verdict(
+        self, link: Judged, old: Optional[KnownLink], guarded: Iterable[str]
+    ) -> Tuple[str, str]:
         """Return (status, reason): broken only where the file system is proven healthy."""
-        if link.unit in self._blocked:
-            self._refuse(self._blocked[link.unit])
-            return UNREACHABLE, self._blocked[link.unit]
-        unit = self.units[link.unit]
-        emptied = link.emptied.rstrip("/") or "/"
-        if link.emptied and emptied in self._uninhabited and not self._is_lone_loss(link, unit):
-            self._emptied[emptied] += 1
+        _, _, _, number, detail, _ = link
+        unit = self.units[number]
+        if number in self._blocked:
+            return UNREACHABLE, self._blocked[number]
+        emptied = detail and (detail.rstrip("/") or "/")
+        if emptied in self._uninhabited and not self._is_lone_loss(link, old):
             # What another edition called good, before we knew its mount, was never judged by us.
-            known_then = link.last_seen >= self._remembered.get(unit.mount, "~")
+            known_then = old and old.last_seen >= self._remembered.get(unit.mount, "~")
             mark = "" if known_then else UNJUDGED
             return UNREACHABLE, f"{mark}{emptied} is empty: perhaps nothing is mounted there"
-        if self.limit < 1.0 and link.known and link.was_held:
-            name = (link.known.error or "")[len(HELD) :]  # held until it is back, or accepted
-            self._held[name] += 1
-            return UNREACHABLE, HELD + name
-        if not (link.known and link.known.broken_since):
-            for name in (unit.name, unit.mount):
-                if name in self._suspicious:
-                    self._held[name] += 1
+        if self.limit < 1.0 and old and old.error.startswith(HELD):
+            return UNREACHABLE, old.error  # held until it is back, or accepted
+        if not (old and old.broken_since):
+            for name in (unit.child, unit.mount):
+                if name in guarded:
                     return UNREACHABLE, HELD + name
         return BROKEN, ""
 
-    def _is_lone_loss(self, link: GoneLink, unit: Unit) -> bool:
+    def _is_lone_loss(self, link: Judged, old: Optional[KnownLink]) -> bool:
         """Tell whether a target that left an empty directory is likelier gone than not mounted.
 
         That is so if it was seen good or broken there, on a mount that was remembered then, and
         its own directory still stands; or if somebody has accepted the loss.
         """
-        old = link.known
-        if old is None or not link.was_judged or unit.mount not in self._remembered:
+        _, target, _, number, detail, _ = link
+        since = self._remembered.get(self.units[number].mount)
+        if old is None or never_judged(old) or since is None:
             return False
         return self.limit == math.inf or (
-            link.emptied.endswith("/")
-            and from_db(old.target) == link.target
-            and link.last_seen >= self._remembered[unit.mount]
-            and (old.status != UNREACHABLE or old.broken_since is not None or link.was_held)
+            detail.endswith("/")
+            and from_db(old.target) == target
+            and old.last_seen >= since
+            and (old.status != UNREACHABLE or bool(old.broken_since) or old.error.startswith(HELD))
         )
 
-    def _record_vanished(self) -> None:
-        """Mark as missing the links that a complete walk of their directories did not meet."""
-        walked = [r for r in self.roots if r.state == "scanned" and not r.covered]
-        known = sum(self._count(root) for root in walked)
-        missing = sum(self._count(root, "status <> 'ok' AND status = 'missing'") for root in walked)
-        if known - missing == self._seen:
-            return
-        for root in walked:
-            condition, values = beneath(root.path)
-            rows = self._cursor.execute(
-                "SELECT rowid, path FROM symlinks WHERE status IS NOT 'missing' "
-                f"AND last_seen_utc IS NOT ? AND {condition} AND rowid <= ?",
-                [self.now, *values, self._last_rowid],
-            )
-            unseen = [(row[0], from_db(row[1])) for row in rows]
-            if unseen:
-                self._judge_unseen(root, unseen)
-
-    def _count(self, root: RootTally, condition: str = "1") -> int:
+    def _count(self, root: str, condition: str = "1") -> int:
         """Count the rows beneath a root that stood there before this scan."""
-        place, values = beneath(root.path)
+        place, values = beneath(root)
         query = f"SELECT count(*) FROM symlinks WHERE {condition} AND {place} AND rowid <= ?"
         return int(self.conn.execute(query, [*values, self._last_rowid]).fetchone()[0])
 
-    def _judge_unseen(self, root: RootTally, unseen: List[Tuple[int, str]]) -> None:
+    def _count_missing(self, root: str) -> int:
+        return self._count(root, "status <> 'ok' AND status = 'missing'")  # so says the index
+
+    def _record_vanished(self, root: str) -> None:
+        """Mark as missing the links that a complete walk of their directories did not meet."""
         ignore = Ignore(self.job.ignore)
-        gone: List[int] = []
+        place, values = beneath(root)
+        unseen = f"""SELECT rowid, path FROM symlinks
+            WHERE status IS NOT 'missing' AND last_seen_utc IS NOT ? AND {place} AND rowid <= ?"""
+        gone: List[Tuple[int]] = []
         ignored: List[Tuple[int]] = []
-        for rowid, path in unseen:
+        for rowid, name in self.conn.execute(unseen, [self.now, *values, self._last_rowid]):
+            path = from_db(name)
+            point = find_ancestor(self._real[root] + path[len(root.rstrip("/")) :], self._unwell)
             if find_ancestor(path, self.unread):
                 continue
-            if ignore.active and ignore.matches_beneath(root.path, path):
+            if ignore.active and ignore.matches_beneath(root, path):
                 ignored.append((rowid,))
-                continue
-            point = find_ancestor(root.real + path[len(root.path.rstrip("/")) :], self._unwell)
-            if point:
+            elif point:
                 self._refuse(self._unwell[point])
-                continue
-            gone.append(rowid)
+            else:
+                gone.append((rowid,))
         with transaction(self.conn):
             self.conn.executemany("DELETE FROM symlinks WHERE rowid = ?", ignored)
         present = self._count(root, "status IS NOT 'missing'")
-        if self.limit < 1.0 and GUARD_MINIMUM <= len(gone) > self.limit * present:
-            self._held[root.path] += len(gone)
-            self.guard_reasons.append(
-                f"{len(gone):,} of {plural(present, 'link')} vanished from {root.path} at once"
-            )
+        if GUARD_MINIMUM <= len(gone) > self.limit * present:
+            text = f"{len(gone):,} of {plural(present, 'link')} vanished from {root} at once"
+            self.guard.append((len(gone), text))
             return
-        query = f"SELECT path, {_KNOWN_COLUMNS} FROM symlinks WHERE rowid = ?"
-        for rowid in gone:
-            path, *known = self._cursor.execute(query, (rowid,)).fetchone()
-            old = KnownLink(*known)
-            self._judge(from_db(path), from_db(old.target), MISSING, "", old)
+        self.changes["vanished"] += len(gone)
+        select = "SELECT path, last_target FROM symlinks WHERE rowid = ?"
+        rows = (map(from_db, self.conn.execute(select, key).fetchone()) for key in gone)
+        events = (link_event(path, target, "vanished", MISSING) for path, target in rows)
         # Not _WRITE_LINK: what is missing was not seen now.
-        self._rows = [(row[0],) for row in self._rows]
-        self._write(
-            "UPDATE symlinks SET status = 'missing', last_status = 'missing' WHERE path = ?"
-        )
+        update = "UPDATE symlinks SET status = 'missing', last_status = 'missing' WHERE rowid = ?"
+        with transaction(self.conn):
+            _write_events(self.conn, events)
+            self.conn.executemany(update, gone)
 
     # The result
 
     def to_json(self) -> JsonObject:
         """Return the scan's result as the commands show it, with its exit code."""
-        totals = {
-            name: sum(getattr(root, name) for root in self.roots)
-            for name in ("examined", "ok", "broken", "unreachable")
-        }
-        gone = "status <> 'ok' AND status = 'missing'"
-        missing = sum(self._count(root, gone) for root in self.roots if not root.covered)
-        names = ("new", "newly_broken", "recovered", "vanished")
+        totals = {name: sum(root[name] for root in self.roots) for name in _TALLIED}
+        changes = ("new", "newly_broken", "recovered", "vanished")
+        failed = [root for root in self.roots if root["state"] != "scanned"]
+        apart = {*self._real, *(root["path"] for root in failed)}  # no other root holds them
+        missing = sum(map(self._count_missing, apart))
+        code = EXIT_PARTIAL if failed or totals[UNREACHABLE] or self.unread else EXIT_OK
+        if failed == self.roots:
+            code = EXIT_FAILED
+        if self.refusals or self.guard:
+            code = EXIT_REFUSED
         return {
-            "roots": [root.to_json() for root in self.roots],
+            "roots": self.roots,
             "totals": {**totals, "missing": missing, "ignored": self.ignored},
-            "changes": {name: self.changes[name] for name in names},
+            "changes": {name: self.changes[name] for name in changes},
             "mounts": self.mounts,
             "guard": {
-                "tripped": bool(self.guard_reasons),
-                "held_back": sum(self._held.values()),
-                "reason": "; ".join(self.guard_reasons),
+                "tripped": bool(self.guard),
+                "held_back": sum(count for count, _ in self.guard),
+                "reason": "; ".join(reason for _, reason in self.guard),
             },
-            "exit_code": self._exit_code(totals["unreachable"]),
+            "exit_code": code,
         }
-
-    def _exit_code(self, unreachable: int) -> int:
-        if self.refused:
-            return EXIT_REFUSED
-        failed = [root for root in self.roots if root.state != "scanned"]
-        if failed and len(failed) == len(self.roots):
-            return EXIT_FAILED
-        return EXIT_PARTIAL if failed or unreachable or self.unread else EXIT_OK
 
 
 def scan_library(
@@ -3179,9 +3003,8 @@ def scan_library(
         worker.close()
         if collecting:
             gc.enable()
-    result = record.to_json()
-    result["duration_seconds"] = round(time.monotonic() - started, 3)
-    return result
+    duration = round(time.monotonic() - started, 3)
+    return {**record.to_json(), "duration_seconds": duration}
 
 
 def plan_scan(
@@ -3192,14 +3015,10 @@ def plan_scan(
     if not chosen:
         raise UsageError("no roots to scan: name a directory, or set roots in [scan] of the config")
     rows = conn.execute("SELECT mount_point, fs_type FROM mounts")
-    return ScanJob(
-        roots=chosen,
-        ignore=settings.ignore,
-        mount_checks=settings.mount_checks,
-        remembered={from_db(point): fs_type for point, fs_type in rows},
-        workers=settings.workers,
-        stat_timeout=settings.stat_timeout,
-    )
+    remembered = {from_db(point): fs_type for point, fs_type in rows}
+    names = ("ignore", "mount_checks", "workers", "stat_timeout")
+    given = {name: getattr(settings, name) for name in names}
+    return ScanJob(roots=chosen, remembered=remembered, **given)
 
 
 def forget_mount(conn: sqlite3.Connection, point: str) -> bool:
@@ -4895,19 +4714,14 @@ class Finding:
 
 def examine_runtime() -> List[Finding]:
     """Look at the interpreter and its SQLite."""
-    python = ".".join(map(str, sys.version_info[:3]))
-    try:
+    python = ".".join(map(str, sys.version_info[:3])) + f" at {sys.executable}"
+    https = Finding("https", "warning", "this Python has no ssl", "only http:// URLs will work")
+    with contextlib.suppress(ImportError):
         import ssl
 
         https = Finding("https", "ok", ssl.OPENSSL_VERSION)
-    except ImportError:
-        advice = "only http:// URLs will work"
-        https = Finding("https", "warning", "this Python has no ssl", advice)
-    return [
-        Finding("python", "ok", f"{python} at {sys.executable}"),
-        Finding("sqlite", "ok", sqlite3.sqlite_version),
-        https,
-    ]
+    sqlite = Finding("sqlite", "ok", sqlite3.sqlite_version)
+    return [Finding("python", "ok", python), sqlite, https]
 
 
 def examine_database(conn: sqlite3.Connection) -> List[Finding]:
@@ -4917,10 +4731,8 @@ def examine_database(conn: sqlite3.Connection) -> List[Finding]:
     mode = conn.execute("PRAGMA journal_mode").fetchone()[0]
     free = shutil.disk_usage(os.path.dirname(path)).free
     detail = f"{path}, schema version {schema_version(conn)}, journal {mode}"
-    advice = ""
-    if damage != "ok":
-        detail, advice = f"{path}: {damage}", "restore a backup, or `db nuke --yes`"
-    result = [Finding("database", "failed" if advice else "ok", detail, advice)]
+    damaged = Finding("database", "failed", f"{path}: {damage}", _START_ANEW)
+    result = [Finding("database", "ok", detail) if damage == "ok" else damaged]
     if mode != "wal":
         advice = "a local disk would be faster"
         result.append(Finding("journal", "warning", f"journal mode {mode}", advice))
@@ -4948,12 +4760,10 @@ def examine_library(config: Config, conn: sqlite3.Connection) -> List[Finding]:
     try:
         for message in worker.messages():
             if message[0] == "root":
-                name, reason = f"root {job.roots[message[1]]}", message[3]
-                finding = Finding(name, "ok", "can be read")
-                if message[2] != "scanned":
-                    advice = "mount it, or correct [scan] roots"
-                    finding = Finding(name, "failed", reason, advice)
-                findings.append(finding)
+                name = f"root {job.roots[message[1]]}"
+                good = Finding(name, "ok", "can be read")
+                bad = Finding(name, "failed", message[3], "mount it, or correct [scan] roots")
+                findings.append(good if message[2] == "scanned" else bad)
             elif message[0] == "done":
                 findings += [_examined_mount(*place) for place in message[1]]
     finally:
