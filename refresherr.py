@@ -57,7 +57,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 
 # isort: off
 # fmt: off
@@ -1530,9 +1530,9 @@ def recorded_run(conn: sqlite3.Connection, command: str) -> Iterator[JsonObject]
 # Scan: the worker
 # ---------------------------------------------------------------------------------------------
 # The one mechanism for speed and for safety.  A forked process walks and judges and reports
-# through a pipe, while the parent keeps the database: two cores.  In it, threads take directories
-# from one pile: a single thread on a local disk, many once something answers slowly.  A watch
-# looks at what each thread has been waiting for; one that a dead mount holds is given up and
+# through a pipe, while the parent keeps the database: two cores.  In it, threads take tasks from
+# one pile: a single thread on a local disk, many once something answers slowly.  A watch looks at
+# what each task has been waiting for; one that a dead mount holds is given up, and its thread
 # replaced.  A thread in the kernel's D state cannot be ended, nor can its process, so the parent
 # kills the worker at the end and does not wait for it (measured: any other way hangs).
 
@@ -1560,8 +1560,6 @@ JUDGED_OK, JUDGED_GONE, JUDGED_UNKNOWN, JUDGED_BLOCKED = range(4)
 Judged = Tuple[str, str, int, int, str, int]
 # Good links, most of all, travel as three lists: their paths, targets and unit numbers.
 Good = Tuple[List[str], List[str], List[int]]
-# A link that waits to be judged: (path, its target as a path to ask for, its text, root number).
-Waiting = Tuple[str, str, str, int]
 
 HEALTHY, ABSENT, EMPTY, UNRESPONSIVE, ERROR = "healthy", "absent", "empty", "unresponsive", "error"
 
@@ -1647,76 +1645,84 @@ def is_empty(directory: str) -> bool:
         return next(entries, None) is None
 
 
+@dataclasses.dataclass(eq=False)
 class Spot:
-    """A directory of targets, resolved: what all links into it have in common."""
+    """A physical directory and what it stands on: what all links into it have in common.
 
-    __slots__ = ("device", "good", "mount", "place", "real", "slow", "unit")
+    `child` is the directory beneath the mount point that leads there, '' for that itself; `place`
+    is the one that decides about it.
+    """
 
-    def __init__(self, real: str, unit: int, mount: Place, place: Place) -> None:
-        self.real = real
-        self.unit = unit
-        self.mount = mount
-        self.place = place
-        self.device = -1
-        self.slow = False
-        self.good = False
+    real: str
+    mount: Place
+    child: str
+    place: Place
+    slow: bool = False
+    device: int = -1
+    good: bool = False  # some target here was good, and `unit` is known
+    unit: int = -1
 
 
-class Slot:
-    """What one thread is doing, for the watch."""
+class Link(NamedTuple):
+    """A link that waits to be judged; `target` is its `text` as a path to ask for."""
 
-    __slots__ = ("lost", "path", "place", "since", "suspected", "task")
+    path: str
+    target: str
+    text: str
+    root: int
 
-    def __init__(self) -> None:
-        self.task: Optional[Task] = None
-        self.path = ""
-        self.place: Optional[Place] = None
-        self.since = 0.0
-        self.lost = False
-        self.suspected = False
+    @property
+    def head(self) -> str:
+        return self.target.rpartition("/")[0]
+
+    @property
+    def name(self) -> str:
+        return self.target.rpartition("/")[2]
+
+
+@dataclasses.dataclass(eq=False)
+class Task:
+    """`todo`, directories to walk, or `links` into one directory to judge; and what came of it.
+
+    What a task found counts only once it is finished: a thread that hangs takes it along, and
+    what was `taken` is given to another.  `path` is what it waits for, the watch looks at that.
+    """
+
+    todo: List[Tuple[str, int]] = dataclasses.field(default_factory=list)  # with the root number
+    links: Sequence[Link] = ()
+    good: Dict[int, Good] = dataclasses.field(default_factory=dict)  # by root number
+    found: List[Judged] = dataclasses.field(default_factory=list)
+    later: List[Link] = dataclasses.field(default_factory=list)
+    doubtful: List[Link] = dataclasses.field(default_factory=list)
+    ignored: int = 0
+    path: str = ""
+    place: Optional[Place] = None
+    since: float = 0.0
+    suspected: float = 0.0  # the `since` of a wait that is already looked into
+
+    def __post_init__(self) -> None:
+        self.taken = list(self.todo)
 
     def touch(self, path: str, place: Optional[Place] = None) -> None:
         """Note what the thread is about to wait for."""
         self.since = time.monotonic()
-        self.path, self.place, self.suspected = path, place, False
-
-
-class Task:
-    """Directories to walk, or one of targets with the `links` to judge there; and what came of it.
-
-    What a task found counts only once it is finished: a thread that hangs takes it along, and
-    what was `taken` is given to another.
-    """
-
-    __slots__ = ("doubtful", "found", "good", "ignored", "later", "links", "taken", "todo")
-
-    def __init__(self, todo: List[Tuple[str, int]], links: Optional[List[Waiting]] = None) -> None:
-        self.todo = todo  # (directory, root number)
-        self.taken = list(todo)
-        self.links = links
-        self.good: Dict[int, Good] = {}
-        self.found: List[Judged] = []
-        self.later: List[Tuple[str, Waiting]] = []
-        self.doubtful: List[Waiting] = []
-        self.ignored = 0
+        self.path, self.place = path, place
 
     def good_of(self, root: int) -> Good:
         return self.good.setdefault(root, ([], [], []))
 
-    def add(self, judged: Optional[Judged]) -> None:
-        """Add a verdict, if there is one yet, to what was found."""
-        if judged is None:
+    def add(self, link: Link, judgement: int, unit: int, detail: str = "") -> None:
+        """Add a verdict to what was found."""
+        if judgement != JUDGED_OK:
+            self.found.append((link.path, link.text, judgement, unit, detail, link.root))
             return
-        if judged[2] != JUDGED_OK:
-            self.found.append(judged)
-            return
-        paths, targets, units = self.good_of(judged[5])
-        paths.append(judged[0])
-        targets.append(judged[1])
-        units.append(judged[3])
+        paths, targets, units = self.good_of(link.root)
+        paths.append(link.path)
+        targets.append(link.text)
+        units.append(unit)
 
     def size(self) -> int:
-        return len(self.found) + sum(len(good[0]) for good in self.good.values())
+        return len(self.found) + len(self.later) + sum(len(g[0]) for g in self.good.values())
 
 
 class Ignore:
@@ -1766,50 +1772,61 @@ class Surveyor:
         self.limit = format_duration(job.stat_timeout)
         self.ignore = Ignore(job.ignore)
         self.ignored = 0
+        self.covered_roots: Dict[str, int] = {}
+        # Where things are.
         self.places: Dict[str, List[Place]] = {}
         self.sealed: Set[str] = set()  # unhealthy points: nothing there or beneath is touched
         self.stuck = False  # some of them are single files
-        self.slow_mounts: Set[str] = set()  # with a slash behind
+        self.slow: Tuple[str, ...] = ()  # mount points with a slash behind
         self.units: Dict[Tuple[str, str, str], int] = {}
         self.inhabited: Set[int] = set()  # hashes of the directories above good targets
         self.empty_dirs: Set[str] = set()
-        self.covered_roots: Dict[str, int] = {}
-        self.forget()
+        self.spots: Dict[str, Spot] = {}  # by any path
+        self.standings: Dict[str, Spot] = {}  # by physical path
         # The crew's state, all under one lock.
         self.change = threading.Condition()
-        self.slots: Set[Slot] = set()
-        self.here = threading.local()  # .slot is the thread's own
+        self.crew = 0  # threads at work, or waiting for some
+        self.tasks: Set[Task] = set()  # what they are at
+        self.here = threading.local()  # .task is the thread's own
         self.walks: List[Tuple[str, int]] = []
-        self.batches: List[Task] = []
-        self.waiting: Dict[str, List[Waiting]] = {}
+        self.waiting: OrderedDict[str, List[Link]] = OrderedDict()  # by directory of targets
         self.waiting_count = 0
-        self.walking = 0
-        self.working = 0
-        self.outbox = Task([])  # what is judged and not yet sent
+        self.outbox = Task()  # what is judged and not yet sent
+        self.doubtful: List[Link] = []  # gone at first sight
+        self.doubts = DOUBTFUL  # how many of them there may be; none in the second look
         self.crash: Optional[BaseException] = None
-        self.doubtful: Optional[List[Waiting]] = []  # gone at first sight; None: no more doubt
+        self.over = threading.Event()  # not `change`: the watch is not to be woken by every task
+        # The twin.
         self.spreading = False  # whether to stop once there is a pile to split
         self.half = 0
-        self.twin_of: Optional[int] = None
-        self.twin_units: List[Tuple[str, int]] = []
-        self.threads: List[threading.Thread] = []
-        self.over = threading.Event()  # not `change`: the watch is not to be woken by every task
-
-    def forget(self) -> None:
-        """Empty the caches: they are full, or something is no longer what it was."""
-        self.spots: Dict[str, Spot] = {}
-        self.real_dirs: Dict[str, str] = {}
-        self.devices: Dict[str, int] = {}
-        self.standings: Dict[str, Tuple[Place, str, Place]] = {}
+        self.twin_units: Dict[int, str] = {}
 
     # The whole errand
 
     def run(self) -> None:
         """Do the job and say 'done'."""
+        self.open_places()
+        self.open_roots()
+        if not self.job.look_only:
+            self.spreading = self.job.split
+            self.work()
+            pipe = self.split()
+            self.work()
+            self.look_again()
+            self.flush(force=True)
+            self.send(("ignored", self.ignored))
+            if pipe is not None:
+                (self.end_twin if self.half else self.join_twin)(pipe)
+            # Once more: a mount may have gone while its targets were looked for.
+            self.probe([p for p in self.everywhere() if p.used and p.state == HEALTHY])
+        self.report()
+
+    def open_places(self) -> None:
+        """Learn what is mounted, and ask what must be healthy whether it is."""
         mounts = read_mounts()
-        self.slow_mounts = {
-            point.rstrip("/") + "/" for point, kind in mounts.items() if is_network_type(kind)
-        }
+        self.slow = tuple(
+            p.rstrip("/") + "/" for p, kind in mounts.items() if is_network_type(kind)
+        )
         watched = []
         for check in self.job.mount_checks:
             # While it cannot be looked at, only its name and place tell a sentinel from a mount.
@@ -1820,142 +1837,11 @@ class Surveyor:
             watched.append(Place(point, "check", probe=check))
         watched += [Place(p, "remembered", kind) for p, kind in self.job.remembered.items()]
         self.probe(watched)
-        for place in watched + [Place(p, "seen", kind) for p, kind in mounts.items()]:
+        for place in watched:
+            place.used = self.job.look_only
+        seen = [Place(point, "seen", kind) for point, kind in mounts.items()]
+        for place in [*watched, *seen, Place("/", "seen", "unknown")]:
             self.places.setdefault(place.point, []).append(place)
-            place.used = self.job.look_only and place.role != "seen"
-        self.places.setdefault("/", [Place("/", "seen", "unknown")])
-        self.open_roots()
-        if not self.job.look_only:
-            self.spreading = self.job.split
-            self.work()
-            self.spreading = False
-            twin = self.split()
-            self.work()
-            self.look_again()
-            self.flush(force=True)
-            self.send(("ignored", self.ignored))
-            if self.twin_of is not None:
-                self.end_twin(self.twin_of)
-            if twin is not None:
-                self.join_twin(twin)
-            # Once more: a mount may have gone while its targets were looked for.
-            everywhere = [place for group in self.places.values() for place in group]
-            self.probe([p for p in everywhere if p.used and p.state == HEALTHY])
-        self.report()
-
-    def work(self, count: int = 1) -> None:
-        """Have a crew of `count` threads, to begin with, do what is on the piles."""
-        self.over.clear()
-        self.hire(count)
-        self.watch()
-
-    def look_again(self) -> None:
-        """Judge anew what was gone at first sight: a mount may have been away for a moment."""
-        links, self.doubtful = self.doubtful or [], None
-        heads: Dict[str, List[Waiting]] = {}
-        for link in links:
-            heads.setdefault(link[1].rpartition("/")[0], []).append(link)
-        self.batches = [Task([(head, 0)], group) for head, group in heads.items()]
-        slow = any(self.is_slow(head) for head in heads)
-        self.work((self.job.workers or AUTO_WORKERS) if slow else 1)
-
-    def split(self) -> Optional[int]:
-        """Fork a twin that takes every other directory of the pile, where a second core is idle.
-
-        Returns the pipe that the twin's findings come from; None if there is no twin, or in it.
-        """
-        is_worth_it = len(self.walks) >= SPREAD and not self.waiting
-        if not is_worth_it or len(self.threads) > 1 or len(os.sched_getaffinity(0)) < 2:
-            return None
-        self.threads[0].join()  # a fork copies the locks, but not those who would release them
-        self.flush(force=True)
-        reader, writer = os.pipe()
-        is_twin = fork_quietly() == 0
-        self.half = int(is_twin)
-        self.walks = self.walks[self.half :: 2]
-        os.close(reader if is_twin else writer)
-        if not is_twin:
-            return reader
-        self.ignored, self.doubtful = 0, []
-        self.twin_of = writer
-        return None
-
-    def end_twin(self, writer: int) -> None:
-        """Leave to the first half what it must know for the verdicts, and end this process."""
-        places = {
-            (place.point, place.role): (place.state, place.reason)
-            for group in self.places.values()
-            for place in group
-            if place.used
-        }
-        units = [(point, number) for (_, _, point), number in self.units.items()]
-        write_frame(writer, (places, units, list(self.empty_dirs), list(self.inhabited)))
-        os._exit(0)
-
-    def join_twin(self, reader: int) -> None:
-        """Wait for the twin, and add what it found to this half's knowledge."""
-        frames = Frames(reader)
-        while not frames.ready(HEARTBEAT):
-            self.send(("beat",))
-        places, self.twin_units, empty_dirs, inhabited = frames.take()
-        self.empty_dirs.update(empty_dirs)
-        self.inhabited.update(inhabited)
-        for place in [place for group in self.places.values() for place in group]:
-            state, reason = places.get((place.point, place.role), (None, ""))
-            place.used = place.used or state is not None
-            if state not in (None, HEALTHY):
-                self.seal(place, state, reason)
-
-    def probe(self, places: Sequence[Place]) -> None:
-        """Ask all places at once how they are, and seal off what is not well."""
-        answers = self.ask_all([place.examine for place in places])
-        for place, answer in zip(places, answers):
-            if answer is None:
-                answer = UNRESPONSIVE, f"{place.probe} did not answer within {self.limit}"
-            if answer[0] != HEALTHY:
-                self.seal(place, *answer)
-
-    def seal(self, place: Place, state: str, reason: str) -> None:
-        place.state, place.reason = state, reason
-        self.sealed.add(place.point)
-        self.forget()
-
-    def ask_all(self, questions: Sequence[Callable[[], Any]]) -> List[Any]:
-        """Ask all at once and return the answers; None for one that does not come in time."""
-        answers: List[Any] = [None] * len(questions)
-        done = threading.Semaphore(0)
-
-        def ask(number: int) -> None:
-            answers[number] = questions[number]()
-            done.release()
-
-        for number in range(len(questions)):
-            threading.Thread(target=ask, args=(number,), daemon=True).start()
-        deadline = time.monotonic() + self.job.stat_timeout
-        for _ in questions:
-            while not done.acquire(timeout=max(0, min(HEARTBEAT, deadline - time.monotonic()))):
-                self.send(("beat",))
-                if time.monotonic() >= deadline:
-                    return list(answers)
-        return answers
-
-    def report(self) -> None:
-        """Say how the places are at the end, and which units they take down with them."""
-        listed = [
-            (p.point, p.fs_type, p.state, p.reason, p.role)
-            for group in self.places.values()
-            for p in group
-            if p.role == "check" or (p.used and p.role != "stuck")
-        ]
-        blocked = {}
-        units = [(point, number) for (_, _, point), number in self.units.items()]
-        for point, number in units + self.twin_units:
-            place = self.standing(point)[2]
-            if place.state != HEALTHY and place.role != "stuck":
-                blocked[number] = place.reason
-        parents = {directory: os.path.dirname(directory) for directory in self.empty_dirs}
-        uninhabited = [d for d, p in parents.items() if p == "/" or hash(p) not in self.inhabited]
-        self.send(("done", listed, blocked, uninhabited))
 
     def open_roots(self) -> None:
         """Look at every root, hang-safe, and put the good ones on the pile; overlaps once."""
@@ -1967,7 +1853,7 @@ class Surveyor:
                 real[number] = path
             else:
                 self.send(("root", number, state, reason, path, False))
-        for place in [place for group in self.places.values() for place in group]:
+        for place in self.everywhere():
             # A library may have mounts in it: their links vanish with them.
             inside = any(is_under(place.point, path) for path in real.values())
             place.used = place.used or (inside and place.state != HEALTHY)
@@ -1983,8 +1869,8 @@ class Surveyor:
 
     def examine_root(self, root: str) -> Tuple[str, str, str]:
         """Return (state, reason, real path) of a root: 'scanned', 'missing', 'error', 'refused'."""
-        path = self.resolve(root)
-        place = self.standing(path)[2]
+        spot = self.locate(root)
+        place, path = spot.place, spot.real
         place.used = place.used or place.state != HEALTHY
         if place.state not in (HEALTHY, EMPTY):
             return "refused", place.reason, path
@@ -1997,128 +1883,233 @@ class Surveyor:
             return ERROR, exc.strerror or "cannot be read", path
         return "scanned", "", path
 
+    def look_again(self) -> None:
+        """Judge anew what was gone at first sight: a mount may have been away for a moment."""
+        self.doubts = 0
+        self.put_off(self.doubtful)
+        slow = any(self.is_slow(head) for head in self.waiting)
+        self.work((self.job.workers or AUTO_WORKERS) if slow else 1)
+
+    def split(self) -> Optional[int]:
+        """Fork a twin that takes every other directory of the pile, where a second core is idle.
+
+        Returns the pipe between the two; None if all is done, or something answers slowly.
+        """
+        is_worth_it, self.spreading = self.spreading and bool(self.walks), False
+        if not is_worth_it or len(os.sched_getaffinity(0)) < 2:
+            return None
+        self.thread.join()  # a fork copies the locks, but not those who would release them
+        self.flush(force=True)
+        pipe = os.pipe()
+        self.half = int(fork_quietly() == 0)
+        self.walks = self.walks[self.half :: 2]
+        if self.half:
+            self.ignored, self.doubtful = 0, []
+        os.close(pipe[not self.half])
+        return pipe[self.half]
+
+    def end_twin(self, writer: int) -> None:
+        """Leave to the first half what it must know for the verdicts, and end this process."""
+        places = {(p.point, p.role): (p.state, p.reason) for p in self.everywhere() if p.used}
+        write_frame(writer, (places, self.unit_points(), self.empty_dirs, self.inhabited))
+        os._exit(0)
+
+    def join_twin(self, reader: int) -> None:
+        """Wait for the twin, and add what it found to this half's knowledge."""
+        frames = Frames(reader)
+        while not frames.ready(HEARTBEAT):
+            self.send(("beat",))
+        places, self.twin_units, empty_dirs, inhabited = frames.take()
+        self.empty_dirs |= empty_dirs
+        self.inhabited |= inhabited
+        for place in self.everywhere():
+            state, reason = places.get((place.point, place.role), (None, ""))
+            place.used = place.used or state is not None
+            if state not in (None, HEALTHY):
+                self.seal(place, state, reason)
+
+    def report(self) -> None:
+        """Say how the places are at the end, and which units they take down with them."""
+        listed = [
+            (p.point, p.fs_type, p.state, p.reason, p.role)
+            for p in self.everywhere()
+            if p.role == "check" or (p.used and p.role != "stuck")
+        ]
+        units = {**self.unit_points(), **self.twin_units}
+        places = {number: self.stand(point).place for number, point in units.items()}
+        blocked = {
+            number: place.reason
+            for number, place in places.items()
+            if place.state != HEALTHY and place.role != "stuck"
+        }
+        parents = {directory: os.path.dirname(directory) for directory in self.empty_dirs}
+        uninhabited = [d for d, p in parents.items() if p == "/" or hash(p) not in self.inhabited]
+        self.send(("done", listed, blocked, uninhabited))
+
+    # Asking the places
+
+    def everywhere(self) -> List[Place]:
+        return [place for group in self.places.values() for place in group]
+
+    def probe(self, places: Sequence[Place]) -> None:
+        """Ask all places at once how they are, and seal off what is not well."""
+        answers = self.ask_all([place.examine for place in places])
+        for place, answer in zip(places, answers):
+            if answer is None:
+                answer = UNRESPONSIVE, f"{place.probe} did not answer within {self.limit}"
+            if answer[0] != HEALTHY:
+                self.seal(place, *answer)
+
+    def seal(self, place: Place, state: str, reason: str) -> None:
+        place.state, place.reason = state, reason
+        self.sealed.add(place.point)
+        self.forget()
+
+    def forget(self) -> None:
+        """Empty the caches: something is no longer what it was."""
+        self.spots.clear()
+        self.standings.clear()
+
+    def ask_all(self, questions: Sequence[Callable[[], Any]]) -> List[Any]:
+        """Ask all at once and return the answers; None for one that does not come in time."""
+        answers: List[Any] = [None] * len(questions)
+
+        def ask(number: int) -> None:
+            answers[number] = questions[number]()
+
+        numbers = range(len(questions))
+        threads = [threading.Thread(target=ask, args=(n,), daemon=True) for n in numbers]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + self.job.stat_timeout
+        for thread in threads:
+            while thread.is_alive() and time.monotonic() < deadline:
+                thread.join(HEARTBEAT / 10)
+                self.send(("beat",))
+        return list(answers)
+
     # The crew: threads, their tasks and the watch over them
+
+    def work(self, count: int = 1) -> None:
+        """Have a crew of `count` threads, to begin with, do what is on the piles."""
+        self.over.clear()
+        self.hire(count)
+        self.watch()
 
     def hire(self, count: int) -> None:
         """Have `count` threads at work; more cost nothing where they wait for a mount."""
         with self.change:
-            for _ in range(count - len(self.slots)):
-                slot = Slot()
-                self.slots.add(slot)
-                thread = threading.Thread(target=self.labour, args=(slot,), daemon=True)
-                self.threads.append(thread)
-                thread.start()
+            while self.crew < count:
+                self.crew += 1
+                self.thread = threading.Thread(target=self.labour, daemon=True)
+                self.thread.start()
 
     def hire_all(self) -> None:
         self.spreading = False
-        if len(self.slots) == 1:
+        if self.crew == 1:
             self.hire(self.job.workers or AUTO_WORKERS)
 
-    def labour(self, slot: Slot) -> None:
-        """Take tasks until none is left.  What a lost thread found is thrown away."""
-        self.here.slot = slot
+    def labour(self) -> None:
+        """Take tasks until none is left, or one was given up: what that found is thrown away."""
         try:
-            while self.next_task(slot):
-                assert slot.task
-                if slot.task.links is None:
-                    self.walk(slot, slot.task)
-                else:
-                    self.judge_directory(slot, slot.task, slot.task.links)
-                self.finish_task(slot)
+            task = self.next_task()
+            while task:
+                self.here.task = task
+                (self.judge_directory if task.links else self.walk)(task)
+                task = self.next_task() if self.finish_task(task) else None
         except BaseException as exc:  # a bug: the errand cannot be trusted any more
             self.crash = exc
             self.over.set()
 
-    def next_task(self, slot: Slot) -> bool:
-        """Give the thread a task; False when there is nothing left to do for it."""
+    def next_task(self) -> Optional[Task]:
+        """Return what to do next; None when there is nothing left to do for this thread."""
         with self.change:
-            while not slot.lost:
-                if self.waiting_count >= WINDOW or not (self.walks or self.walking):
-                    self.batches += [Task([(d, 0)], links) for d, links in self.waiting.items()]
-                    self.change.notify(len(self.waiting))
-                    self.waiting = {}
-                    self.waiting_count = 0
-                judged = self.outbox.size() + self.waiting_count
-                resting = self.spreading and judged >= SAMPLE and len(self.walks) >= SPREAD
-                if (self.batches or self.walks) and not resting:
-                    slot.path = ""
-                    slot.task = self.batches.pop() if self.batches else self.take_walk()
-                    self.walking += slot.task.links is None
-                    self.working += 1
-                    return True
-                if self.working == 0:
-                    self.slots.discard(slot)
-                    if not self.slots:
+            while True:
+                task = self.take_task()
+                if task:
+                    self.tasks.add(task)
+                    return task
+                if not self.tasks:
+                    self.crew -= 1
+                    if not self.crew:
                         self.over.set()
-                    return False
+                    return None
                 self.change.wait()
-        return False
 
-    def take_walk(self) -> Task:
-        """Take the whole pile where only one thread is at work, else one directory of it."""
-        if len(self.slots) > 1:
-            return Task([self.walks.pop()])
-        pile, self.walks = self.walks, []
-        return Task(pile)
+    def take_task(self) -> Optional[Task]:
+        """Take the links of a directory, or one to walk; the whole pile for a single thread."""
+        if self.is_time_to_judge():
+            links = self.waiting.popitem(last=False)[1]
+            self.waiting_count -= len(links)
+            return Task(links=links)
+        is_enough = self.outbox.size() + self.waiting_count >= SAMPLE and len(self.walks) >= SPREAD
+        if not self.walks or (self.spreading and is_enough):
+            return None
+        start = -1 if self.crew > 1 else 0
+        todo, self.walks[start:] = self.walks[start:], []
+        return Task(todo)
 
-    def finish_task(self, slot: Slot) -> None:
-        task = slot.task
+    def is_time_to_judge(self) -> bool:
+        """Tell whether the links that wait are enough, or all that will come."""
+        is_walking = self.walks or any(not task.links for task in self.tasks)
+        return bool(self.waiting) and (self.waiting_count >= WINDOW or not is_walking)
+
+    def put_off(self, links: Sequence[Link]) -> None:
+        for link in links:
+            self.waiting.setdefault(link.head, []).append(link)
+        self.waiting_count += len(links)
+
+    def finish_task(self, task: Task) -> bool:
+        """Add what a task found to what is to be sent; False if it was given up meanwhile."""
         with self.change:
-            if slot.lost or task is None:
-                return
-            for directory, link in task.later:
-                self.waiting.setdefault(directory, []).append(link)
-            self.waiting_count += len(task.later)
-            if task.links is None:
-                self.walks += task.todo
+            if task not in self.tasks:
+                return False
+            self.tasks.remove(task)
+            self.walks += task.todo
+            self.put_off(task.later)
             for root, good in task.good.items():
                 paths, targets, units = self.outbox.good_of(root)
                 paths += good[0]
                 targets += good[1]
                 units += good[2]
             self.outbox.found += task.found
-            if self.doubtful is not None:
-                self.doubtful += task.doubtful
+            self.doubtful += task.doubtful
             self.ignored += task.ignored
             self.change.notify(len(task.todo))
-            self.end_task(slot)
+            if not self.tasks or self.is_time_to_judge():
+                self.change.notify_all()
         if task.later:
             self.hire_all()
         self.flush()
-
-    def end_task(self, slot: Slot) -> None:
-        self.working -= 1
-        self.walking -= slot.task is not None and slot.task.links is None
-        slot.task = None
-        if self.working == 0 or (self.walking == 0 and self.waiting):
-            self.change.notify_all()
+        return True
 
     def flush(self, force: bool = False) -> None:
         """Send what has been judged, in large messages."""
         with self.change:
             if not force and self.outbox.size() < BATCH:
                 return
-            full, self.outbox = self.outbox, Task([])
+            full, self.outbox = self.outbox, Task()
         for root, good in full.good.items():
             self.send(("good", root, *good))
         if full.found:
             self.send(("links", full.found))
 
     def watch(self) -> None:
-        """Wait for the crew; give up threads that wait too long for a path."""
+        """Wait for the crew; give up tasks that wait too long for a path."""
         limit = self.job.stat_timeout
         next_beat = 0.0
         while not self.over.wait(min(HEARTBEAT, limit / 8)):
             with self.change:
-                waiting = [slot for slot in self.slots if slot.task and slot.path]
+                waiting = [task for task in self.tasks if task.path]
             now = time.monotonic()
-            for slot in waiting:
-                age = now - slot.since
+            for task in waiting:
+                age = now - task.since
                 if age >= limit:
-                    self.give_up(slot)
-                elif age >= min(1.0, limit / 4) and not slot.suspected:
-                    slot.suspected = True
-                    place = slot.place or self.standing(slot.path)[2]
+                    self.give_up(task)
+                elif age >= min(1.0, limit / 4) and task.suspected != task.since:
+                    task.suspected = task.since
+                    self.hire_all()
+                    place = task.place or self.stand(task.path).place
                     threading.Thread(target=self.suspect, args=(place,), daemon=True).start()
             if now >= next_beat:
                 next_beat = now + HEARTBEAT
@@ -2129,54 +2120,47 @@ class Surveyor:
 
     def suspect(self, place: Place) -> None:
         """Ask the mount of a path that keeps us waiting whether it is alive at all."""
-        self.hire_all()
         with contextlib.suppress(OSError):  # an error is an answer, too
             is_empty(place.point)
         place.answered = time.monotonic()
 
-    def give_up(self, slot: Slot) -> None:
+    def give_up(self, task: Task) -> None:
         """Replace a thread that hangs; its task is done anew without what it hangs on."""
         with self.change:
-            if slot.lost or slot.task is None:
+            if task not in self.tasks:
                 return
-            place = slot.place or self.standing(slot.path)[2]
+            self.tasks.remove(task)
+            place = task.place or self.stand(task.path).place
             place.timeouts += 1
-            if place.answered > slot.since and place.timeouts <= STUCK_LIMIT:
-                place = Place(slot.path.rstrip("/"), "stuck")  # the mount is alive
+            if place.answered > task.since and place.timeouts <= STUCK_LIMIT:
+                place = Place(task.path.rstrip("/"), "stuck")  # the mount is alive
                 self.stuck = True
                 self.places.setdefault(place.point, []).insert(0, place)
             place.used = True
             self.seal(place, UNRESPONSIVE, f"{place.point} did not answer within {self.limit}")
-            slot.lost = True
-            self.slots.discard(slot)
-            task = slot.task
-            self.end_task(slot)
-            if task.links is None:
-                self.walks += task.taken
-            else:
-                self.batches.append(Task(task.taken, task.links))
-            self.hire(len(self.slots) + 1)
+            self.walks += task.taken
+            self.put_off(task.links)
+            self.crew -= 1
+            self.hire(self.crew + 1)
+            self.change.notify_all()
 
     # Walking and judging
 
-    def walk(self, slot: Slot, task: Task) -> None:
+    def walk(self, task: Task) -> None:
         """Walk a directory; while only one thread is at work, go on with those beneath it."""
         while task.todo:
             directory, root = task.todo.pop()
-            slot.touch(directory + "/")
+            task.touch(directory + "/")
             try:
-                if self.sealed:
-                    place = self.standing(self.resolve(directory or "/"))[2]
-                    if place.state == UNRESPONSIVE:
-                        raise TimeoutError(errno.ETIMEDOUT, "it did not answer in time")
-                self.walk_directory(slot, task, directory, root)
+                if self.sealed and self.locate(directory).place.state == UNRESPONSIVE:
+                    raise TimeoutError(errno.ETIMEDOUT, "it did not answer in time")
+                self.walk_directory(task, directory, root)
             except OSError as exc:
                 self.send(("unread", directory or "/", exc.strerror))
-            judged = len(task.good_of(root)[0]) + len(task.found) + len(task.later)
-            if judged >= (SAMPLE if self.spreading else BATCH) or len(self.slots) > 1:
+            if self.crew > 1 or task.size() >= (SAMPLE if self.spreading else BATCH):
                 return
 
-    def walk_directory(self, slot: Slot, task: Task, directory: str, root: int) -> None:
+    def walk_directory(self, task: Task, directory: str, root: int) -> None:
         """Judge the links of one directory; put them off where their targets are slow."""
         prefix = directory + "/"
         ignore = self.ignore.matches if self.ignore.active else None
@@ -2198,80 +2182,73 @@ class Surveyor:
                     task.todo.append((path, self.covered_roots.get(path, root)))
                     continue
                 try:
-                    target = readlink(path)
+                    text = readlink(path)
                 except OSError as exc:
                     if exc.errno not in (errno.ENOENT, errno.EINVAL):
                         self.send(("unread", path, exc.strerror))
                     continue
-                full = target if target[0] == "/" else prefix + target
-                head = full.rpartition("/")[0]
+                target = text if text[0] == "/" else prefix + text
+                head = target.rpartition("/")[0]
                 spot = spots.get(head)
                 if spot is None and not self.is_slow(head):
                     spot = self.locate(head)
                 if spot is None or spot.slow:
-                    task.later.append((head, (path, full, target, root)))
+                    task.later.append(Link(path, target, text, root))
                     continue
-                slot.place = spot.place
-                slot.path = full
-                try:
-                    # The common case, a good target where it seems to be, stands here for speed.
-                    if spot.good and stat_target(full).st_dev == spot.device:
-                        paths.append(path)
-                        targets.append(target)
-                        units.append(spot.unit)
-                    else:
-                        task.add(self.judge(slot, task, spot, (path, full, target, root)))
+                task.place = spot.place
+                task.path = target
+                try:  # The common case, a good target where it seems to be, stands here for speed.
+                    is_good = spot.good and stat_target(target).st_dev == spot.device
                 except OSError:
-                    task.add(self.judge(slot, task, spot, (path, full, target, root)))
-                slot.path = prefix
+                    is_good = False
+                if is_good:
+                    paths.append(path)
+                    targets.append(text)
+                    units.append(spot.unit)
+                else:
+                    self.judge(task, spot, Link(path, target, text, root))
+                task.path = prefix
                 now = clock()
-                streak = streak + 1 if now - slot.since > SLOW_SECONDS else 0
-                slot.since = now
+                streak = streak + 1 if now - task.since > SLOW_SECONDS else 0
+                task.since = now
                 if streak >= SLOW_STREAK:
                     # From now on judge this mount directory by directory, many at once.
-                    self.slow_mounts.add(spot.mount.point.rstrip("/") + "/")
+                    self.slow += (spot.mount.point.rstrip("/") + "/",)
                     self.forget()
                     self.hire_all()
-                    spots = self.spots
                     streak = 0
 
     def is_slow(self, directory: str) -> bool:
-        return f"{directory}/".startswith(tuple(self.slow_mounts))
+        return f"{directory}/".startswith(self.slow)
 
-    def judge_directory(self, slot: Slot, task: Task, links: List[Waiting]) -> None:
+    def judge_directory(self, task: Task) -> None:
         """Judge links into one directory of a slow mount.
 
-        Where the first answer takes long, one listing costs less than asking for every name.
+        Where answers take long, one listing costs less than asking for every name.
         """
-        head = task.taken[0][0]
-        slot.touch(head)
-        spot = self.spots.get(head) or self.locate(head)
+        spot = self.locate(task.links[0].head)
+        wanted = {link.name for link in task.links}
         names: Set[str] = set()
-        wanted = {link[1].rpartition("/")[2] for link in links}
         may_list = len(wanted) > 3 and spot.place.state == HEALTHY
-        if may_list and spot.mount.dear_answers >= DEAR_ANSWERS:
-            names, may_list = self.list_names(slot, spot, wanted), False
-        for link in links:
-            path, full, target, root = link
-            if full.rpartition("/")[2] in names:
-                self.mark_good(full, spot, spot.device)
-                task.add((path, target, JUDGED_OK, spot.unit, "", root))
-                continue
-            slot.touch(full)
-            task.add(self.judge(slot, task, spot, link))
-            dear = time.monotonic() - slot.since > LIST_SECONDS
-            spot.mount.dear_answers = spot.mount.dear_answers + 1 if dear else 0
+        for link in task.links:
             if may_list and spot.mount.dear_answers >= DEAR_ANSWERS:
-                names, may_list = self.list_names(slot, spot, wanted), False
+                names, may_list = self.list_names(task, spot, wanted), False
+            if link.name in names:
+                task.add(link, JUDGED_OK, self.mark_good(link.target, spot, spot.device))
+                continue
+            task.touch(link.target, spot.place)
+            self.judge(task, spot, link)
+            is_dear = time.monotonic() - task.since > LIST_SECONDS
+            spot.mount.dear_answers = spot.mount.dear_answers + 1 if is_dear else 0
 
-    def list_names(self, slot: Slot, spot: Spot, wanted: Set[str]) -> Set[str]:
+    def list_names(self, task: Task, spot: Spot, wanted: Set[str]) -> Set[str]:
         """Return the names in a directory that exist for sure; not links, they may lead nowhere.
 
         Stops early where a listing would cost more than asking for each name.
         """
         names: Set[str] = set()
         patience = 64 * len(wanted)
-        slot.touch(spot.real, spot.place)
+        task.touch(spot.real, spot.place)
         with contextlib.suppress(OSError), os.scandir(spot.real) as entries:
             for count, entry in enumerate(entries):
                 if entry.name in wanted and not entry.is_symlink():
@@ -2280,40 +2257,36 @@ class Surveyor:
                     break
         return names
 
-    def judge(self, slot: Slot, task: Task, spot: Spot, link: Waiting) -> Optional[Judged]:
-        """Judge a link by looking at its target; None puts the verdict off to a second look."""
-        path, full, target, root = link
-        place = slot.place = spot.place
+    def judge(self, task: Task, spot: Spot, link: Link) -> None:
+        """Judge a link by looking at its target, or leave that to the second look."""
+        place = task.place = spot.place
         if place.state != HEALTHY:
             place.used = True
             judgement = JUDGED_UNKNOWN if place.role == "stuck" else JUDGED_BLOCKED
-            return (path, target, judgement, spot.unit, place.reason, root)
-        slot.path = full
+            task.add(link, judgement, self.unit_of(spot), place.reason)
+            return
+        task.path = link.target
         try:
-            if self.sealed and full in self.sealed:
+            if link.target in self.sealed:
                 raise TimeoutError(errno.ETIMEDOUT, f"it did not answer within {self.limit}")
-            device = os.stat(full).st_dev
+            device = os.stat(link.target).st_dev
         except OSError as exc:
             if exc.errno not in GONE_ERRNOS:
-                reason = exc.strerror or str(exc)
                 spot.mount.used = place.used = True  # is it only this one?
-                return (path, target, JUDGED_UNKNOWN, spot.unit, reason, root)
-            if self.doubtful is not None and len(self.doubtful) < DOUBTFUL:
+                task.add(link, JUDGED_UNKNOWN, self.unit_of(spot), exc.strerror or str(exc))
+            elif len(self.doubtful) < self.doubts:
                 task.doubtful.append(link)
-                return None
-            return self.judge_gone(link)
-        unit = spot.unit
-        if device != spot.device or not spot.good:
-            unit = self.mark_good(full, spot, device)
-        return (path, target, JUDGED_OK, unit, "", root)
+            else:
+                self.judge_gone(task, link)
+            return
+        task.add(link, JUDGED_OK, self.mark_good(link.target, spot, device))
 
-    def judge_gone(self, link: Waiting) -> Judged:
+    def judge_gone(self, task: Task, link: Link) -> None:
         """Find out where a target is missing, at the end of what may be a chain of links."""
-        path, full, target, root = link
-        directory = os.path.dirname(self.trace(full))
-        mount, _, place = self.standing(directory)
-        mount.used = place.used = True
-        unit = self.unit_of(directory)
+        final = self.locate(link.target).real
+        directory = final if final in self.places else os.path.dirname(final)
+        spot = self.stand(directory)
+        spot.mount.used = spot.place.used = True
         judgement, detail = JUDGED_GONE, ""
         for near in ancestors(directory):
             if near in self.sealed:
@@ -2327,24 +2300,23 @@ class Surveyor:
                 if exc.errno not in GONE_ERRNOS:
                     judgement, detail = JUDGED_UNKNOWN, f"{near}: {exc.strerror}"
                     break
-        return (path, target, judgement, unit, detail, root)
+        task.add(link, judgement, self.unit_of(spot), detail)
 
-    def mark_good(self, full: str, spot: Spot, device: int) -> int:
+    def mark_good(self, target: str, spot: Spot, device: int) -> int:
         """Note that a good target lies in a directory; return the unit it really lies in.
 
         A target on another device than its directory is a chain of links that leads elsewhere.
         """
         if device != spot.device:
-            final = os.path.realpath(full)
-            if final != f"{spot.real}/{full.rpartition('/')[2]}":
-                spot = self.locate(os.path.dirname(final))
+            spot = self.locate(os.path.dirname(os.path.realpath(target)))
         if not spot.good:
+            spot.unit = self.unit_of(spot)
             spot.good = True
             if not spot.mount.announced:
                 spot.mount.announced = spot.mount.used = True
                 self.send(("mount", spot.mount.point, spot.mount.fs_type))
             for directory in ancestors(spot.real):
-                if directory == "/" or hash(directory) in self.inhabited:
+                if hash(directory) in self.inhabited:
                     break
                 self.inhabited.add(hash(directory))
                 if directory == spot.mount.point:
@@ -2353,99 +2325,76 @@ class Surveyor:
 
     # Where things are
 
-    def standing(self, directory: str) -> Tuple[Place, str, Place]:
-        """Return what a resolved directory stands on: its mount point, mounted or remembered, the
-        directory beneath that which leads there ('' at the top), and the place that decides about
-        it: one that is not well if there is any, else the nearest.
-        """
-        known = self.standings.get(directory)
-        if known:
-            return known
-        own = self.places.get(directory) or []
-        mounts = [place for place in own if place.role in ("remembered", "seen")]
-        unwell = [place for place in own if place.state != HEALTHY]
-        if directory == "/":
-            result = (mounts or [Place("/", "seen")])[0], "", (unwell or own)[0]
-        else:
-            parent = directory.rpartition("/")[0] or "/"
-            mount, child, place = self.standing(parent)
-            if parent == mount.point:
-                child = directory
-            if mounts:
-                mount, child = mounts[0], ""
-            if unwell or (own and place.state == HEALTHY):
-                place = (unwell or own)[0]
-            result = mount, child, place
-        if len(self.standings) >= CACHE_SIZE:
-            self.standings = {}
-        self.standings[directory] = result
-        return result
+    def locate(self, path: str, hops: int = 0) -> Spot:
+        """Return where a path leads, as the kernel walks it; names that do not exist stay.
 
-    def unit_of(self, directory: str) -> int:
-        """Return the number of the guard's unit that a resolved directory belongs to."""
-        mount, child, place = self.standing(directory)
-        key = (mount.point, child, place.point)
+        Nothing beneath a sealed point is touched.  Each directory is looked up once.
+        """
+        spot = self.spots.get(path)
+        if spot is not None:
+            return spot
+        head, _, name = path.rpartition("/")
+        parent = self.locate(head, hops) if head else self.stand("/")
+        if name in ("", "."):
+            spot = parent
+        elif name == "..":
+            spot = self.locate(os.path.dirname(parent.real), hops)
+        else:
+            spot = self.stand(os.path.join(parent.real, name))
+            if not (self.sealed and find_ancestor(spot.real, self.sealed)):
+                task: Optional[Task] = getattr(self.here, "task", None)
+                if task:
+                    task.touch(spot.real, spot.place)
+                with contextlib.suppress(OSError):
+                    status = os.lstat(spot.real)
+                    spot.device = status.st_dev
+                    if stat.S_ISLNK(status.st_mode) and hops < 40:
+                        onward = os.path.join(parent.real, os.readlink(spot.real))
+                        spot = self.locate(onward, hops + 1)
+        return remember(self.spots, path, spot)
+
+    def stand(self, real: str) -> Spot:
+        """Return what a physical directory stands on, without touching it.
+
+        That is its mount point, mounted or remembered, and of all places around it the nearest
+        one that is not well, else the nearest.
+        """
+        spot = self.standings.get(real)
+        if spot is not None:
+            return spot
+        above = [self.stand(os.path.dirname(real))] if real != "/" else []
+        own = self.places.get(real, [])
+        # min() takes the first of equals.
+        place = min([*own, *(s.place for s in above)], key=lambda place: place.state == HEALTHY)
+        mounts = [place for place in own if place.role in ("remembered", "seen")]
+        if mounts:
+            spot = Spot(real, mounts[0], "", place)
+        else:
+            spot = Spot(real, above[0].mount, above[0].child or real, place)
+        spot.slow = place.state == HEALTHY and (self.is_slow(real) or self.stuck)
+        return remember(self.standings, real, spot)
+
+    def unit_of(self, spot: Spot) -> int:
+        """Return the number of the guard's unit that a directory belongs to."""
+        key = (spot.mount.point, spot.child, spot.place.point)
         number = self.units.get(key)
         if number is None:
             with self.change:
                 number = self.units.setdefault(key, 2 * len(self.units) + self.half)
-            self.send(("unit", number, mount.point, child))
+            self.send(("unit", number, spot.mount.point, spot.child))
         return number
 
-    def locate(self, head: str) -> Spot:
-        """Look at a directory of targets, and keep what was found."""
-        real = self.resolve(head)
-        mount, _, place = self.standing(real)
-        spot = Spot(real, self.unit_of(real), mount, place)
-        spot.device = self.devices.get(real, -1)
-        spot.slow = place.state == HEALTHY and (self.is_slow(real) or self.stuck)
-        if len(self.spots) >= CACHE_SIZE:
-            self.spots.clear()
-        self.spots[head] = spot
-        return spot
+    def unit_points(self) -> Dict[int, str]:
+        """Return the number of each unit, and the place that decided about it when it was met."""
+        return {number: point for (_, _, point), number in self.units.items()}
 
-    def resolve(self, path: str, hops: int = 0) -> str:
-        """Return the physical path of a directory, as the kernel walks it; names that do not exist
-        stay.  Nothing beneath a sealed point is touched.  Each directory is looked up once.
-        """
-        real = self.real_dirs.get(path)
-        if real is not None:
-            return real
-        head, _, name = path.rpartition("/")
-        parent = self.resolve(head, hops) if head else "/"
-        real = f"{parent.rstrip('/')}/{name}"
-        if name in ("", "."):
-            real = parent
-        elif name == "..":
-            real = parent.rpartition("/")[0] or "/"
-        elif not (self.sealed and find_ancestor(real, self.sealed)):
-            slot = getattr(self.here, "slot", None)
-            if slot:
-                slot.touch(real)
-            with contextlib.suppress(OSError):
-                status = os.lstat(real)
-                self.devices[real] = status.st_dev
-                if stat.S_ISLNK(status.st_mode) and hops < 40:
-                    real = self.resolve(os.path.join(parent, os.readlink(real)), hops + 1)
-        if len(self.real_dirs) >= CACHE_SIZE:
-            self.real_dirs, self.devices = {}, {}
-        self.real_dirs[path] = real
-        return real
 
-    def trace(self, full: str) -> str:
-        """Return where a chain of links ends, whether or not anything is there."""
-        final = full
-        for _ in range(40):
-            head, _, name = full.rpartition("/")
-            real = self.resolve(head or "/")
-            final = f"{real.rstrip('/')}/{name}"
-            if name in ("", ".", "..") or find_ancestor(real, self.sealed):
-                break
-            try:
-                full = os.path.join(real, os.readlink(final))
-            except OSError:
-                break
-        return final
+def remember(cache: Dict[str, Spot], path: str, spot: Spot) -> Spot:
+    """Put something into a cache that does not grow without limit, and return it."""
+    if len(cache) >= CACHE_SIZE:
+        cache.clear()
+    cache[path] = spot
+    return spot
 
 
 class Frames:
