@@ -57,7 +57,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 
 # isort: off
 # fmt: off
@@ -1538,10 +1538,9 @@ def recorded_run(conn: sqlite3.Connection, command: str) -> Iterator[JsonObject]
 
 GONE_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 AUTO_WORKERS = 24  # a libfuse daemon has some ten threads; what waits for them costs nothing
-SLOW_SECONDS = 0.001  # a look-up that takes longer does not come from a local disk's cache
-LIST_SECONDS = 0.002  # a look-up that takes longer is dearer than its share of a listing
-DEAR_ANSWERS = 3  # so many of them in a row on a mount are no hiccup
-SLOW_STREAK = 8  # so many slow look-ups in a row are no hiccup
+SLOW_SECONDS = 0.002  # a look-up that takes longer does not come from a local disk's cache
+LIST_STREAK = 3  # so many of them in a row on a mount: a listing is cheaper
+SLOW_STREAK = 8  # so many: the whole mount is slow
 WINDOW = 16384  # links that wait to be judged together with others of their target directory
 BATCH = 4000  # links in one message to the parent, and in one transaction
 DOUBTFUL = 50000  # links that are looked at again; more than that is the guard's business
@@ -1558,8 +1557,8 @@ F_SETPIPE_SZ = 1031  # Linux, missing from `fcntl` before 3.10
 # it where it is the target's own; of the others it is the reason.
 JUDGED_OK, JUDGED_GONE, JUDGED_UNKNOWN, JUDGED_BLOCKED = range(4)
 Judged = Tuple[str, str, int, int, str, int]
-# Good links, most of all, travel as three lists: their paths, targets and unit numbers.
-Good = Tuple[List[str], List[str], List[int]]
+# A link that waits to be judged: (path, its target as a path to ask for, its text, root number).
+Link = Tuple[str, str, str, int]
 
 HEALTHY, ABSENT, EMPTY, UNRESPONSIVE, ERROR = "healthy", "absent", "empty", "unresponsive", "error"
 
@@ -1602,10 +1601,14 @@ class Place:
     announced: bool = False
     answered: float = 0.0
     timeouts: int = 0
-    dear_answers: int = 0  # look-ups in a row that took long
+    slow_answers: int = 0  # look-ups in a row that took long
 
     def __post_init__(self) -> None:
         self.probe = self.probe or self.point
+
+    @property
+    def is_down(self) -> bool:
+        return self.state != HEALTHY and self.role != "stuck"
 
     def examine(self) -> Tuple[str, str]:
         """Ask the place how it is; may hang.  Returns (state, reason); finds its real `point`."""
@@ -1631,10 +1634,8 @@ class Place:
         if fs_type is None:
             return ABSENT, f"{self.probe} is not a mount point; nothing is mounted there"
         if self.role == "remembered" and fs_type != self.fs_type:
-            return ABSENT, (
-                f"{self.point} is {fs_type} now and was {self.fs_type}; if that is meant, run "
-                f"scan --forget-mount {self.point}"
-            )
+            hint = f"if that is meant, run scan --forget-mount {self.point}"
+            return ABSENT, f"{self.point} is {fs_type} now and was {self.fs_type}; {hint}"
         self.fs_type = fs_type
         return (EMPTY, f"{self.probe} is mounted but empty") if empty else (HEALTHY, "")
 
@@ -1663,41 +1664,24 @@ class Spot:
     unit: int = -1
 
 
-class Link(NamedTuple):
-    """A link that waits to be judged; `target` is its `text` as a path to ask for."""
-
-    path: str
-    target: str
-    text: str
-    root: int
-
-    @property
-    def head(self) -> str:
-        return self.target.rpartition("/")[0]
-
-    @property
-    def name(self) -> str:
-        return self.target.rpartition("/")[2]
-
-
 @dataclasses.dataclass(eq=False)
 class Task:
-    """`todo`, directories to walk, or `links` into one directory to judge; and what came of it.
+    """`todo`, directories to walk, or `links` into `head`, to judge; and what came of it.
 
     What a task found counts only once it is finished: a thread that hangs takes it along, and
-    what was `taken` is given to another.  `path` is what it waits for, the watch looks at that.
+    what was `taken` is given to another.  `path` is what it waits for, for the watch to see.
     """
 
-    todo: List[Tuple[str, int]] = dataclasses.field(default_factory=list)  # with the root number
+    todo: List[Tuple[str, int]]  # directories and their root numbers
+    head: str = ""
     links: Sequence[Link] = ()
-    good: Dict[int, Good] = dataclasses.field(default_factory=dict)  # by root number
     found: List[Judged] = dataclasses.field(default_factory=list)
-    later: List[Link] = dataclasses.field(default_factory=list)
+    later: List[Tuple[str, List[Link]]] = dataclasses.field(default_factory=list)
     doubtful: List[Link] = dataclasses.field(default_factory=list)
     ignored: int = 0
     path: str = ""
     place: Optional[Place] = None
-    since: float = 0.0
+    since: float = dataclasses.field(default_factory=time.monotonic)
     suspected: float = 0.0  # the `since` of a wait that is already looked into
 
     def __post_init__(self) -> None:
@@ -1708,21 +1692,8 @@ class Task:
         self.since = time.monotonic()
         self.path, self.place = path, place
 
-    def good_of(self, root: int) -> Good:
-        return self.good.setdefault(root, ([], [], []))
-
     def add(self, link: Link, judgement: int, unit: int, detail: str = "") -> None:
-        """Add a verdict to what was found."""
-        if judgement != JUDGED_OK:
-            self.found.append((link.path, link.text, judgement, unit, detail, link.root))
-            return
-        paths, targets, units = self.good_of(link.root)
-        paths.append(link.path)
-        targets.append(link.text)
-        units.append(unit)
-
-    def size(self) -> int:
-        return len(self.found) + len(self.later) + sum(len(g[0]) for g in self.good.values())
+        self.found.append((link[0], link[2], judgement, unit, detail, link[3]))
 
 
 class Ignore:
@@ -1748,19 +1719,16 @@ class Ignore:
 
     def matches_beneath(self, root: str, path: str) -> bool:
         """Tell whether `path`, or any directory between it and `root`, is to be skipped."""
-        directory = root.rstrip("/")
-        for name in path[len(directory) + 1 :].split("/"):
-            if self.matches(directory, name):
-                return True
-            directory = f"{directory}/{name}"
-        return False
+        top = root.rstrip("/") or "/"
+        steps = itertools.takewhile(lambda step: step != top, ancestors(path))
+        return any(self.matches(*step.rpartition("/")[::2]) for step in steps)
 
 
 class Surveyor:
     """Walks roots and judges links; lives in the worker process.
 
     `send` takes a tuple whose first item names the message:
-    ('good', root number, *Good), ('links', [Judged]), ('mount', point, type),
+    ('good', root number, paths, targets, units), ('links', [Judged]), ('mount', point, type),
     ('unit', number, mount point, child directory), ('unread', directory, reason),
     ('root', number, state, reason, real path, covered), ('ignored', count), ('beat',),
     ('done', places, blocked units, uninhabited directories).
@@ -1771,7 +1739,6 @@ class Surveyor:
         self.send = send
         self.limit = format_duration(job.stat_timeout)
         self.ignore = Ignore(job.ignore)
-        self.ignored = 0
         self.covered_roots: Dict[str, int] = {}
         # Where things are.
         self.places: Dict[str, List[Place]] = {}
@@ -1779,10 +1746,14 @@ class Surveyor:
         self.stuck = False  # some of them are single files
         self.slow: Tuple[str, ...] = ()  # mount points with a slash behind
         self.units: Dict[Tuple[str, str, str], int] = {}
+        self.unit_points: Dict[int, str] = {}  # the places that decided about them
         self.inhabited: Set[int] = set()  # hashes of the directories above good targets
         self.empty_dirs: Set[str] = set()
-        self.spots: Dict[str, Spot] = {}  # by any path
-        self.standings: Dict[str, Spot] = {}  # by physical path
+        floor = Place("/", "seen")
+        self.floor = Spot("", floor, "", floor)
+        # The caches.
+        self.locate = functools.lru_cache(CACHE_SIZE)(self.look_up)
+        self.stand = functools.lru_cache(CACHE_SIZE)(self.look_around)
         # The crew's state, all under one lock.
         self.change = threading.Condition()
         self.crew = 0  # threads at work, or waiting for some
@@ -1791,15 +1762,14 @@ class Surveyor:
         self.walks: List[Tuple[str, int]] = []
         self.waiting: OrderedDict[str, List[Link]] = OrderedDict()  # by directory of targets
         self.waiting_count = 0
-        self.outbox = Task()  # what is judged and not yet sent
+        self.found: List[Judged] = []  # not yet sent
+        self.ignored = 0
         self.doubtful: List[Link] = []  # gone at first sight
         self.doubts = DOUBTFUL  # how many of them there may be; none in the second look
         self.crash: Optional[BaseException] = None
         self.over = threading.Event()  # not `change`: the watch is not to be woken by every task
-        # The twin.
         self.spreading = False  # whether to stop once there is a pile to split
-        self.half = 0
-        self.twin_units: Dict[int, str] = {}
+        self.half = 0  # 1 in the twin
 
     # The whole errand
 
@@ -1813,7 +1783,7 @@ class Surveyor:
             pipe = self.split()
             self.work()
             self.look_again()
-            self.flush(force=True)
+            self.flush()
             self.send(("ignored", self.ignored))
             if pipe is not None:
                 (self.end_twin if self.half else self.join_twin)(pipe)
@@ -1823,24 +1793,20 @@ class Surveyor:
 
     def open_places(self) -> None:
         """Learn what is mounted, and ask what must be healthy whether it is."""
-        mounts = read_mounts()
-        self.slow = tuple(
-            p.rstrip("/") + "/" for p, kind in mounts.items() if is_network_type(kind)
-        )
+        mounts = {"/": "unknown", **read_mounts()}
+        self.add_slow(*(point for point, kind in mounts.items() if is_network_type(kind)))
+        known = {**mounts, **self.job.remembered}
         watched = []
         for check in self.job.mount_checks:
             # While it cannot be looked at, only its name and place tell a sentinel from a mount.
             folder, name = os.path.split(check)
-            known = {**mounts, **self.job.remembered}
-            is_file = "." in name or find_ancestor(folder, known) != "/"
-            point = folder if is_file and check not in known else check
-            watched.append(Place(point, "check", probe=check))
+            is_file = check not in known and ("." in name or find_ancestor(folder, known) != "/")
+            watched.append(Place(folder if is_file else check, "check", probe=check))
         watched += [Place(p, "remembered", kind) for p, kind in self.job.remembered.items()]
-        self.probe(watched)
         for place in watched:
             place.used = self.job.look_only
-        seen = [Place(point, "seen", kind) for point, kind in mounts.items()]
-        for place in [*watched, *seen, Place("/", "seen", "unknown")]:
+        self.probe(watched)
+        for place in watched + [Place(point, "seen", kind) for point, kind in mounts.items()]:
             self.places.setdefault(place.point, []).append(place)
 
     def open_roots(self) -> None:
@@ -1886,7 +1852,8 @@ class Surveyor:
     def look_again(self) -> None:
         """Judge anew what was gone at first sight: a mount may have been away for a moment."""
         self.doubts = 0
-        self.put_off(self.doubtful)
+        for link in self.doubtful:
+            self.put_off(link[1].rpartition("/")[0], [link])
         slow = any(self.is_slow(head) for head in self.waiting)
         self.work((self.job.workers or AUTO_WORKERS) if slow else 1)
 
@@ -1899,7 +1866,7 @@ class Surveyor:
         if not is_worth_it or len(os.sched_getaffinity(0)) < 2:
             return None
         self.thread.join()  # a fork copies the locks, but not those who would release them
-        self.flush(force=True)
+        self.flush()
         pipe = os.pipe()
         self.half = int(fork_quietly() == 0)
         self.walks = self.walks[self.half :: 2]
@@ -1911,15 +1878,17 @@ class Surveyor:
     def end_twin(self, writer: int) -> None:
         """Leave to the first half what it must know for the verdicts, and end this process."""
         places = {(p.point, p.role): (p.state, p.reason) for p in self.everywhere() if p.used}
-        write_frame(writer, (places, self.unit_points(), self.empty_dirs, self.inhabited))
+        write_frame(writer, (places, self.unit_points, self.empty_dirs, self.inhabited))
         os._exit(0)
 
     def join_twin(self, reader: int) -> None:
         """Wait for the twin, and add what it found to this half's knowledge."""
-        frames = Frames(reader)
-        while not frames.ready(HEARTBEAT):
+        frames, knowledge = Frames(reader), None
+        while knowledge is None:
             self.send(("beat",))
-        places, self.twin_units, empty_dirs, inhabited = frames.take()
+            knowledge = frames.take(HEARTBEAT)
+        places, unit_points, empty_dirs, inhabited = knowledge
+        self.unit_points.update(unit_points)
         self.empty_dirs |= empty_dirs
         self.inhabited |= inhabited
         for place in self.everywhere():
@@ -1935,13 +1904,8 @@ class Surveyor:
             for p in self.everywhere()
             if p.role == "check" or (p.used and p.role != "stuck")
         ]
-        units = {**self.unit_points(), **self.twin_units}
-        places = {number: self.stand(point).place for number, point in units.items()}
-        blocked = {
-            number: place.reason
-            for number, place in places.items()
-            if place.state != HEALTHY and place.role != "stuck"
-        }
+        places = {number: self.stand(point).place for number, point in self.unit_points.items()}
+        blocked = {number: place.reason for number, place in places.items() if place.is_down}
         parents = {directory: os.path.dirname(directory) for directory in self.empty_dirs}
         uninhabited = [d for d, p in parents.items() if p == "/" or hash(p) not in self.inhabited]
         self.send(("done", listed, blocked, uninhabited))
@@ -1967,18 +1931,17 @@ class Surveyor:
 
     def forget(self) -> None:
         """Empty the caches: something is no longer what it was."""
-        self.spots.clear()
-        self.standings.clear()
+        self.locate.cache_clear()
+        self.stand.cache_clear()
 
     def ask_all(self, questions: Sequence[Callable[[], Any]]) -> List[Any]:
         """Ask all at once and return the answers; None for one that does not come in time."""
         answers: List[Any] = [None] * len(questions)
 
-        def ask(number: int) -> None:
-            answers[number] = questions[number]()
+        def ask(number: int, question: Callable[[], Any]) -> None:
+            answers[number] = question()
 
-        numbers = range(len(questions))
-        threads = [threading.Thread(target=ask, args=(n,), daemon=True) for n in numbers]
+        threads = [threading.Thread(target=ask, args=a, daemon=True) for a in enumerate(questions)]
         for thread in threads:
             thread.start()
         deadline = time.monotonic() + self.job.stat_timeout
@@ -2015,7 +1978,10 @@ class Surveyor:
             task = self.next_task()
             while task:
                 self.here.task = task
-                (self.judge_directory if task.links else self.walk)(task)
+                if task.links:
+                    self.judge_links(task, task.head, task.links)
+                else:
+                    self.walk(task)
                 task = self.next_task() if self.finish_task(task) else None
         except BaseException as exc:  # a bug: the errand cannot be trusted any more
             self.crash = exc
@@ -2024,25 +1990,22 @@ class Surveyor:
     def next_task(self) -> Optional[Task]:
         """Return what to do next; None when there is nothing left to do for this thread."""
         with self.change:
-            while True:
-                task = self.take_task()
-                if task:
-                    self.tasks.add(task)
-                    return task
-                if not self.tasks:
-                    self.crew -= 1
-                    if not self.crew:
-                        self.over.set()
-                    return None
-                self.change.wait()
+            task = self.change.wait_for(lambda: self.take_task() or not self.tasks)
+            if isinstance(task, Task):
+                self.tasks.add(task)
+                return task
+            self.crew -= 1
+            if not self.crew:
+                self.over.set()
+            return None
 
     def take_task(self) -> Optional[Task]:
         """Take the links of a directory, or one to walk; the whole pile for a single thread."""
         if self.is_time_to_judge():
-            links = self.waiting.popitem(last=False)[1]
+            head, links = self.waiting.popitem(last=False)
             self.waiting_count -= len(links)
-            return Task(links=links)
-        is_enough = self.outbox.size() + self.waiting_count >= SAMPLE and len(self.walks) >= SPREAD
+            return Task([], head, links)
+        is_enough = len(self.found) + self.waiting_count >= SAMPLE and len(self.walks) >= SPREAD
         if not self.walks or (self.spreading and is_enough):
             return None
         start = -1 if self.crew > 1 else 0
@@ -2054,9 +2017,8 @@ class Surveyor:
         is_walking = self.walks or any(not task.links for task in self.tasks)
         return bool(self.waiting) and (self.waiting_count >= WINDOW or not is_walking)
 
-    def put_off(self, links: Sequence[Link]) -> None:
-        for link in links:
-            self.waiting.setdefault(link.head, []).append(link)
+    def put_off(self, head: str, links: Sequence[Link]) -> None:
+        self.waiting.setdefault(head, []).extend(links)
         self.waiting_count += len(links)
 
     def finish_task(self, task: Task) -> bool:
@@ -2066,13 +2028,9 @@ class Surveyor:
                 return False
             self.tasks.remove(task)
             self.walks += task.todo
-            self.put_off(task.later)
-            for root, good in task.good.items():
-                paths, targets, units = self.outbox.good_of(root)
-                paths += good[0]
-                targets += good[1]
-                units += good[2]
-            self.outbox.found += task.found
+            for head, links in task.later:
+                self.put_off(head, links)
+            self.found += task.found
             self.doubtful += task.doubtful
             self.ignored += task.ignored
             self.change.notify(len(task.todo))
@@ -2080,24 +2038,25 @@ class Surveyor:
                 self.change.notify_all()
         if task.later:
             self.hire_all()
-        self.flush()
+        if len(self.found) >= BATCH:
+            self.flush()
         return True
 
-    def flush(self, force: bool = False) -> None:
-        """Send what has been judged, in large messages."""
+    def flush(self) -> None:
+        """Send what has been judged.  Good links, most of all, travel as three lists."""
         with self.change:
-            if not force and self.outbox.size() < BATCH:
-                return
-            full, self.outbox = self.outbox, Task()
-        for root, good in full.good.items():
-            self.send(("good", root, *good))
-        if full.found:
-            self.send(("links", full.found))
+            found, self.found = self.found, []
+        rest = [judged for judged in found if judged[2] != JUDGED_OK]
+        if rest:
+            self.send(("links", rest))
+            found = [judged for judged in found if judged[2] == JUDGED_OK]
+        for root in {judged[5] for judged in found}:
+            paths, targets, _, units, *_ = zip(*(j for j in found if j[5] == root))
+            self.send(("good", root, list(paths), list(targets), list(units)))
 
     def watch(self) -> None:
         """Wait for the crew; give up tasks that wait too long for a path."""
         limit = self.job.stat_timeout
-        next_beat = 0.0
         while not self.over.wait(min(HEARTBEAT, limit / 8)):
             with self.change:
                 waiting = [task for task in self.tasks if task.path]
@@ -2111,10 +2070,8 @@ class Surveyor:
                     self.hire_all()
                     place = task.place or self.stand(task.path).place
                     threading.Thread(target=self.suspect, args=(place,), daemon=True).start()
-            if now >= next_beat:
-                next_beat = now + HEARTBEAT
-                self.flush(force=True)
-                self.send(("beat",))
+            self.flush()
+            self.send(("beat",))
         if self.crash:
             raise self.crash
 
@@ -2139,7 +2096,8 @@ class Surveyor:
             place.used = True
             self.seal(place, UNRESPONSIVE, f"{place.point} did not answer within {self.limit}")
             self.walks += task.taken
-            self.put_off(task.links)
+            if task.links:
+                self.put_off(task.head, task.links)
             self.crew -= 1
             self.hire(self.crew + 1)
             self.change.notify_all()
@@ -2157,119 +2115,103 @@ class Surveyor:
                 self.walk_directory(task, directory, root)
             except OSError as exc:
                 self.send(("unread", directory or "/", exc.strerror))
-            if self.crew > 1 or task.size() >= (SAMPLE if self.spreading else BATCH):
+            enough = SAMPLE if self.spreading else BATCH
+            if self.crew > 1 or task.later or len(task.found) >= enough:
                 return
 
     def walk_directory(self, task: Task, directory: str, root: int) -> None:
         """Judge the links of one directory; put them off where their targets are slow."""
         prefix = directory + "/"
-        ignore = self.ignore.matches if self.ignore.active else None
-        clock, readlink, stat_target = time.monotonic, os.readlink, os.stat
-        paths, targets, units = task.good_of(root)
-        spots = self.spots
-        streak = 0
+        ignore = self.ignore
+        groups: Dict[str, List[Link]] = defaultdict(list)
         with os.scandir(prefix) as entries:
             for entry in entries:
-                name = entry.name
                 is_link = entry.is_symlink()
                 if not is_link and not entry.is_dir(follow_symlinks=False):
                     continue
-                if ignore and ignore(directory, name):
+                path = prefix + entry.name
+                if ignore.active and ignore.matches(directory, entry.name):
                     task.ignored += 1
-                    continue
-                path = prefix + name
-                if not is_link:
+                elif not is_link:
                     task.todo.append((path, self.covered_roots.get(path, root)))
-                    continue
-                try:
-                    text = readlink(path)
-                except OSError as exc:
-                    if exc.errno not in (errno.ENOENT, errno.EINVAL):
-                        self.send(("unread", path, exc.strerror))
-                    continue
-                target = text if text[0] == "/" else prefix + text
-                head = target.rpartition("/")[0]
-                spot = spots.get(head)
-                if spot is None and not self.is_slow(head):
-                    spot = self.locate(head)
-                if spot is None or spot.slow:
-                    task.later.append(Link(path, target, text, root))
-                    continue
-                task.place = spot.place
-                task.path = target
-                try:  # The common case, a good target where it seems to be, stands here for speed.
-                    is_good = spot.good and stat_target(target).st_dev == spot.device
-                except OSError:
-                    is_good = False
-                if is_good:
-                    paths.append(path)
-                    targets.append(text)
-                    units.append(spot.unit)
                 else:
-                    self.judge(task, spot, Link(path, target, text, root))
-                task.path = prefix
-                now = clock()
-                streak = streak + 1 if now - task.since > SLOW_SECONDS else 0
-                task.since = now
-                if streak >= SLOW_STREAK:
-                    # From now on judge this mount directory by directory, many at once.
-                    self.slow += (spot.mount.point.rstrip("/") + "/",)
-                    self.forget()
-                    self.hire_all()
-                    streak = 0
+                    try:
+                        text = os.readlink(path)
+                    except OSError as exc:
+                        if exc.errno not in (errno.ENOENT, errno.EINVAL):
+                            self.send(("unread", path, exc.strerror))
+                        continue
+                    target = text if text[0] == "/" else prefix + text
+                    groups[target.rpartition("/")[0]].append((path, target, text, root))
+        task.since = time.monotonic()
+        for head, links in groups.items():
+            if self.is_slow(head) or self.locate(head).slow:
+                task.later.append((head, links))
+            else:
+                self.judge_links(task, head, links)
+
+    def add_slow(self, *points: str) -> None:
+        self.slow += tuple(point.rstrip("/") + "/" for point in points)
 
     def is_slow(self, directory: str) -> bool:
         return f"{directory}/".startswith(self.slow)
 
-    def judge_directory(self, task: Task) -> None:
-        """Judge links into one directory of a slow mount.
+    def judge_links(self, task: Task, head: str, links: Sequence[Link]) -> None:
+        """Judge links into one directory.
 
-        Where answers take long, one listing costs less than asking for every name.
+        Where answers take long, one listing costs less than asking for every name.  A thread that
+        meets a slow mount unawares leaves it to many, directory by directory.
         """
-        spot = self.locate(task.links[0].head)
-        wanted = {link.name for link in task.links}
-        names: Set[str] = set()
-        may_list = len(wanted) > 3 and spot.place.state == HEALTHY
-        for link in task.links:
-            if may_list and spot.mount.dear_answers >= DEAR_ANSWERS:
-                names, may_list = self.list_names(task, spot, wanted), False
-            if link.name in names:
-                task.add(link, JUDGED_OK, self.mark_good(link.target, spot, spot.device))
+        spot = self.locate(head)
+        mount = spot.mount
+        listed: Set[str] = set()
+        may_list = len(task.links) > 3 and spot.place.state == HEALTHY
+        for number, link in enumerate(links):
+            if may_list and mount.slow_answers >= LIST_STREAK:
+                listed, may_list = self.list_targets(task, spot, links), False
+            if link[1] in listed:
+                task.add(link, JUDGED_OK, self.mark_good(link[1], spot, spot.device))
                 continue
-            task.touch(link.target, spot.place)
             self.judge(task, spot, link)
-            is_dear = time.monotonic() - task.since > LIST_SECONDS
-            spot.mount.dear_answers = spot.mount.dear_answers + 1 if is_dear else 0
+            now = time.monotonic()
+            mount.slow_answers = mount.slow_answers + 1 if now - task.since > SLOW_SECONDS else 0
+            task.since = now
+            if mount.slow_answers >= SLOW_STREAK and not self.is_slow(mount.point):
+                self.add_slow(mount.point)
+                self.forget()
+                self.hire_all()
+                task.later.append((head, list(links[number + 1 :])))
+                return
 
-    def list_names(self, task: Task, spot: Spot, wanted: Set[str]) -> Set[str]:
-        """Return the names in a directory that exist for sure; not links, they may lead nowhere.
+    def list_targets(self, task: Task, spot: Spot, links: Sequence[Link]) -> Set[str]:
+        """Return the targets that exist for sure; not those that are links, and may lead nowhere.
 
         Stops early where a listing would cost more than asking for each name.
         """
-        names: Set[str] = set()
-        patience = 64 * len(wanted)
+        wanted = {link[1].rpartition("/")[2]: link[1] for link in links}
+        found: Set[str] = set()
         task.touch(spot.real, spot.place)
         with contextlib.suppress(OSError), os.scandir(spot.real) as entries:
-            for count, entry in enumerate(entries):
-                if entry.name in wanted and not entry.is_symlink():
-                    names.add(entry.name)
-                if count > patience or len(names) == len(wanted):
-                    break
-        return names
+            some = itertools.islice(entries, 64 * len(wanted))
+            sure = (wanted[e.name] for e in some if e.name in wanted and not e.is_symlink())
+            found.update(itertools.islice(sure, len(wanted)))
+        task.touch(spot.real, spot.place)
+        return found
 
     def judge(self, task: Task, spot: Spot, link: Link) -> None:
         """Judge a link by looking at its target, or leave that to the second look."""
+        path, target, text, root = link
         place = task.place = spot.place
+        task.path = target
         if place.state != HEALTHY:
             place.used = True
-            judgement = JUDGED_UNKNOWN if place.role == "stuck" else JUDGED_BLOCKED
+            judgement = JUDGED_BLOCKED if place.is_down else JUDGED_UNKNOWN
             task.add(link, judgement, self.unit_of(spot), place.reason)
             return
-        task.path = link.target
         try:
-            if link.target in self.sealed:
+            if target in self.sealed:
                 raise TimeoutError(errno.ETIMEDOUT, f"it did not answer within {self.limit}")
-            device = os.stat(link.target).st_dev
+            device = os.stat(target).st_dev
         except OSError as exc:
             if exc.errno not in GONE_ERRNOS:
                 spot.mount.used = place.used = True  # is it only this one?
@@ -2279,11 +2221,13 @@ class Surveyor:
             else:
                 self.judge_gone(task, link)
             return
-        task.add(link, JUDGED_OK, self.mark_good(link.target, spot, device))
+        is_known = spot.good and device == spot.device
+        unit = spot.unit if is_known else self.mark_good(target, spot, device)
+        task.found.append((path, text, JUDGED_OK, unit, "", root))
 
     def judge_gone(self, task: Task, link: Link) -> None:
         """Find out where a target is missing, at the end of what may be a chain of links."""
-        final = self.locate(link.target).real
+        final = self.locate(link[1]).real
         directory = final if final in self.places else os.path.dirname(final)
         spot = self.stand(directory)
         spot.mount.used = spot.place.used = True
@@ -2325,54 +2269,46 @@ class Surveyor:
 
     # Where things are
 
-    def locate(self, path: str, hops: int = 0) -> Spot:
+    def look_up(self, path: str, hops: int = 0) -> Spot:
         """Return where a path leads, as the kernel walks it; names that do not exist stay.
 
-        Nothing beneath a sealed point is touched.  Each directory is looked up once.
+        Nothing beneath a sealed point is touched.  This is `locate` without its cache.
         """
-        spot = self.spots.get(path)
-        if spot is not None:
-            return spot
         head, _, name = path.rpartition("/")
         parent = self.locate(head, hops) if head else self.stand("/")
         if name in ("", "."):
-            spot = parent
-        elif name == "..":
-            spot = self.locate(os.path.dirname(parent.real), hops)
-        else:
-            spot = self.stand(os.path.join(parent.real, name))
-            if not (self.sealed and find_ancestor(spot.real, self.sealed)):
-                task: Optional[Task] = getattr(self.here, "task", None)
-                if task:
-                    task.touch(spot.real, spot.place)
-                with contextlib.suppress(OSError):
-                    status = os.lstat(spot.real)
-                    spot.device = status.st_dev
-                    if stat.S_ISLNK(status.st_mode) and hops < 40:
-                        onward = os.path.join(parent.real, os.readlink(spot.real))
-                        spot = self.locate(onward, hops + 1)
-        return remember(self.spots, path, spot)
+            return parent
+        if name == "..":
+            return self.locate(os.path.dirname(parent.real), hops)
+        spot = self.stand(f"{parent.real.rstrip('/')}/{name}")
+        if self.sealed and find_ancestor(spot.real, self.sealed):
+            return spot
+        task: Optional[Task] = getattr(self.here, "task", None)
+        if task:
+            task.touch(spot.real, spot.place)
+        with contextlib.suppress(OSError):
+            status = os.lstat(spot.real)
+            spot.device = status.st_dev
+            if stat.S_ISLNK(status.st_mode) and hops < 40:
+                text = os.readlink(spot.real)
+                return self.locate(os.path.join(parent.real, text), hops + 1)
+        return spot
 
-    def stand(self, real: str) -> Spot:
-        """Return what a physical directory stands on, without touching it.
+    def look_around(self, real: str) -> Spot:
+        """Return what a physical directory stands on, without touching it; `stand` has a cache.
 
         That is its mount point, mounted or remembered, and of all places around it the nearest
         one that is not well, else the nearest.
         """
-        spot = self.standings.get(real)
-        if spot is not None:
-            return spot
-        above = [self.stand(os.path.dirname(real))] if real != "/" else []
         own = self.places.get(real, [])
-        # min() takes the first of equals.
-        place = min([*own, *(s.place for s in above)], key=lambda place: place.state == HEALTHY)
+        above = self.stand(real.rpartition("/")[0] or "/") if real != "/" else self.floor
+        if not own:
+            return Spot(real, above.mount, above.child or real, above.place, above.slow)
+        place = min([*own, above.place], key=lambda place: place.state == HEALTHY)
         mounts = [place for place in own if place.role in ("remembered", "seen")]
-        if mounts:
-            spot = Spot(real, mounts[0], "", place)
-        else:
-            spot = Spot(real, above[0].mount, above[0].child or real, place)
-        spot.slow = place.state == HEALTHY and (self.is_slow(real) or self.stuck)
-        return remember(self.standings, real, spot)
+        mount, child = (mounts[0], "") if mounts else (above.mount, above.child or real)
+        slow = place.state == HEALTHY and (self.is_slow(real) or self.stuck)
+        return Spot(real, mount, child, place, slow)
 
     def unit_of(self, spot: Spot) -> int:
         """Return the number of the guard's unit that a directory belongs to."""
@@ -2381,20 +2317,9 @@ class Surveyor:
         if number is None:
             with self.change:
                 number = self.units.setdefault(key, 2 * len(self.units) + self.half)
+                self.unit_points[number] = spot.place.point
             self.send(("unit", number, spot.mount.point, spot.child))
         return number
-
-    def unit_points(self) -> Dict[int, str]:
-        """Return the number of each unit, and the place that decided about it when it was met."""
-        return {number: point for (_, _, point), number in self.units.items()}
-
-
-def remember(cache: Dict[str, Spot], path: str, spot: Spot) -> Spot:
-    """Put something into a cache that does not grow without limit, and return it."""
-    if len(cache) >= CACHE_SIZE:
-        cache.clear()
-    cache[path] = spot
-    return spot
 
 
 class Frames:
@@ -2404,27 +2329,24 @@ class Frames:
         self._reader = reader
         self._buffer = bytearray()
 
-    def ready(self, timeout: float) -> bool:
-        """Wait for a whole frame; False if nothing came for `timeout` seconds.
+    def take(self, timeout: float) -> Any:
+        """Return the next frame; None if nothing came for `timeout` seconds.
 
         Not for the pipe's end: a process that the kernel holds keeps its pipes open.
         """
         buffer = self._buffer
-        while len(buffer) < 4 or len(buffer) < 4 + int.from_bytes(buffer[:4], "big"):
+        while True:
+            end = 4 + int.from_bytes(buffer[:4], "big")
+            if len(buffer) >= end:
+                message = marshal.loads(memoryview(buffer)[4:end])
+                del buffer[:end]
+                return message
             if not select.select([self._reader], [], [], timeout)[0]:
-                return False
+                return None
             data = os.read(self._reader, 1 << 20)
             if not data:
                 raise RefresherrError(WORKER_ENDED)
             buffer += data
-        return True
-
-    def take(self) -> Any:
-        """Return the frame that is ready."""
-        end = 4 + int.from_bytes(self._buffer[:4], "big")
-        message = marshal.loads(memoryview(self._buffer)[4:end])
-        del self._buffer[:end]
-        return message
 
 
 def write_frame(writer: int, message: Any) -> None:
@@ -2453,13 +2375,13 @@ class Worker:
         frames = Frames(self._reader)
         silence = 0.0
         while silence < self._stall_limit:
-            if not frames.ready(HEARTBEAT):
+            message = frames.take(HEARTBEAT)
+            if message is None:
                 silence += HEARTBEAT
                 if os.waitpid(self._pid, os.WNOHANG)[0]:  # its twin may keep the pipe open
                     raise RefresherrError(WORKER_ENDED)
                 continue
             silence = 0.0
-            message = frames.take()
             if message[0] == "crash":
                 raise RefresherrError(message[1]) if message[2] else RuntimeError(message[1])
             yield message
@@ -2476,12 +2398,11 @@ class Worker:
         for kill in (os.killpg, os.kill):  # the twin, too; and if there is no group yet, the one
             with contextlib.suppress(ProcessLookupError):
                 kill(self._pid, signal.SIGKILL)
-        for _ in range(20):
-            with contextlib.suppress(ChildProcessError):
-                if os.waitpid(self._pid, os.WNOHANG)[0] == 0:
-                    time.sleep(0.005)
-                    continue
-            return
+        with contextlib.suppress(ChildProcessError):
+            for _ in range(20):
+                if os.waitpid(self._pid, os.WNOHANG)[0]:
+                    return
+                time.sleep(0.005)
 
 
 def fork_quietly() -> int:
@@ -2499,7 +2420,7 @@ def _run_worker(job: ScanJob, writer: int) -> None:
         os.setsid()  # Ctrl-C is the parent's business
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         null = os.open(os.devnull, os.O_RDWR)
-        writer = os.dup(writer)
+        writer = fcntl.fcntl(writer, fcntl.F_DUPFD, 100)  # above all others
         for descriptor in (0, 1, 2):
             os.dup2(null, descriptor)  # a stuck worker must not keep anybody's pipe open
         os.closerange(3, writer)  # nor the database, nor the lock
