@@ -63,7 +63,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections import Counter, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
 # isort: off
@@ -1504,18 +1504,17 @@ def recorded_run(conn: sqlite3.Connection, command: str) -> Iterator[JsonObject]
 # Scan: the worker
 # ---------------------------------------------------------------------------------------------
 # The one mechanism for speed and for safety.  A forked process walks and judges and reports
-# through a pipe, while the parent keeps the database: two cores.  In it, threads take directories
-# from one pile: a single thread on a local disk, many once something answers slowly.  A watch
-# looks at what each thread has been waiting for; one that a dead mount holds is given up and
+# through a pipe, while the parent keeps the database: two cores.  In it, threads take tasks from
+# one pile: a single thread on a local disk, many once something answers slowly.  A watch looks at
+# what each task has been waiting for; one that a dead mount holds is given up, and its thread
 # replaced.  A thread in the kernel's D state cannot be ended, nor can its process, so the parent
 # kills the worker at the end and does not wait for it (measured: any other way hangs).
 
 GONE_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 AUTO_WORKERS = 24  # a libfuse daemon has some ten threads; what waits for them costs nothing
-SLOW_SECONDS = 0.001  # a look-up that takes longer does not come from a local disk's cache
-LIST_SECONDS = 0.002  # a look-up that takes longer is dearer than its share of a listing
-DEAR_ANSWERS = 3  # so many of them in a row on a mount are no hiccup
-SLOW_STREAK = 8  # so many slow look-ups in a row are no hiccup
+SLOW_SECONDS = 0.002  # a look-up that takes longer does not come from a local disk's cache
+LIST_STREAK = 3  # so many of them in a row on a mount: a listing is cheaper
+SLOW_STREAK = 8  # so many: the whole mount is slow
 WINDOW = 16384  # links that wait to be judged together with others of their target directory
 BATCH = 4000  # links in one message to the parent, and in one transaction
 DOUBTFUL = 50000  # links that are looked at again; more than that is the guard's business
@@ -1532,10 +1531,8 @@ F_SETPIPE_SZ = 1031  # Linux, missing from `fcntl` before 3.10
 # it where it is the target's own; of the others it is the reason.
 JUDGED_OK, JUDGED_GONE, JUDGED_UNKNOWN, JUDGED_BLOCKED = range(4)
 Judged = Tuple[str, str, int, int, str, int]
-# Good links, most of all, travel as three lists: their paths, targets and unit numbers.
-Good = Tuple[List[str], List[str], List[int]]
 # A link that waits to be judged: (path, its target as a path to ask for, its text, root number).
-Waiting = Tuple[str, str, str, int]
+Link = Tuple[str, str, str, int]
 
 HEALTHY, ABSENT, EMPTY, UNRESPONSIVE, ERROR = "healthy", "absent", "empty", "unresponsive", "error"
 
@@ -1579,10 +1576,14 @@ class Place:
     announced: bool = False
     answered: float = 0.0
     timeouts: int = 0
-    dear_answers: int = 0  # look-ups in a row that took long
+    slow_answers: int = 0  # look-ups in a row that took long
 
     def __post_init__(self) -> None:
         self.probe = self.probe or self.point
+
+    @property
+    def is_down(self) -> bool:
+        return self.state != HEALTHY and self.role != "stuck"
 
     def examine(self) -> Tuple[str, str]:
         """Ask the place how it is; may hang.  Returns (state, reason); finds its real `point`."""
@@ -1608,10 +1609,8 @@ class Place:
         if fs_type is None:
             return ABSENT, f"{self.probe} is not a mount point; nothing is mounted there"
         if self.role == "remembered" and fs_type != self.fs_type:
-            return ABSENT, (
-                f"{self.point} is {fs_type} now and was {self.fs_type}; if that is meant, run "
-                f"scan --forget-mount {self.point}"
-            )
+            hint = f"if that is meant, run scan --forget-mount {self.point}"
+            return ABSENT, f"{self.point} is {fs_type} now and was {self.fs_type}; {hint}"
         self.fs_type = fs_type
         return (EMPTY, f"{self.probe} is mounted but empty") if empty else (HEALTHY, "")
 
@@ -1622,76 +1621,54 @@ def is_empty(directory: str) -> bool:
         return next(entries, None) is None
 
 
+@dataclasses.dataclass(eq=False)
 class Spot:
-    """A directory of targets, resolved: what all links into it have in common."""
+    """A physical directory and what it stands on: what all links into it have in common.
 
-    __slots__ = ("device", "good", "mount", "place", "real", "slow", "unit")
+    `child` is the directory beneath the mount point that leads there, '' for that itself; `place`
+    is the one that decides about it.
+    """
 
-    def __init__(self, real: str, unit: int, mount: Place, place: Place) -> None:
-        self.real = real
-        self.unit = unit
-        self.mount = mount
-        self.place = place
-        self.device = -1
-        self.slow = False
-        self.good = False
+    real: str
+    mount: Place
+    child: str
+    place: Place
+    slow: bool = False
+    device: int = -1
+    good: bool = False  # some target here was good, and `unit` is known
+    unit: int = -1
 
 
-class Slot:
-    """What one thread is doing, for the watch."""
+@dataclasses.dataclass(eq=False)
+class Task:
+    """`todo`, directories to walk, or `links` into `head`, to judge; and what came of it.
 
-    __slots__ = ("lost", "path", "place", "since", "suspected", "task")
+    What a task found counts only once it is finished: a thread that hangs takes it along, and
+    what was `taken` is given to another.  `path` is what it waits for, for the watch to see.
+    """
 
-    def __init__(self) -> None:
-        self.task: Optional[Task] = None
-        self.path = ""
-        self.place: Optional[Place] = None
-        self.since = 0.0
-        self.lost = False
-        self.suspected = False
+    todo: List[Tuple[str, int]]  # directories and their root numbers
+    head: str = ""
+    links: Sequence[Link] = ()
+    found: List[Judged] = dataclasses.field(default_factory=list)
+    later: List[Tuple[str, List[Link]]] = dataclasses.field(default_factory=list)
+    doubtful: List[Link] = dataclasses.field(default_factory=list)
+    ignored: int = 0
+    path: str = ""
+    place: Optional[Place] = None
+    since: float = dataclasses.field(default_factory=time.monotonic)
+    suspected: float = 0.0  # the `since` of a wait that is already looked into
+
+    def __post_init__(self) -> None:
+        self.taken = list(self.todo)
 
     def touch(self, path: str, place: Optional[Place] = None) -> None:
         """Note what the thread is about to wait for."""
         self.since = time.monotonic()
-        self.path, self.place, self.suspected = path, place, False
+        self.path, self.place = path, place
 
-
-class Task:
-    """Directories to walk, or one of targets with the `links` to judge there; and what came of it.
-
-    What a task found counts only once it is finished: a thread that hangs takes it along, and
-    what was `taken` is given to another.
-    """
-
-    __slots__ = ("doubtful", "found", "good", "ignored", "later", "links", "taken", "todo")
-
-    def __init__(self, todo: List[Tuple[str, int]], links: Optional[List[Waiting]] = None) -> None:
-        self.todo = todo  # (directory, root number)
-        self.taken = list(todo)
-        self.links = links
-        self.good: Dict[int, Good] = {}
-        self.found: List[Judged] = []
-        self.later: List[Tuple[str, Waiting]] = []
-        self.doubtful: List[Waiting] = []
-        self.ignored = 0
-
-    def good_of(self, root: int) -> Good:
-        return self.good.setdefault(root, ([], [], []))
-
-    def add(self, judged: Optional[Judged]) -> None:
-        """Add a verdict, if there is one yet, to what was found."""
-        if judged is None:
-            return
-        if judged[2] != JUDGED_OK:
-            self.found.append(judged)
-            return
-        paths, targets, units = self.good_of(judged[5])
-        paths.append(judged[0])
-        targets.append(judged[1])
-        units.append(judged[3])
-
-    def size(self) -> int:
-        return len(self.found) + sum(len(good[0]) for good in self.good.values())
+    def add(self, link: Link, judgement: int, unit: int, detail: str = "") -> None:
+        self.found.append((link[0], link[2], judgement, unit, detail, link[3]))
 
 
 class Ignore:
@@ -1717,19 +1694,16 @@ class Ignore:
 
     def matches_beneath(self, root: str, path: str) -> bool:
         """Tell whether `path`, or any directory between it and `root`, is to be skipped."""
-        directory = root.rstrip("/")
-        for name in path[len(directory) + 1 :].split("/"):
-            if self.matches(directory, name):
-                return True
-            directory = f"{directory}/{name}"
-        return False
+        top = root.rstrip("/") or "/"
+        steps = itertools.takewhile(lambda step: step != top, ancestors(path))
+        return any(self.matches(*step.rpartition("/")[::2]) for step in steps)
 
 
 class Surveyor:
     """Walks roots and judges links; lives in the worker process.
 
     `send` takes a tuple whose first item names the message:
-    ('good', root number, *Good), ('links', [Judged]), ('mount', point, type),
+    ('good', root number, paths, targets, units), ('links', [Judged]), ('mount', point, type),
     ('unit', number, mount point, child directory), ('unread', directory, reason),
     ('root', number, state, reason, real path, covered), ('ignored', count), ('beat',),
     ('done', places, blocked units, uninhabited directories).
@@ -1740,198 +1714,76 @@ class Surveyor:
         self.send = send
         self.limit = format_duration(job.stat_timeout)
         self.ignore = Ignore(job.ignore)
-        self.ignored = 0
+        self.covered_roots: Dict[str, int] = {}
+        # Where things are.
         self.places: Dict[str, List[Place]] = {}
         self.sealed: Set[str] = set()  # unhealthy points: nothing there or beneath is touched
         self.stuck = False  # some of them are single files
-        self.slow_mounts: Set[str] = set()  # with a slash behind
+        self.slow: Tuple[str, ...] = ()  # mount points with a slash behind
         self.units: Dict[Tuple[str, str, str], int] = {}
+        self.unit_points: Dict[int, str] = {}  # the places that decided about them
         self.inhabited: Set[int] = set()  # hashes of the directories above good targets
         self.empty_dirs: Set[str] = set()
-        self.covered_roots: Dict[str, int] = {}
-        self.forget()
+        floor = Place("/", "seen")
+        self.floor = Spot("", floor, "", floor)
+        # The caches.
+        self.locate = functools.lru_cache(CACHE_SIZE)(self.look_up)
+        self.stand = functools.lru_cache(CACHE_SIZE)(self.look_around)
         # The crew's state, all under one lock.
         self.change = threading.Condition()
-        self.slots: Set[Slot] = set()
-        self.here = threading.local()  # .slot is the thread's own
+        self.crew = 0  # threads at work, or waiting for some
+        self.tasks: Set[Task] = set()  # what they are at
+        self.here = threading.local()  # .task is the thread's own
         self.walks: List[Tuple[str, int]] = []
-        self.batches: List[Task] = []
-        self.waiting: Dict[str, List[Waiting]] = {}
+        self.waiting: OrderedDict[str, List[Link]] = OrderedDict()  # by directory of targets
         self.waiting_count = 0
-        self.walking = 0
-        self.working = 0
-        self.outbox = Task([])  # what is judged and not yet sent
+        self.found: List[Judged] = []  # not yet sent
+        self.ignored = 0
+        self.doubtful: List[Link] = []  # gone at first sight
+        self.doubts = DOUBTFUL  # how many of them there may be; none in the second look
         self.crash: Optional[BaseException] = None
-        self.doubtful: Optional[List[Waiting]] = []  # gone at first sight; None: no more doubt
-        self.spreading = False  # whether to stop once there is a pile to split
-        self.half = 0
-        self.twin_of: Optional[int] = None
-        self.twin_units: List[Tuple[str, int]] = []
-        self.threads: List[threading.Thread] = []
         self.over = threading.Event()  # not `change`: the watch is not to be woken by every task
-
-    def forget(self) -> None:
-        """Empty the caches: they are full, or something is no longer what it was."""
-        self.spots: Dict[str, Spot] = {}
-        self.real_dirs: Dict[str, str] = {}
-        self.devices: Dict[str, int] = {}
-        self.standings: Dict[str, Tuple[Place, str, Place]] = {}
+        self.spreading = False  # whether to stop once there is a pile to split
+        self.half = 0  # 1 in the twin
 
     # The whole errand
 
     def run(self) -> None:
         """Do the job and say 'done'."""
-        mounts = read_mounts()
-        self.slow_mounts = {
-            point.rstrip("/") + "/" for point, kind in mounts.items() if is_network_type(kind)
-        }
-        watched = []
-        for check in self.job.mount_checks:
-            # While it cannot be looked at, only its name and place tell a sentinel from a mount.
-            folder, name = os.path.split(check)
-            known = {**mounts, **self.job.remembered}
-            is_file = "." in name or find_ancestor(folder, known) != "/"
-            point = folder if is_file and check not in known else check
-            watched.append(Place(point, "check", probe=check))
-        watched += [Place(p, "remembered", kind) for p, kind in self.job.remembered.items()]
-        self.probe(watched)
-        for place in watched + [Place(p, "seen", kind) for p, kind in mounts.items()]:
-            self.places.setdefault(place.point, []).append(place)
-            place.used = self.job.look_only and place.role != "seen"
-        self.places.setdefault("/", [Place("/", "seen", "unknown")])
+        self.open_places()
         self.open_roots()
         self.open_links()
         if not self.job.look_only:
             self.spreading = self.job.split
             self.work()
-            self.spreading = False
-            twin = self.split()
+            pipe = self.split()
             self.work()
             self.look_again()
-            self.flush(force=True)
+            self.flush()
             self.send(("ignored", self.ignored))
-            if self.twin_of is not None:
-                self.end_twin(self.twin_of)
-            if twin is not None:
-                self.join_twin(twin)
+            if pipe is not None:
+                (self.end_twin if self.half else self.join_twin)(pipe)
             # Once more: a mount may have gone while its targets were looked for.
-            everywhere = [place for group in self.places.values() for place in group]
-            self.probe([p for p in everywhere if p.used and p.state == HEALTHY])
+            self.probe([p for p in self.everywhere() if p.used and p.state == HEALTHY])
         self.report()
 
-    def work(self, count: int = 1) -> None:
-        """Have a crew of `count` threads, to begin with, do what is on the piles."""
-        self.over.clear()
-        self.hire(count)
-        self.watch()
-
-    def look_again(self) -> None:
-        """Judge anew what was gone at first sight: a mount may have been away for a moment."""
-        links, self.doubtful = self.doubtful or [], None
-        heads: Dict[str, List[Waiting]] = {}
-        for link in links:
-            heads.setdefault(link[1].rpartition("/")[0], []).append(link)
-        self.batches = [Task([(head, 0)], group) for head, group in heads.items()]
-        slow = any(self.is_slow(head) for head in heads)
-        self.work((self.job.workers or AUTO_WORKERS) if slow else 1)
-
-    def split(self) -> Optional[int]:
-        """Fork a twin that takes every other directory of the pile, where a second core is idle.
-
-        Returns the pipe that the twin's findings come from; None if there is no twin, or in it.
-        """
-        is_worth_it = len(self.walks) >= SPREAD and not self.waiting
-        if not is_worth_it or len(self.threads) > 1 or len(os.sched_getaffinity(0)) < 2:
-            return None
-        self.threads[0].join()  # a fork copies the locks, but not those who would release them
-        self.flush(force=True)
-        reader, writer = os.pipe()
-        is_twin = fork_quietly() == 0
-        self.half = int(is_twin)
-        self.walks = self.walks[self.half :: 2]
-        os.close(reader if is_twin else writer)
-        if not is_twin:
-            return reader
-        self.ignored, self.doubtful = 0, []
-        self.twin_of = writer
-        return None
-
-    def end_twin(self, writer: int) -> None:
-        """Leave to the first half what it must know for the verdicts, and end this process."""
-        places = {
-            (place.point, place.role): (place.state, place.reason)
-            for group in self.places.values()
-            for place in group
-            if place.used
-        }
-        units = [(point, number) for (_, _, point), number in self.units.items()]
-        write_frame(writer, (places, units, list(self.empty_dirs), list(self.inhabited)))
-        os._exit(0)
-
-    def join_twin(self, reader: int) -> None:
-        """Wait for the twin, and add what it found to this half's knowledge."""
-        frames = Frames(reader)
-        while not frames.ready(HEARTBEAT):
-            self.send(("beat",))
-        places, self.twin_units, empty_dirs, inhabited = frames.take()
-        self.empty_dirs.update(empty_dirs)
-        self.inhabited.update(inhabited)
-        for place in [place for group in self.places.values() for place in group]:
-            state, reason = places.get((place.point, place.role), (None, ""))
-            place.used = place.used or state is not None
-            if state not in (None, HEALTHY):
-                self.seal(place, state, reason)
-
-    def probe(self, places: Sequence[Place]) -> None:
-        """Ask all places at once how they are, and seal off what is not well."""
-        answers = self.ask_all([place.examine for place in places])
-        for place, answer in zip(places, answers):
-            if answer is None:
-                answer = UNRESPONSIVE, f"{place.probe} did not answer within {self.limit}"
-            if answer[0] != HEALTHY:
-                self.seal(place, *answer)
-
-    def seal(self, place: Place, state: str, reason: str) -> None:
-        place.state, place.reason = state, reason
-        self.sealed.add(place.point)
-        self.forget()
-
-    def ask_all(self, questions: Sequence[Callable[[], Any]]) -> List[Any]:
-        """Ask all at once and return the answers; None for one that does not come in time."""
-        answers: List[Any] = [None] * len(questions)
-        done = threading.Semaphore(0)
-
-        def ask(number: int) -> None:
-            answers[number] = questions[number]()
-            done.release()
-
-        for number in range(len(questions)):
-            threading.Thread(target=ask, args=(number,), daemon=True).start()
-        deadline = time.monotonic() + self.job.stat_timeout
-        for _ in questions:
-            while not done.acquire(timeout=max(0, min(HEARTBEAT, deadline - time.monotonic()))):
-                self.send(("beat",))
-                if time.monotonic() >= deadline:
-                    return list(answers)
-        return answers
-
-    def report(self) -> None:
-        """Say how the places are at the end, and which units they take down with them."""
-        listed = [
-            (p.point, p.fs_type, p.state, p.reason, p.role)
-            for group in self.places.values()
-            for p in group
-            if p.role == "check" or (p.used and p.role != "stuck")
-        ]
-        blocked = {}
-        units = [(point, number) for (_, _, point), number in self.units.items()]
-        for point, number in units + self.twin_units:
-            place = self.standing(point)[2]
-            if place.state != HEALTHY and place.role != "stuck":
-                blocked[number] = place.reason
-        parents = {directory: os.path.dirname(directory) for directory in self.empty_dirs}
-        uninhabited = [d for d, p in parents.items() if p == "/" or hash(p) not in self.inhabited]
-        self.send(("done", listed, blocked, uninhabited))
+    def open_places(self) -> None:
+        """Learn what is mounted, and ask what must be healthy whether it is."""
+        mounts = {"/": "unknown", **read_mounts()}
+        self.add_slow(*(point for point, kind in mounts.items() if is_network_type(kind)))
+        known = {**mounts, **self.job.remembered}
+        watched = []
+        for check in self.job.mount_checks:
+            # While it cannot be looked at, only its name and place tell a sentinel from a mount.
+            folder, name = os.path.split(check)
+            is_file = check not in known and ("." in name or find_ancestor(folder, known) != "/")
+            watched.append(Place(folder if is_file else check, "check", probe=check))
+        watched += [Place(p, "remembered", kind) for p, kind in self.job.remembered.items()]
+        for place in watched:
+            place.used = self.job.look_only
+        self.probe(watched)
+        for place in watched + [Place(point, "seen", kind) for point, kind in mounts.items()]:
+            self.places.setdefault(place.point, []).append(place)
 
     def open_roots(self) -> None:
         """Look at every root, hang-safe, and put the good ones on the pile; overlaps once."""
@@ -1943,7 +1795,7 @@ class Surveyor:
                 real[number] = path
             else:
                 self.send(("root", number, state, reason, path, False))
-        for place in [place for group in self.places.values() for place in group]:
+        for place in self.everywhere():
             # A library may have mounts in it: their links vanish with them.
             inside = any(is_under(place.point, path) for path in real.values())
             place.used = place.used or (inside and place.state != HEALTHY)
@@ -1966,34 +1818,34 @@ class Surveyor:
         folders: Dict[str, List[str]] = {}
         for path in self.job.links:
             folders.setdefault(os.path.dirname(path), []).append(path)
-        heads: Dict[str, List[Waiting]] = {}
-        answers = self.ask_all([functools.partial(self.read_links, f) for f in folders.values()])
-        for paths, answer in zip(folders.values(), answers):
-            targets, reason = answer or ({}, f"it did not answer within {self.limit}")
-            for path, target in targets.items():
-                full = os.path.join(os.path.dirname(path), target)
-                heads.setdefault(full.rpartition("/")[0], []).append((path, full, target, 0))
-            if reason:
-                unseen, unit = set(paths) - set(targets), self.unit_of("/")
-                self.outbox.found += [(p, "", JUDGED_UNKNOWN, unit, reason, 0) for p in unseen]
-        self.batches = [Task([(head, 0)], links) for head, links in heads.items()]
+        answers = self.ask_all(
+            [functools.partial(self.read_links, *item) for item in folders.items()]
+        )
+        for (folder, paths), answer in zip(folders.items(), answers):
+            texts, reason = answer or ({}, f"it did not answer within {self.limit}")
+            for path, text in texts.items():
+                target = os.path.join(folder, text)
+                self.put_off(target.rpartition("/")[0], [(path, target, text, 0)])
+            unseen = set(paths) - set(texts) if reason else ()
+            unit = self.unit_of(self.floor)
+            self.found += [(path, "", JUDGED_UNKNOWN, unit, reason, 0) for path in unseen]
 
-    def read_links(self, paths: Sequence[str]) -> Tuple[Dict[str, str], str]:
-        """Return the targets of links in one directory, and what is wrong with its place."""
-        place = self.standing(self.resolve(os.path.dirname(paths[0]) or "/"))[2]
-        targets = {}
+    def read_links(self, folder: str, paths: Sequence[str]) -> Tuple[Dict[str, str], str]:
+        """Return the texts of links in a directory, and what is wrong with its place."""
+        place = self.locate(folder).place
+        texts = {}
         for path in paths:
             try:
-                targets[path] = os.readlink(path)
+                texts[path] = os.readlink(path)
             except OSError as exc:
                 if exc.errno not in GONE_ERRNOS:
-                    targets[path] = path
-        return targets, place.reason if place.state != HEALTHY else ""
+                    texts[path] = path
+        return texts, place.reason if place.state != HEALTHY else ""
 
     def examine_root(self, root: str) -> Tuple[str, str, str]:
         """Return (state, reason, real path) of a root: 'scanned', 'missing', 'error', 'refused'."""
-        path = self.resolve(root)
-        place = self.standing(path)[2]
+        spot = self.locate(root)
+        place, path = spot.place, spot.real
         place.used = place.used or place.state != HEALTHY
         if place.state not in (HEALTHY, EMPTY):
             return "refused", place.reason, path
@@ -2006,323 +1858,388 @@ class Surveyor:
             return ERROR, exc.strerror or "cannot be read", path
         return "scanned", "", path
 
+    def look_again(self) -> None:
+        """Judge anew what was gone at first sight: a mount may have been away for a moment."""
+        self.doubts = 0
+        for link in self.doubtful:
+            self.put_off(link[1].rpartition("/")[0], [link])
+        slow = any(self.is_slow(head) for head in self.waiting)
+        self.work((self.job.workers or AUTO_WORKERS) if slow else 1)
+
+    def split(self) -> Optional[int]:
+        """Fork a twin that takes every other directory of the pile, where a second core is idle.
+
+        Returns the pipe between the two; None if all is done, or something answers slowly.
+        """
+        is_worth_it, self.spreading = self.spreading and bool(self.walks), False
+        if not is_worth_it or len(os.sched_getaffinity(0)) < 2:
+            return None
+        self.thread.join()  # a fork copies the locks, but not those who would release them
+        self.flush()
+        pipe = os.pipe()
+        self.half = int(fork_quietly() == 0)
+        self.walks = self.walks[self.half :: 2]
+        if self.half:
+            self.ignored, self.doubtful = 0, []
+        os.close(pipe[not self.half])
+        return pipe[self.half]
+
+    def end_twin(self, writer: int) -> None:
+        """Leave to the first half what it must know for the verdicts, and end this process."""
+        places = {(p.point, p.role): (p.state, p.reason) for p in self.everywhere() if p.used}
+        write_frame(writer, (places, self.unit_points, self.empty_dirs, self.inhabited))
+        os._exit(0)
+
+    def join_twin(self, reader: int) -> None:
+        """Wait for the twin, and add what it found to this half's knowledge."""
+        frames, knowledge = Frames(reader), None
+        while knowledge is None:
+            self.send(("beat",))
+            knowledge = frames.take(HEARTBEAT)
+        places, unit_points, empty_dirs, inhabited = knowledge
+        self.unit_points.update(unit_points)
+        self.empty_dirs |= empty_dirs
+        self.inhabited |= inhabited
+        for place in self.everywhere():
+            state, reason = places.get((place.point, place.role), (None, ""))
+            place.used = place.used or state is not None
+            if state not in (None, HEALTHY):
+                self.seal(place, state, reason)
+
+    def report(self) -> None:
+        """Say how the places are at the end, and which units they take down with them."""
+        listed = [
+            (p.point, p.fs_type, p.state, p.reason, p.role)
+            for p in self.everywhere()
+            if p.role == "check" or (p.used and p.role != "stuck")
+        ]
+        places = {number: self.stand(point).place for number, point in self.unit_points.items()}
+        blocked = {number: place.reason for number, place in places.items() if place.is_down}
+        parents = {directory: os.path.dirname(directory) for directory in self.empty_dirs}
+        uninhabited = [d for d, p in parents.items() if p == "/" or hash(p) not in self.inhabited]
+        self.send(("done", listed, blocked, uninhabited))
+
+    # Asking the places
+
+    def everywhere(self) -> List[Place]:
+        return [place for group in self.places.values() for place in group]
+
+    def probe(self, places: Sequence[Place]) -> None:
+        """Ask all places at once how they are, and seal off what is not well."""
+        answers = self.ask_all([place.examine for place in places])
+        for place, answer in zip(places, answers):
+            if answer is None:
+                answer = UNRESPONSIVE, f"{place.probe} did not answer within {self.limit}"
+            if answer[0] != HEALTHY:
+                self.seal(place, *answer)
+
+    def seal(self, place: Place, state: str, reason: str) -> None:
+        place.state, place.reason = state, reason
+        self.sealed.add(place.point)
+        self.forget()
+
+    def forget(self) -> None:
+        """Empty the caches: something is no longer what it was."""
+        self.locate.cache_clear()
+        self.stand.cache_clear()
+
+    def ask_all(self, questions: Sequence[Callable[[], Any]]) -> List[Any]:
+        """Ask all at once and return the answers; None for one that does not come in time."""
+        answers: List[Any] = [None] * len(questions)
+
+        def ask(number: int, question: Callable[[], Any]) -> None:
+            answers[number] = question()
+
+        threads = [threading.Thread(target=ask, args=a, daemon=True) for a in enumerate(questions)]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + self.job.stat_timeout
+        for thread in threads:
+            while thread.is_alive() and time.monotonic() < deadline:
+                thread.join(HEARTBEAT / 10)
+                self.send(("beat",))
+        return list(answers)
+
     # The crew: threads, their tasks and the watch over them
+
+    def work(self, count: int = 1) -> None:
+        """Have a crew of `count` threads, to begin with, do what is on the piles."""
+        self.over.clear()
+        self.hire(count)
+        self.watch()
 
     def hire(self, count: int) -> None:
         """Have `count` threads at work; more cost nothing where they wait for a mount."""
         with self.change:
-            for _ in range(count - len(self.slots)):
-                slot = Slot()
-                self.slots.add(slot)
-                thread = threading.Thread(target=self.labour, args=(slot,), daemon=True)
-                self.threads.append(thread)
-                thread.start()
+            while self.crew < count:
+                self.crew += 1
+                self.thread = threading.Thread(target=self.labour, daemon=True)
+                self.thread.start()
 
     def hire_all(self) -> None:
         self.spreading = False
-        if len(self.slots) == 1:
+        if self.crew == 1:
             self.hire(self.job.workers or AUTO_WORKERS)
 
-    def labour(self, slot: Slot) -> None:
-        """Take tasks until none is left.  What a lost thread found is thrown away."""
-        self.here.slot = slot
+    def labour(self) -> None:
+        """Take tasks until none is left, or one was given up: what that found is thrown away."""
         try:
-            while self.next_task(slot):
-                assert slot.task
-                if slot.task.links is None:
-                    self.walk(slot, slot.task)
+            task = self.next_task()
+            while task:
+                self.here.task = task
+                if task.links:
+                    self.judge_links(task, task.head, task.links)
                 else:
-                    self.judge_directory(slot, slot.task, slot.task.links)
-                self.finish_task(slot)
+                    self.walk(task)
+                task = self.next_task() if self.finish_task(task) else None
         except BaseException as exc:  # a bug: the errand cannot be trusted any more
             self.crash = exc
             self.over.set()
 
-    def next_task(self, slot: Slot) -> bool:
-        """Give the thread a task; False when there is nothing left to do for it."""
+    def next_task(self) -> Optional[Task]:
+        """Return what to do next; None when there is nothing left to do for this thread."""
         with self.change:
-            while not slot.lost:
-                if self.waiting_count >= WINDOW or not (self.walks or self.walking):
-                    self.batches += [Task([(d, 0)], links) for d, links in self.waiting.items()]
-                    self.change.notify(len(self.waiting))
-                    self.waiting = {}
-                    self.waiting_count = 0
-                judged = self.outbox.size() + self.waiting_count
-                resting = self.spreading and judged >= SAMPLE and len(self.walks) >= SPREAD
-                if (self.batches or self.walks) and not resting:
-                    slot.path = ""
-                    slot.task = self.batches.pop() if self.batches else self.take_walk()
-                    self.walking += slot.task.links is None
-                    self.working += 1
-                    return True
-                if self.working == 0:
-                    self.slots.discard(slot)
-                    if not self.slots:
-                        self.over.set()
-                    return False
-                self.change.wait()
-        return False
+            task = self.change.wait_for(lambda: self.take_task() or not self.tasks)
+            if isinstance(task, Task):
+                self.tasks.add(task)
+                return task
+            self.crew -= 1
+            if not self.crew:
+                self.over.set()
+            return None
 
-    def take_walk(self) -> Task:
-        """Take the whole pile where only one thread is at work, else one directory of it."""
-        if len(self.slots) > 1:
-            return Task([self.walks.pop()])
-        pile, self.walks = self.walks, []
-        return Task(pile)
+    def take_task(self) -> Optional[Task]:
+        """Take the links of a directory, or one to walk; the whole pile for a single thread."""
+        if self.is_time_to_judge():
+            head, links = self.waiting.popitem(last=False)
+            self.waiting_count -= len(links)
+            return Task([], head, links)
+        is_enough = len(self.found) + self.waiting_count >= SAMPLE and len(self.walks) >= SPREAD
+        if not self.walks or (self.spreading and is_enough):
+            return None
+        start = -1 if self.crew > 1 else 0
+        todo, self.walks[start:] = self.walks[start:], []
+        return Task(todo)
 
-    def finish_task(self, slot: Slot) -> None:
-        task = slot.task
+    def is_time_to_judge(self) -> bool:
+        """Tell whether the links that wait are enough, or all that will come."""
+        is_walking = self.walks or any(not task.links for task in self.tasks)
+        return bool(self.waiting) and (self.waiting_count >= WINDOW or not is_walking)
+
+    def put_off(self, head: str, links: Sequence[Link]) -> None:
+        self.waiting.setdefault(head, []).extend(links)
+        self.waiting_count += len(links)
+
+    def finish_task(self, task: Task) -> bool:
+        """Add what a task found to what is to be sent; False if it was given up meanwhile."""
         with self.change:
-            if slot.lost or task is None:
-                return
-            for directory, link in task.later:
-                self.waiting.setdefault(directory, []).append(link)
-            self.waiting_count += len(task.later)
-            if task.links is None:
-                self.walks += task.todo
-            for root, good in task.good.items():
-                paths, targets, units = self.outbox.good_of(root)
-                paths += good[0]
-                targets += good[1]
-                units += good[2]
-            self.outbox.found += task.found
-            if self.doubtful is not None:
-                self.doubtful += task.doubtful
+            if task not in self.tasks:
+                return False
+            self.tasks.remove(task)
+            self.walks += task.todo
+            for head, links in task.later:
+                self.put_off(head, links)
+            self.found += task.found
+            self.doubtful += task.doubtful
             self.ignored += task.ignored
             self.change.notify(len(task.todo))
-            self.end_task(slot)
+            if not self.tasks or self.is_time_to_judge():
+                self.change.notify_all()
         if task.later:
             self.hire_all()
-        self.flush()
+        if len(self.found) >= BATCH:
+            self.flush()
+        return True
 
-    def end_task(self, slot: Slot) -> None:
-        self.working -= 1
-        self.walking -= slot.task is not None and slot.task.links is None
-        slot.task = None
-        if self.working == 0 or (self.walking == 0 and self.waiting):
-            self.change.notify_all()
-
-    def flush(self, force: bool = False) -> None:
-        """Send what has been judged, in large messages."""
+    def flush(self) -> None:
+        """Send what has been judged.  Good links, most of all, travel as three lists."""
         with self.change:
-            if not force and self.outbox.size() < BATCH:
-                return
-            full, self.outbox = self.outbox, Task([])
-        for root, good in full.good.items():
-            self.send(("good", root, *good))
-        if full.found:
-            self.send(("links", full.found))
+            found, self.found = self.found, []
+        rest = [judged for judged in found if judged[2] != JUDGED_OK]
+        if rest:
+            self.send(("links", rest))
+            found = [judged for judged in found if judged[2] == JUDGED_OK]
+        for root in {judged[5] for judged in found}:
+            paths, targets, _, units, *_ = zip(*(j for j in found if j[5] == root))
+            self.send(("good", root, list(paths), list(targets), list(units)))
 
     def watch(self) -> None:
-        """Wait for the crew; give up threads that wait too long for a path."""
+        """Wait for the crew; give up tasks that wait too long for a path."""
         limit = self.job.stat_timeout
-        next_beat = 0.0
         while not self.over.wait(min(HEARTBEAT, limit / 8)):
             with self.change:
-                waiting = [slot for slot in self.slots if slot.task and slot.path]
+                waiting = [task for task in self.tasks if task.path]
             now = time.monotonic()
-            for slot in waiting:
-                age = now - slot.since
+            for task in waiting:
+                age = now - task.since
                 if age >= limit:
-                    self.give_up(slot)
-                elif age >= min(1.0, limit / 4) and not slot.suspected:
-                    slot.suspected = True
-                    place = slot.place or self.standing(slot.path)[2]
+                    self.give_up(task)
+                elif age >= min(1.0, limit / 4) and task.suspected != task.since:
+                    task.suspected = task.since
+                    self.hire_all()
+                    place = task.place or self.stand(task.path).place
                     threading.Thread(target=self.suspect, args=(place,), daemon=True).start()
-            if now >= next_beat:
-                next_beat = now + HEARTBEAT
-                self.flush(force=True)
-                self.send(("beat",))
+            self.flush()
+            self.send(("beat",))
         if self.crash:
             raise self.crash
 
     def suspect(self, place: Place) -> None:
         """Ask the mount of a path that keeps us waiting whether it is alive at all."""
-        self.hire_all()
         with contextlib.suppress(OSError):  # an error is an answer, too
             is_empty(place.point)
         place.answered = time.monotonic()
 
-    def give_up(self, slot: Slot) -> None:
+    def give_up(self, task: Task) -> None:
         """Replace a thread that hangs; its task is done anew without what it hangs on."""
         with self.change:
-            if slot.lost or slot.task is None:
+            if task not in self.tasks:
                 return
-            place = slot.place or self.standing(slot.path)[2]
+            self.tasks.remove(task)
+            place = task.place or self.stand(task.path).place
             place.timeouts += 1
-            if place.answered > slot.since and place.timeouts <= STUCK_LIMIT:
-                place = Place(slot.path.rstrip("/"), "stuck")  # the mount is alive
+            if place.answered > task.since and place.timeouts <= STUCK_LIMIT:
+                place = Place(task.path.rstrip("/"), "stuck")  # the mount is alive
                 self.stuck = True
                 self.places.setdefault(place.point, []).insert(0, place)
             place.used = True
             self.seal(place, UNRESPONSIVE, f"{place.point} did not answer within {self.limit}")
-            slot.lost = True
-            self.slots.discard(slot)
-            task = slot.task
-            self.end_task(slot)
-            if task.links is None:
-                self.walks += task.taken
-            else:
-                self.batches.append(Task(task.taken, task.links))
-            self.hire(len(self.slots) + 1)
+            self.walks += task.taken
+            if task.links:
+                self.put_off(task.head, task.links)
+            self.crew -= 1
+            self.hire(self.crew + 1)
+            self.change.notify_all()
 
     # Walking and judging
 
-    def walk(self, slot: Slot, task: Task) -> None:
+    def walk(self, task: Task) -> None:
         """Walk a directory; while only one thread is at work, go on with those beneath it."""
         while task.todo:
             directory, root = task.todo.pop()
-            slot.touch(directory + "/")
+            task.touch(directory + "/")
             try:
-                if self.sealed:
-                    place = self.standing(self.resolve(directory or "/"))[2]
-                    if place.state == UNRESPONSIVE:
-                        raise TimeoutError(errno.ETIMEDOUT, "it did not answer in time")
-                self.walk_directory(slot, task, directory, root)
+                if self.sealed and self.locate(directory).place.state == UNRESPONSIVE:
+                    raise TimeoutError(errno.ETIMEDOUT, "it did not answer in time")
+                self.walk_directory(task, directory, root)
             except OSError as exc:
                 self.send(("unread", directory or "/", exc.strerror))
-            judged = len(task.good_of(root)[0]) + len(task.found) + len(task.later)
-            if judged >= (SAMPLE if self.spreading else BATCH) or len(self.slots) > 1:
+            enough = SAMPLE if self.spreading else BATCH
+            if self.crew > 1 or task.later or len(task.found) >= enough:
                 return
 
-    def walk_directory(self, slot: Slot, task: Task, directory: str, root: int) -> None:
+    def walk_directory(self, task: Task, directory: str, root: int) -> None:
         """Judge the links of one directory; put them off where their targets are slow."""
         prefix = directory + "/"
-        ignore = self.ignore.matches if self.ignore.active else None
-        clock, readlink, stat_target = time.monotonic, os.readlink, os.stat
-        paths, targets, units = task.good_of(root)
-        spots = self.spots
-        streak = 0
+        ignore = self.ignore
+        groups: Dict[str, List[Link]] = defaultdict(list)
         with os.scandir(prefix) as entries:
             for entry in entries:
-                name = entry.name
                 is_link = entry.is_symlink()
                 if not is_link and not entry.is_dir(follow_symlinks=False):
                     continue
-                if ignore and ignore(directory, name):
+                path = prefix + entry.name
+                if ignore.active and ignore.matches(directory, entry.name):
                     task.ignored += 1
-                    continue
-                path = prefix + name
-                if not is_link:
+                elif not is_link:
                     task.todo.append((path, self.covered_roots.get(path, root)))
-                    continue
-                try:
-                    target = readlink(path)
-                except OSError as exc:
-                    if exc.errno not in (errno.ENOENT, errno.EINVAL):
-                        self.send(("unread", path, exc.strerror))
-                    continue
-                full = target if target[0] == "/" else prefix + target
-                head = full.rpartition("/")[0]
-                spot = spots.get(head)
-                if spot is None and not self.is_slow(head):
-                    spot = self.locate(head)
-                if spot is None or spot.slow:
-                    task.later.append((head, (path, full, target, root)))
-                    continue
-                slot.place = spot.place
-                slot.path = full
-                try:
-                    # The common case, a good target where it seems to be, stands here for speed.
-                    if spot.good and stat_target(full).st_dev == spot.device:
-                        paths.append(path)
-                        targets.append(target)
-                        units.append(spot.unit)
-                    else:
-                        task.add(self.judge(slot, task, spot, (path, full, target, root)))
-                except OSError:
-                    task.add(self.judge(slot, task, spot, (path, full, target, root)))
-                slot.path = prefix
-                now = clock()
-                streak = streak + 1 if now - slot.since > SLOW_SECONDS else 0
-                slot.since = now
-                if streak >= SLOW_STREAK:
-                    # From now on judge this mount directory by directory, many at once.
-                    self.slow_mounts.add(spot.mount.point.rstrip("/") + "/")
-                    self.forget()
-                    self.hire_all()
-                    spots = self.spots
-                    streak = 0
+                else:
+                    try:
+                        text = os.readlink(path)
+                    except OSError as exc:
+                        if exc.errno not in (errno.ENOENT, errno.EINVAL):
+                            self.send(("unread", path, exc.strerror))
+                        continue
+                    target = text if text[0] == "/" else prefix + text
+                    groups[target.rpartition("/")[0]].append((path, target, text, root))
+        task.since = time.monotonic()
+        for head, links in groups.items():
+            if self.is_slow(head) or self.locate(head).slow:
+                task.later.append((head, links))
+            else:
+                self.judge_links(task, head, links)
+
+    def add_slow(self, *points: str) -> None:
+        self.slow += tuple(point.rstrip("/") + "/" for point in points)
 
     def is_slow(self, directory: str) -> bool:
-        return f"{directory}/".startswith(tuple(self.slow_mounts))
+        return f"{directory}/".startswith(self.slow)
 
-    def judge_directory(self, slot: Slot, task: Task, links: List[Waiting]) -> None:
-        """Judge links into one directory of a slow mount.
+    def judge_links(self, task: Task, head: str, links: Sequence[Link]) -> None:
+        """Judge links into one directory.
 
-        Where the first answer takes long, one listing costs less than asking for every name.
+        Where answers take long, one listing costs less than asking for every name.  A thread that
+        meets a slow mount unawares leaves it to many, directory by directory.
         """
-        head = task.taken[0][0]
-        slot.touch(head)
-        spot = self.spots.get(head) or self.locate(head)
-        names: Set[str] = set()
-        wanted = {link[1].rpartition("/")[2] for link in links}
-        may_list = len(wanted) > 3 and spot.place.state == HEALTHY
-        if may_list and spot.mount.dear_answers >= DEAR_ANSWERS:
-            names, may_list = self.list_names(slot, spot, wanted), False
-        for link in links:
-            path, full, target, root = link
-            if full.rpartition("/")[2] in names:
-                self.mark_good(full, spot, spot.device)
-                task.add((path, target, JUDGED_OK, spot.unit, "", root))
+        spot = self.locate(head)
+        mount = spot.mount
+        listed: Set[str] = set()
+        may_list = len(task.links) > 3 and spot.place.state == HEALTHY
+        for number, link in enumerate(links):
+            if may_list and mount.slow_answers >= LIST_STREAK:
+                listed, may_list = self.list_targets(task, spot, links), False
+            if link[1] in listed:
+                task.add(link, JUDGED_OK, self.mark_good(link[1], spot, spot.device))
                 continue
-            slot.touch(full)
-            task.add(self.judge(slot, task, spot, link))
-            dear = time.monotonic() - slot.since > LIST_SECONDS
-            spot.mount.dear_answers = spot.mount.dear_answers + 1 if dear else 0
-            if may_list and spot.mount.dear_answers >= DEAR_ANSWERS:
-                names, may_list = self.list_names(slot, spot, wanted), False
+            self.judge(task, spot, link)
+            now = time.monotonic()
+            mount.slow_answers = mount.slow_answers + 1 if now - task.since > SLOW_SECONDS else 0
+            task.since = now
+            if mount.slow_answers >= SLOW_STREAK and not self.is_slow(mount.point):
+                self.add_slow(mount.point)
+                self.forget()
+                self.hire_all()
+                task.later.append((head, list(links[number + 1 :])))
+                return
 
-    def list_names(self, slot: Slot, spot: Spot, wanted: Set[str]) -> Set[str]:
-        """Return the names in a directory that exist for sure; not links, they may lead nowhere.
+    def list_targets(self, task: Task, spot: Spot, links: Sequence[Link]) -> Set[str]:
+        """Return the targets that exist for sure; not those that are links, and may lead nowhere.
 
         Stops early where a listing would cost more than asking for each name.
         """
-        names: Set[str] = set()
-        patience = 64 * len(wanted)
-        slot.touch(spot.real, spot.place)
+        wanted = {link[1].rpartition("/")[2]: link[1] for link in links}
+        found: Set[str] = set()
+        task.touch(spot.real, spot.place)
         with contextlib.suppress(OSError), os.scandir(spot.real) as entries:
-            for count, entry in enumerate(entries):
-                if entry.name in wanted and not entry.is_symlink():
-                    names.add(entry.name)
-                if count > patience or len(names) == len(wanted):
-                    break
-        return names
+            some = itertools.islice(entries, 64 * len(wanted))
+            sure = (wanted[e.name] for e in some if e.name in wanted and not e.is_symlink())
+            found.update(itertools.islice(sure, len(wanted)))
+        task.touch(spot.real, spot.place)
+        return found
 
-    def judge(self, slot: Slot, task: Task, spot: Spot, link: Waiting) -> Optional[Judged]:
-        """Judge a link by looking at its target; None puts the verdict off to a second look."""
-        path, full, target, root = link
-        place = slot.place = spot.place
+    def judge(self, task: Task, spot: Spot, link: Link) -> None:
+        """Judge a link by looking at its target, or leave that to the second look."""
+        path, target, text, root = link
+        place = task.place = spot.place
+        task.path = target
         if place.state != HEALTHY:
             place.used = True
-            judgement = JUDGED_UNKNOWN if place.role == "stuck" else JUDGED_BLOCKED
-            return (path, target, judgement, spot.unit, place.reason, root)
-        slot.path = full
+            judgement = JUDGED_BLOCKED if place.is_down else JUDGED_UNKNOWN
+            task.add(link, judgement, self.unit_of(spot), place.reason)
+            return
         try:
-            if self.sealed and full in self.sealed:
+            if target in self.sealed:
                 raise TimeoutError(errno.ETIMEDOUT, f"it did not answer within {self.limit}")
-            device = os.stat(full).st_dev
+            device = os.stat(target).st_dev
         except OSError as exc:
             if exc.errno not in GONE_ERRNOS:
-                reason = exc.strerror or str(exc)
                 spot.mount.used = place.used = True  # is it only this one?
-                return (path, target, JUDGED_UNKNOWN, spot.unit, reason, root)
-            if self.doubtful is not None and len(self.doubtful) < DOUBTFUL:
+                task.add(link, JUDGED_UNKNOWN, self.unit_of(spot), exc.strerror or str(exc))
+            elif len(self.doubtful) < self.doubts:
                 task.doubtful.append(link)
-                return None
-            return self.judge_gone(link)
-        unit = spot.unit
-        if device != spot.device or not spot.good:
-            unit = self.mark_good(full, spot, device)
-        return (path, target, JUDGED_OK, unit, "", root)
+            else:
+                self.judge_gone(task, link)
+            return
+        is_known = spot.good and device == spot.device
+        unit = spot.unit if is_known else self.mark_good(target, spot, device)
+        task.found.append((path, text, JUDGED_OK, unit, "", root))
 
-    def judge_gone(self, link: Waiting) -> Judged:
+    def judge_gone(self, task: Task, link: Link) -> None:
         """Find out where a target is missing, at the end of what may be a chain of links."""
-        path, full, target, root = link
-        directory = os.path.dirname(self.trace(full))
-        mount, _, place = self.standing(directory)
-        mount.used = place.used = True
-        unit = self.unit_of(directory)
+        final = self.locate(link[1]).real
+        directory = final if final in self.places else os.path.dirname(final)
+        spot = self.stand(directory)
+        spot.mount.used = spot.place.used = True
         judgement, detail = JUDGED_GONE, ""
         for near in ancestors(directory):
             if near in self.sealed:
@@ -2336,24 +2253,23 @@ class Surveyor:
                 if exc.errno not in GONE_ERRNOS:
                     judgement, detail = JUDGED_UNKNOWN, f"{near}: {exc.strerror}"
                     break
-        return (path, target, judgement, unit, detail, root)
+        task.add(link, judgement, self.unit_of(spot), detail)
 
-    def mark_good(self, full: str, spot: Spot, device: int) -> int:
+    def mark_good(self, target: str, spot: Spot, device: int) -> int:
         """Note that a good target lies in a directory; return the unit it really lies in.
 
         A target on another device than its directory is a chain of links that leads elsewhere.
         """
         if device != spot.device:
-            final = os.path.realpath(full)
-            if final != f"{spot.real}/{full.rpartition('/')[2]}":
-                spot = self.locate(os.path.dirname(final))
+            spot = self.locate(os.path.dirname(os.path.realpath(target)))
         if not spot.good:
+            spot.unit = self.unit_of(spot)
             spot.good = True
             if not spot.mount.announced:
                 spot.mount.announced = spot.mount.used = True
                 self.send(("mount", spot.mount.point, spot.mount.fs_type))
             for directory in ancestors(spot.real):
-                if directory == "/" or hash(directory) in self.inhabited:
+                if hash(directory) in self.inhabited:
                     break
                 self.inhabited.add(hash(directory))
                 if directory == spot.mount.point:
@@ -2362,99 +2278,57 @@ class Surveyor:
 
     # Where things are
 
-    def standing(self, directory: str) -> Tuple[Place, str, Place]:
-        """Return what a resolved directory stands on: its mount point, mounted or remembered, the
-        directory beneath that which leads there ('' at the top), and the place that decides about
-        it: one that is not well if there is any, else the nearest.
-        """
-        known = self.standings.get(directory)
-        if known:
-            return known
-        own = self.places.get(directory) or []
-        mounts = [place for place in own if place.role in ("remembered", "seen")]
-        unwell = [place for place in own if place.state != HEALTHY]
-        if directory == "/":
-            result = (mounts or [Place("/", "seen")])[0], "", (unwell or own)[0]
-        else:
-            parent = directory.rpartition("/")[0] or "/"
-            mount, child, place = self.standing(parent)
-            if parent == mount.point:
-                child = directory
-            if mounts:
-                mount, child = mounts[0], ""
-            if unwell or (own and place.state == HEALTHY):
-                place = (unwell or own)[0]
-            result = mount, child, place
-        if len(self.standings) >= CACHE_SIZE:
-            self.standings = {}
-        self.standings[directory] = result
-        return result
+    def look_up(self, path: str, hops: int = 0) -> Spot:
+        """Return where a path leads, as the kernel walks it; names that do not exist stay.
 
-    def unit_of(self, directory: str) -> int:
-        """Return the number of the guard's unit that a resolved directory belongs to."""
-        mount, child, place = self.standing(directory)
-        key = (mount.point, child, place.point)
+        Nothing beneath a sealed point is touched.  This is `locate` without its cache.
+        """
+        head, _, name = path.rpartition("/")
+        parent = self.locate(head, hops) if head else self.stand("/")
+        if name in ("", "."):
+            return parent
+        if name == "..":
+            return self.locate(os.path.dirname(parent.real), hops)
+        spot = self.stand(f"{parent.real.rstrip('/')}/{name}")
+        if self.sealed and find_ancestor(spot.real, self.sealed):
+            return spot
+        task: Optional[Task] = getattr(self.here, "task", None)
+        if task:
+            task.touch(spot.real, spot.place)
+        with contextlib.suppress(OSError):
+            status = os.lstat(spot.real)
+            spot.device = status.st_dev
+            if stat.S_ISLNK(status.st_mode) and hops < 40:
+                text = os.readlink(spot.real)
+                return self.locate(os.path.join(parent.real, text), hops + 1)
+        return spot
+
+    def look_around(self, real: str) -> Spot:
+        """Return what a physical directory stands on, without touching it; `stand` has a cache.
+
+        That is its mount point, mounted or remembered, and of all places around it the nearest
+        one that is not well, else the nearest.
+        """
+        own = self.places.get(real, [])
+        above = self.stand(real.rpartition("/")[0] or "/") if real != "/" else self.floor
+        if not own:
+            return Spot(real, above.mount, above.child or real, above.place, above.slow)
+        place = min([*own, above.place], key=lambda place: place.state == HEALTHY)
+        mounts = [place for place in own if place.role in ("remembered", "seen")]
+        mount, child = (mounts[0], "") if mounts else (above.mount, above.child or real)
+        slow = place.state == HEALTHY and (self.is_slow(real) or self.stuck)
+        return Spot(real, mount, child, place, slow)
+
+    def unit_of(self, spot: Spot) -> int:
+        """Return the number of the guard's unit that a directory belongs to."""
+        key = (spot.mount.point, spot.child, spot.place.point)
         number = self.units.get(key)
         if number is None:
             with self.change:
                 number = self.units.setdefault(key, 2 * len(self.units) + self.half)
-            self.send(("unit", number, mount.point, child))
+                self.unit_points[number] = spot.place.point
+            self.send(("unit", number, spot.mount.point, spot.child))
         return number
-
-    def locate(self, head: str) -> Spot:
-        """Look at a directory of targets, and keep what was found."""
-        real = self.resolve(head)
-        mount, _, place = self.standing(real)
-        spot = Spot(real, self.unit_of(real), mount, place)
-        spot.device = self.devices.get(real, -1)
-        spot.slow = place.state == HEALTHY and (self.is_slow(real) or self.stuck)
-        if len(self.spots) >= CACHE_SIZE:
-            self.spots.clear()
-        self.spots[head] = spot
-        return spot
-
-    def resolve(self, path: str, hops: int = 0) -> str:
-        """Return the physical path of a directory, as the kernel walks it; names that do not exist
-        stay.  Nothing beneath a sealed point is touched.  Each directory is looked up once.
-        """
-        real = self.real_dirs.get(path)
-        if real is not None:
-            return real
-        head, _, name = path.rpartition("/")
-        parent = self.resolve(head, hops) if head else "/"
-        real = f"{parent.rstrip('/')}/{name}"
-        if name in ("", "."):
-            real = parent
-        elif name == "..":
-            real = parent.rpartition("/")[0] or "/"
-        elif not (self.sealed and find_ancestor(real, self.sealed)):
-            slot = getattr(self.here, "slot", None)
-            if slot:
-                slot.touch(real)
-            with contextlib.suppress(OSError):
-                status = os.lstat(real)
-                self.devices[real] = status.st_dev
-                if stat.S_ISLNK(status.st_mode) and hops < 40:
-                    real = self.resolve(os.path.join(parent, os.readlink(real)), hops + 1)
-        if len(self.real_dirs) >= CACHE_SIZE:
-            self.real_dirs, self.devices = {}, {}
-        self.real_dirs[path] = real
-        return real
-
-    def trace(self, full: str) -> str:
-        """Return where a chain of links ends, whether or not anything is there."""
-        final = full
-        for _ in range(40):
-            head, _, name = full.rpartition("/")
-            real = self.resolve(head or "/")
-            final = f"{real.rstrip('/')}/{name}"
-            if name in ("", ".", "..") or find_ancestor(real, self.sealed):
-                break
-            try:
-                full = os.path.join(real, os.readlink(final))
-            except OSError:
-                break
-        return final
 
 
 class Frames:
@@ -2464,27 +2338,24 @@ class Frames:
         self._reader = reader
         self._buffer = bytearray()
 
-    def ready(self, timeout: float) -> bool:
-        """Wait for a whole frame; False if nothing came for `timeout` seconds.
+    def take(self, timeout: float) -> Any:
+        """Return the next frame; None if nothing came for `timeout` seconds.
 
         Not for the pipe's end: a process that the kernel holds keeps its pipes open.
         """
         buffer = self._buffer
-        while len(buffer) < 4 or len(buffer) < 4 + int.from_bytes(buffer[:4], "big"):
+        while True:
+            end = 4 + int.from_bytes(buffer[:4], "big")
+            if len(buffer) >= end:
+                message = marshal.loads(memoryview(buffer)[4:end])
+                del buffer[:end]
+                return message
             if not select.select([self._reader], [], [], timeout)[0]:
-                return False
+                return None
             data = os.read(self._reader, 1 << 20)
             if not data:
                 raise RefresherrError(WORKER_ENDED)
             buffer += data
-        return True
-
-    def take(self) -> Any:
-        """Return the frame that is ready."""
-        end = 4 + int.from_bytes(self._buffer[:4], "big")
-        message = marshal.loads(memoryview(self._buffer)[4:end])
-        del self._buffer[:end]
-        return message
 
 
 def write_frame(writer: int, message: Any) -> None:
@@ -2513,13 +2384,13 @@ class Worker:
         frames = Frames(self._reader)
         silence = 0.0
         while silence < self._stall_limit:
-            if not frames.ready(HEARTBEAT):
+            message = frames.take(HEARTBEAT)
+            if message is None:
                 silence += HEARTBEAT
                 if os.waitpid(self._pid, os.WNOHANG)[0]:  # its twin may keep the pipe open
                     raise RefresherrError(WORKER_ENDED)
                 continue
             silence = 0.0
-            message = frames.take()
             if message[0] == "crash":
                 raise RefresherrError(message[1]) if message[2] else RuntimeError(message[1])
             yield message
@@ -2536,12 +2407,11 @@ class Worker:
         for kill in (os.killpg, os.kill):  # the twin, too; and if there is no group yet, the one
             with contextlib.suppress(ProcessLookupError):
                 kill(self._pid, signal.SIGKILL)
-        for _ in range(20):
-            with contextlib.suppress(ChildProcessError):
-                if os.waitpid(self._pid, os.WNOHANG)[0] == 0:
-                    time.sleep(0.005)
-                    continue
-            return
+        with contextlib.suppress(ChildProcessError):
+            for _ in range(20):
+                if os.waitpid(self._pid, os.WNOHANG)[0]:
+                    return
+                time.sleep(0.005)
 
 
 def fork_quietly() -> int:
@@ -2559,7 +2429,7 @@ def _run_worker(job: ScanJob, writer: int) -> None:
         os.setsid()  # Ctrl-C is the parent's business
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         null = os.open(os.devnull, os.O_RDWR)
-        writer = os.dup(writer)
+        writer = fcntl.fcntl(writer, fcntl.F_DUPFD, 100)  # above all others
         for descriptor in (0, 1, 2):
             os.dup2(null, descriptor)  # a stuck worker must not keep anybody's pipe open
         os.closerange(3, writer)  # nor the database, nor the lock

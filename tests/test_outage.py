@@ -742,10 +742,10 @@ import subprocess, sys
 sys.path.insert(0, {project!r})
 import refresherr
 walk = refresherr.Surveyor.walk_directory
-def walk_and_meddle(self, slot, task, directory, root):
+def walk_and_meddle(self, task, directory, root):
     if directory.endswith("/060"):
         subprocess.check_call(["umount", "--lazy", {mount!r}])
-    walk(self, slot, task, directory, root)
+    walk(self, task, directory, root)
     if directory.endswith("/060") and {back!r}:
         subprocess.check_call(["mount", "--bind", {backend!r}, {mount!r}])
 refresherr.Surveyor.walk_directory = walk_and_meddle
