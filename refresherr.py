@@ -1319,8 +1319,9 @@ def link_row(
     path: str, target: str, status: str, reason: str, now: str, known: Optional[KnownLink]
 ) -> Tuple[Any, ...]:
     """Return the parameters of `_WRITE_LINK` for a judgement."""
-    since = known.broken_since if known else None
-    since = {OK: None, BROKEN: since or now}.get(status, since)
+    since = known.broken_since if known and status != OK else None
+    if status == BROKEN:
+        since = since or now
     return (to_db(path), to_db(target), status, status, now, now, since, reason or None)
 
 
