@@ -1514,7 +1514,6 @@ def recorded_run(conn: sqlite3.Connection, command: str) -> Iterator[JsonObject]
 GONE_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 AUTO_WORKERS = 24  # a libfuse daemon has some ten threads; what waits for them costs nothing
 SLOW_SECONDS = 0.002  # a look-up that takes longer does not come from a local disk's cache
-LIST_STREAK = 3  # so many of them in a row on a mount: a listing is cheaper
 SLOW_STREAK = 8  # so many: the whole mount is slow
 WINDOW = 16384  # links that wait to be judged together with others of their target directory
 BATCH = 4000  # links in one message to the parent, and in one transaction
@@ -2177,7 +2176,7 @@ class Surveyor:
         listed: Set[str] = set()
         may_list = len(task.links) > 3 and spot.place.state == HEALTHY
         for number, link in enumerate(links):
-            if may_list and mount.slow_answers >= LIST_STREAK:
+            if may_list and mount.slow_answers >= SLOW_STREAK:
                 listed, may_list = self.list_targets(task, spot, links), False
             if link[1] in listed:
                 task.add(link, JUDGED_OK, self.mark_good(link[1], spot, spot.device))
