@@ -3584,7 +3584,7 @@ class RelayTerm(NamedTuple):
             term += f" S{self.season:02d}" + ("" if whole_season else f"E{self.episode:02d}")
         scope = "season" if whole_season else "auto"
         query = urlencode({"type": self.kind, "scope": scope, "term": term}, errors="replace")
-        return f"{relay_find_url(relay)}?{query}"
+        return f"{strip_secrets(relay_find_url(relay))}?{query}"
 
 
 def relay_find_url(relay: RelaySettings) -> str:
@@ -3806,7 +3806,6 @@ MAX_TRIES = 5
 FIRST_DELAY = 60.0  # seconds before the second try; doubled with each
 POLL_LIMIT = 120.0  # seconds for which the commands of a server are followed
 FINAL_STATES = ("completed", "failed", "aborted", "cancelled", "orphaned")
-CLOCK_SKEW = 300.0  # seconds that a server's clock may be wrong by
 _JOURNAL_REMOVAL = """
 INSERT INTO link_changes (run_id, path, old_target, new_target, state, changed_utc, reason)
 VALUES ((SELECT coalesce(max(run_id), 0) FROM runs), ?, ?, '', 'removed', ?,
@@ -3879,6 +3878,7 @@ def end_action(
     with transaction(conn):
         conn.execute(
             f"UPDATE actions SET status = :status, last_error = :error, fired_utc = {when}, "
+            "attempts = CASE :status WHEN 'sent' THEN 0 ELSE attempts END, "
             "next_attempt_utc = NULL WHERE id = :id",
             {"status": status, "error": action.error or None, "now": utc_now(), "id": action.id},
         )
@@ -3991,7 +3991,9 @@ class Dispatcher:
 
     def fail(self, action: Action, exc: HttpError, quiet: bool = False) -> None:
         """Have an action tried again later, if that makes sense, or let it fail."""
-        if not exc.retry or action.attempts + 1 >= MAX_TRIES:
+        if action.status == SENT:  # its work is done; only asking after it has failed
+            self.problems.append(str(exc))
+        elif not exc.retry or action.attempts + 1 >= MAX_TRIES:
             end_action(self.conn, action, FAILED, str(exc))
         else:
             action.attempts += 1
@@ -4297,34 +4299,21 @@ class Repair:
 
     def post(self, body: JsonObject, actions: Sequence[Action]) -> None:
         """Send a search command, once: what a killed run sent is looked for first."""
+        commands = list(self.server.get_list("/command"))
         command = None
         if actions[0].step == "searching":
-            command = self.find_command(body, actions[0].progress["search_time"])
+            command = find_command(commands, body, actions[0].progress["last_command"])
         else:
+            last = max((known["id"] for known in commands), default=0)
             for action in actions:
                 searches = action.progress.get("searches", 0) + 1
-                self.errand.note(
-                    [action], step="searching", search=body, search_time=time.time(),
-                    searches=searches,
-                )  # fmt: skip
+                noted = {"search": body, "last_command": last, "searches": searches}
+                self.errand.note([action], step="searching", **noted)
         command = command or self.server.change("POST", "/command", body)
         for action in actions:
             action.commands = [{"id": dig(command, "id"), "name": body["name"], "status": "queued"}]
             self.errand.note([action], step="sent")
             end_action(self.conn, action, SENT)
-
-    def find_command(self, body: JsonObject, since: float) -> Optional[JsonObject]:
-        for command in self.server.get_list("/command"):
-            queued = parse_time(command.get("queued")) or 0.0
-            sent = {**(command.get("body") or {}), "name": command.get("name")}
-            same = all(sent.get(key) == value for key, value in body.items())
-            if (
-                same
-                and queued > since - CLOCK_SKEW
-                and command.get("status") not in FINAL_STATES[1:]
-            ):
-                return command
-        return None
 
     def verify(self, action: Action) -> bool:
         """Ask whether something has come of a search; True if it is to be sent again."""
@@ -4379,6 +4368,18 @@ class Repair:
                         if state in FINAL_STATES[1:]:
                             said = self.server.client.quote(dig(command, "message"))
                             action.error = f"{self.server.name}: the search {state}: {said}"
+
+
+def find_command(
+    commands: Iterable[JsonObject], body: JsonObject, after: int
+) -> Optional[JsonObject]:
+    """Return the command that does what `body` says and is newer than command number `after`."""
+    for command in commands:
+        sent = {**(command.get("body") or {}), "name": command.get("name")}
+        is_same = all(sent.get(key) == value for key, value in body.items())
+        if is_same and command["id"] > after and command.get("status") not in FINAL_STATES[1:]:
+            return command
+    return None
 
 
 def _all_missing(actions: Iterable[Action]) -> List[int]:
