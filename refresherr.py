@@ -51,6 +51,7 @@ import json
 import logging
 import marshal
 import math
+import operator
 import os
 import re
 import select
@@ -3839,16 +3840,19 @@ def why_not(settings: RepairSettings, since: float, attempts: Sequence[Attempt],
 
 
 def is_replaced(conn: sqlite3.Connection, path: str, since: float) -> bool:
-    """Tell whether a good link beside `path`, newer than that, has the same episode or movie."""
-    media, folder = parse_media(path), os.path.dirname(path)
+    """Tell whether a good link beside `path`, newer than that, is the same episode or movie."""
+    work, folder = parse_work(path), os.path.dirname(path)
+    if not is_video(path) or not (work.kind == "movie" or work.episodes or work.date):
+        return False  # its name does not say enough
     condition, values = beneath(folder)
     rows = conn.execute(
-        f"SELECT path FROM symlinks WHERE substr(first_seen_utc, 1, 19) > ? AND status = 'ok' "
+        "SELECT path FROM symlinks WHERE substr(first_seen_utc, 1, 19) > ? AND status = 'ok' "
         f"AND {condition}",
         (format_time(since)[:19], *values),
     )
+    parts = operator.attrgetter("kind", "title", "year", "season", "episodes", "date")
     newer = [name for name in (from_db(row[0]) for row in rows) if os.path.dirname(name) == folder]
-    return media.kind != "other" and any(parse_media(name) == media for name in newer)
+    return any(is_video(name) and parts(parse_work(name)) == parts(work) for name in newer)
 
 
 def queue_repairs(conn: sqlite3.Connection, config: Config) -> JsonObject:
