@@ -4113,10 +4113,15 @@ class Dispatcher:
         settled = settle_repairs(self.conn)
         condition = "status = 'pending' AND coalesce(next_attempt_utc, '') <= ?"
         due = load_actions(self.conn, condition, utc_now())
+        first: Dict[str, int] = {}
+        for action in due:
+            if first.setdefault(action.url, action.id) != action.id:  # of the container edition
+                words = f"the same as action {first[action.url]}"
+                end_action(self.conn, action, CANCELLED, words, fired=False)
         sent = load_actions(self.conn, "status = 'sent' AND url LIKE 'arr://%'")
         instances = {instance.name: instance for instance in self.config.instances}
         for name in sorted({action.server for action in due + sent}):
-            mine = [action for action in due if action.server == name]
+            mine = [action for action in due if action.server == name and not action.outcome]
             try:
                 if not name:
                     self.ask_relay(mine)
