@@ -3148,7 +3148,7 @@ def _look_at(
 
 MAX_BODY = 8 << 20  # bytes of an answer
 MAX_LIST = 128 << 20  # bytes of the list of all that a server has
-MAX_ELEMENT = 8 << 20  # bytes of one series or movie in it
+MAX_ELEMENT = 1 << 20  # bytes of one series or movie in it
 MAX_ERROR = 300  # characters of a server's own words
 RETRY_STATUSES = (408, 425, 429)
 
@@ -3194,10 +3194,8 @@ class Client:
             self._headers["Authorization"] = f"Basic {login}"
             password = userinfo.group(1).partition(":")[2]
             secrets += [login, password, unquote(password)]
-        everywhere = {
-            form for text in secrets for form in (text, quote(text, ""), quote_plus(text))
-        }
-        self._secrets = sorted(filter(None, everywhere), key=len, reverse=True)
+        forms = {form(text) for text in secrets for form in (str, quote, quote_plus)}
+        self._secrets = sorted(filter(None, forms), key=len, reverse=True)
         self._opener = web.OpenerDirector()  # http and https, and nothing else that urllib knows
         names = ("HTTP", "HTTPS", "Unknown", "HTTPDefaultError")  # without ssl there is no HTTPS
         known = [getattr(web, f"{name}Handler", None) for name in names]
@@ -3355,12 +3353,12 @@ class Client:
             text = "closed the connection without an answer"
         elif isinstance(reason, http.client.IncompleteRead):
             text = "broke off in the middle of its answer"
+        elif isinstance(reason, (str, ValueError, http.client.InvalidURL)):
+            text, retry = "cannot be asked; correct its url", False  # its words may hold a key
         elif isinstance(reason, http.client.HTTPException):
             text = f"speaks no HTTP there ({type(reason).__name__})"
         elif isinstance(reason, OSError):
             text = (reason.strerror or str(reason) or type(reason).__name__).lower()
-        elif isinstance(reason, (str, ValueError)):
-            text, retry = "cannot be asked; correct its url", False  # its words may hold a key
         else:
             return exc
         return HttpError(f"{self.name}: {self.url}: {self.quote(text)}", retry=retry)
@@ -3373,33 +3371,47 @@ class Client:
         return redact(text)[:MAX_ERROR]
 
 
+# What may follow in a JSON array: (what was read last, the next character) -> what that is.
+_ARRAY_STEPS = {
+    ("nothing", "["): "bracket", ("bracket", "]"): "end", ("element", "]"): "end",
+    ("element", ","): "comma",
+}  # fmt: skip
+
+
 def iterate_json(stream: Any) -> Iterator[Any]:
     """Yield the elements of a JSON array from a binary file.  ValueError if it is damaged."""
     decode = json.JSONDecoder().raw_decode
     utf8 = codecs.getincrementaldecoder("utf-8")()
-    gap = re.compile(r"[\s,]*")
-    text, begun, ended = "", False, False
+    gap = re.compile(r"[ \t\r\n]*")
+    text, last, ended = "", "nothing", False
     while not ended:
         data = stream.read(max(1 << 16, len(text)))  # doubling: none is parsed often
         ended = not data
         text += utf8.decode(data, ended)
         at = 0
-        with contextlib.suppress(json.JSONDecodeError):  # the element goes on in the next piece
-            while True:
-                at = gap.match(text, at).end()  # type: ignore[union-attr]
-                if not begun and at < len(text):
-                    if text[at] != "[":
-                        raise ValueError("not an array")
-                    begun, at = True, at + 1
-                elif begun and text[at : at + 1] == "]":
-                    return
-                else:
-                    element, at = decode(text, at)
-                    yield element
+        while True:
+            start = at + len(gap.match(text, at)[0])  # type: ignore[index]
+            step = _ARRAY_STEPS.get((last, text[start : start + 1]))
+            if step:
+                last, at = step, start + 1
+            elif start == len(text):
+                break
+            elif last not in ("bracket", "comma"):
+                raise ValueError("not an array, or not only that")
+            else:
+                try:
+                    element, end = decode(text, start)
+                except json.JSONDecodeError:
+                    break  # it goes on in the next piece
+                if end == len(text) and not ended:
+                    break  # a number may
+                last, at = "element", end
+                yield element
         text = text[at:]
         if len(text) > MAX_ELEMENT:
             break
-    raise ValueError("the array does not end")
+    if last != "end":
+        raise ValueError("the array does not end")
 
 
 def read_error(content: bytes) -> str:
@@ -3573,7 +3585,7 @@ def map_path(path: str, pairs: PathMap, back: bool = False) -> str:
     if not fitting:
         return path
     old, new = max(fitting, key=lambda pair: len(pair[0]))
-    return (new.rstrip("/") + path[len(old.rstrip("/")) :]) or "/"
+    return (new.rstrip("/") + path[len(old.rstrip("/")) :]).rstrip("/") or "/"
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""Measure the scan against find: python3 tests/benchmark.py [--help]
+"""Measure the scan against find, and ingest against itself with one request after another:
+python3 tests/benchmark.py [--help]
 
 Ratios, not seconds: each pair of commands runs alternately in this very run (A B A B ...) and the
 medians are compared.  The program runs as a whole process, its database included, with the Python
@@ -21,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Tuple
 
+from fake_servers import FakeArr, FakeRadarr, FakeSonarr, populate, populate_movies
 from fuse_fs import FuseMount, fuse_available
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -222,12 +224,57 @@ def measure_start(table: Table, scratch: Path, runs: int) -> None:
     )
 
 
+# The program, but with one request after another.
+SERIAL = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import refresherr
+refresherr.READERS = 1
+sys.exit(refresherr.main(sys.argv[1:]))
+"""
+
+
+def ingest_arguments(scratch: Path, kind: str, server: FakeArr) -> List[object]:
+    """Write a config for one server; return the arguments that ingest it, first --data-dir's."""
+    config = scratch / f"{kind}.ini"
+    config.write_text(f"[{kind} main]\nurl = {server.url}\napi_key = {server.api_key}\n")
+    config.chmod(0o600)
+    return ["--config", config, "ingest", "-q", "--data-dir"]
+
+
+def measure_ingest(table: Table, scratch: Path, runs: int) -> None:
+    """Sonarr at 20 ms a request, several requests at once against one; memory, Radarr's too."""
+    program = [sys.executable, PROJECT / "refresherr.py"]
+    fresh = (scratch / f"data-{number}" for number in itertools.count())
+    with FakeSonarr(scratch / "tv", latency=0.02) as sonarr:
+        populate(sonarr)
+        arguments = ingest_arguments(scratch, "sonarr", sonarr)
+        serial: List[object] = [sys.executable, "-c", SERIAL, PROJECT]
+        one, several = alternate(
+            runs,
+            lambda: seconds(*serial, *arguments, next(fresh)),
+            lambda: seconds(*program, *arguments, next(fresh)),
+        )
+        what = f"ingest, {len(sonarr.series)} series, {len(sonarr.files):,} files: serial / ours"
+        table.row(what, f"{one / several:.2f}", "3.5", "3.8")
+        table.note(
+            f"20 ms a request: serial {one:.1f} s, ours {several:.2f} s, {sonarr.peak} at once"
+        )
+        own, _, _ = peaks([*program, *arguments, next(fresh)])
+        table.row("peak MB, ingest of them", f"{own:.0f}", "150", "60")
+    with FakeRadarr(scratch / "movies") as radarr:
+        populate_movies(radarr, 20_000)
+        own, _, _ = peaks([*program, *ingest_arguments(scratch, "radarr", radarr), next(fresh)])
+        table.row(f"peak MB, ingest of {len(radarr.movies):,} movies", f"{own:.0f}", "150", "60")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the scan against find.")
+    parser = argparse.ArgumentParser(description="Measure the scan and ingest.")
     parser.add_argument("--links", type=int, default=100_000)
     parser.add_argument("--million", action="store_true", help="memory at 1,000,000 links")
     parser.add_argument("--slow-links", type=int, default=5_000)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--only-ingest", action="store_true", help="nothing but ingest")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up, as Ctrl-C does
     table = Table()
@@ -236,6 +283,10 @@ def main() -> None:
     def scratch() -> tempfile.TemporaryDirectory[str]:
         return tempfile.TemporaryDirectory(prefix="refresherr-benchmark-")
 
+    with scratch() as folder:
+        measure_ingest(table, Path(folder), args.runs)
+    if args.only_ingest:
+        return
     with scratch() as folder:
         measure_start(table, Path(folder), max(args.runs, 20))
     with scratch() as folder:
