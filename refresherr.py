@@ -20,6 +20,7 @@ The sections, bottom-up; each uses only those above it:
     Database                connection, migrations, the public functions of the schema document
     Scan: the worker        a process that walks and judges, and cannot be hung by a mount
     Scan: the record        verdicts -> states, guards, rows, events
+    CineSync                broken links -> the files behind CineSync's links; and undo
     HTTP                    one careful client on urllib
     Sonarr and Radarr       what their API has in common, and what not
     Ingest                  the servers' titles and files -> rows, linked to the symlinks
@@ -117,6 +118,12 @@ class DatabaseError(RefresherrError):
     """The database cannot be opened, read or written; `damaged` if it is no database any more."""
 
     damaged = False
+
+
+class RefusedError(RefresherrError):
+    """A safety guard refused; what it guards was not touched."""
+
+    exit_code = EXIT_REFUSED
 
 
 class LockedError(RefresherrError):
@@ -977,7 +984,8 @@ CREATE TABLE IF NOT EXISTS cinesync_runs (
 
 # runs.summary is the JSON of the command's result; finished_utc and exit_code stay NULL while it
 # runs, and for ever if it was killed.  link_changes is the journal: a row stands there, 'planned',
-# before a link is touched.
+# before a link is touched; then 'done' or 'failed', later perhaps 'undone'.  cinesync_folders spares
+# the directories whose mtime_ns is what it was; 0 is no mtime: look again.
 _V3_TABLES = """
 CREATE TABLE IF NOT EXISTS runs (
     run_id INTEGER PRIMARY KEY, command TEXT NOT NULL, started_utc TEXT NOT NULL,
@@ -989,6 +997,8 @@ CREATE TABLE IF NOT EXISTS link_changes (
     change_id INTEGER PRIMARY KEY, run_id INTEGER NOT NULL, path TEXT NOT NULL,
     old_target TEXT NOT NULL, new_target TEXT NOT NULL, state TEXT NOT NULL,
     changed_utc TEXT NOT NULL, reason TEXT);
+CREATE TABLE IF NOT EXISTS cinesync_folders (
+    path TEXT PRIMARY KEY, mtime_ns INTEGER NOT NULL, items INTEGER NOT NULL);
 CREATE INDEX IF NOT EXISTS ix_link_changes_run ON link_changes(run_id);
 CREATE INDEX IF NOT EXISTS ix_symlinks_not_ok ON symlinks(status, path) WHERE status <> 'ok';
 CREATE INDEX IF NOT EXISTS ix_events_ts ON events(ts)
@@ -1521,11 +1531,14 @@ def recorded_run(conn: sqlite3.Connection, command: str) -> Iterator[JsonObject]
 
     A run that is killed leaves the row without an end.
     """
-    insert = "INSERT INTO runs (command, started_utc) VALUES (?, ?)"
+    # One numbering with cinesync_runs, where the container edition has counted by itself.
+    insert = """INSERT INTO runs (run_id, command, started_utc) VALUES (1 + max(
+        (SELECT coalesce(max(run_id), 0) FROM runs),
+        (SELECT coalesce(max(run_id), 0) FROM cinesync_runs)), ?, ?)"""
     with transaction(conn):
         run_id = conn.execute(insert, (command, utc_now())).lastrowid
     update = "UPDATE runs SET finished_utc = ?, exit_code = ?, summary = ? WHERE run_id = ?"
-    summary: JsonObject = {}
+    summary: JsonObject = {"run_id": run_id}
     code = EXIT_FAILED
     try:
         yield summary
@@ -1588,7 +1601,8 @@ class ScanJob:
 
     `remembered` maps the mount points that earlier scans saw in use to their file system types.
     With `look_only` the worker says how roots and mounts are, and walks nothing; with `split` it
-    may divide itself in two.  `links` are judged one by one, besides what the roots hold.
+    may divide itself in two.  `links` are judged one by one, besides what the roots hold; with
+    `read` a good one must lead to a file that can be read.
     """
 
     roots: Tuple[str, ...]
@@ -1600,6 +1614,7 @@ class ScanJob:
     look_only: bool = False
     split: bool = True
     links: Tuple[str, ...] = ()
+    read: bool = False
 
 
 @dataclasses.dataclass(eq=False)
@@ -1774,10 +1789,10 @@ class Surveyor:
     ('good', root number, *Good), ('links', [Judged]), ('mount', point, type),
     ('unit', number, mount point, child directory), ('unread', directory, reason),
     ('root', number, state, reason, real path, covered), ('ignored', count), ('beat',),
-    ('done', places, blocked units, uninhabited directories).
+    ('file', link, real path), ('done', places, blocked units, uninhabited directories).
     """
 
-    def __init__(self, job: ScanJob, send: Callable[[Tuple[Any, ...]], None]) -> None:
+    def __init__(self, job: ScanJob, send: Send) -> None:
         self.job = job
         self.send = send
         self.limit = format_duration(job.stat_timeout)
@@ -2299,7 +2314,7 @@ class Surveyor:
         spot = self.spots.get(head) or self.locate(head)
         names: Set[str] = set()
         wanted = {link[1].rpartition("/")[2] for link in links}
-        may_list = len(wanted) > 3 and spot.place.state == HEALTHY
+        may_list = len(wanted) > 3 and spot.place.state == HEALTHY and not self.job.read
         if may_list and spot.mount.dear_answers >= DEAR_ANSWERS:
             names, may_list = self.list_names(slot, spot, wanted), False
         for link in links:
@@ -2344,6 +2359,8 @@ class Surveyor:
             if self.sealed and full in self.sealed:
                 raise TimeoutError(errno.ETIMEDOUT, f"it did not answer within {self.limit}")
             device = os.stat(full).st_dev
+            if self.job.read:
+                self.read_file(path, full)
         except OSError as exc:
             if exc.errno not in GONE_ERRNOS:
                 reason = exc.strerror or str(exc)
@@ -2357,6 +2374,15 @@ class Surveyor:
         if device != spot.device or not spot.good:
             unit = self.mark_good(full, spot, device)
         return (path, target, JUDGED_OK, unit, "", root)
+
+    def read_file(self, path: str, full: str) -> None:
+        """Say which file a link leads to in the end.  OSError if it is none that can be read."""
+        real = os.path.realpath(full)
+        if not stat.S_ISREG(os.stat(real).st_mode):  # opening a pipe would wait for ever
+            raise OSError(errno.EINVAL, f"{real} is not a file")
+        with open(real, "rb", buffering=0) as stream:
+            stream.read(1)
+        self.send(("file", path, real))
 
     def judge_gone(self, link: Waiting) -> Judged:
         """Find out where a target is missing, at the end of what may be a chain of links."""
@@ -2537,17 +2563,23 @@ def write_frame(writer: int, message: Any) -> None:
         data = data[os.write(writer, data) :]
 
 
-class Worker:
-    """The parent's end: starts the worker process, reads its messages, lets it go."""
+Send = Callable[[Tuple[Any, ...]], None]
 
-    def __init__(self, job: ScanJob) -> None:
+
+class Worker:
+    """The parent's end: starts the worker process, reads its messages, lets it go.
+
+    An `errand` other than the job itself must end with ('done',) and say 'beat' while it works.
+    """
+
+    def __init__(self, job: ScanJob, errand: Optional[Callable[[Send], None]] = None) -> None:
         self._stall_limit = job.stat_timeout + 3 * HEARTBEAT
         self._reader, writer = os.pipe()
         with contextlib.suppress(OSError):
             fcntl.fcntl(writer, F_SETPIPE_SZ, 1 << 20)  # let the worker run ahead
         self._pid = fork_quietly()
         if self._pid == 0:
-            _run_worker(job, writer)
+            _run_worker(errand or (lambda send: Surveyor(job, send).run()), writer)
         os.close(writer)
 
     def messages(self) -> Iterator[Tuple[Any, ...]]:
@@ -2593,7 +2625,7 @@ def fork_quietly() -> int:
         return os.fork()
 
 
-def _run_worker(job: ScanJob, writer: int) -> None:
+def _run_worker(errand: Callable[[Send], None], writer: int) -> None:
     """Be the worker process; never returns."""
     try:
         gc.disable()
@@ -2617,7 +2649,7 @@ def _run_worker(job: ScanJob, writer: int) -> None:
                 os.write(give, b"!")
 
         try:
-            Surveyor(job, send).run()
+            errand(send)
         except BrokenPipeError:
             pass
         except RefresherrError as exc:
@@ -3209,7 +3241,7 @@ def recheck_links(
     """
     verdicts: Dict[str, Tuple[str, str]] = {}
     doubts: Dict[str, List[str]] = {}  # an empty directory: the links that end there
-    for path, judgement, detail, blocked in _look_at(conn, settings, paths):
+    for path, judgement, detail, blocked, _ in _look_at(conn, settings, paths):
         if judgement == JUDGED_OK:
             verdicts[path] = OK, ""
         elif judgement != JUDGED_GONE or blocked:
@@ -3230,14 +3262,18 @@ def recheck_links(
 
 
 def _look_at(
-    conn: sqlite3.Connection, settings: ScanSettings, paths: Sequence[str]
-) -> List[Tuple[str, int, str, str]]:
-    """Return (path, judgement, detail, why its mount is not to be trusted) of links."""
+    conn: sqlite3.Connection, settings: ScanSettings, paths: Sequence[str], read: bool = False
+) -> List[Tuple[str, int, str, str, str]]:
+    """Return (path, judgement, detail, why its mount is not to be trusted, file) of links; the
+    real file, that could be read, only of good ones and with `read`.
+    """
     if not paths:
         return []
-    job = dataclasses.replace(plan_scan(conn, settings, ["/"]), roots=(), links=tuple(paths))
+    job = plan_scan(conn, settings, ["/"])
+    job = dataclasses.replace(job, roots=(), links=tuple(paths), read=read)
     looks: List[Judged] = []
     blocked: Dict[int, str] = {}
+    files: Dict[str, str] = {}
     worker = Worker(job)
     try:
         for message in worker.messages():
@@ -3247,11 +3283,32 @@ def _look_at(
                 ]
             elif message[0] == "links":
                 looks += message[1]
+            elif message[0] == "file":
+                files[message[1]] = message[2]
             elif message[0] == "done":
                 blocked = message[2]
     finally:
         worker.close()
-    return [(look[0], look[2], look[4], blocked.get(look[3], "")) for look in looks]
+    return [
+        (path, judgement, detail, blocked.get(unit, ""), files.get(path, ""))
+        for path, _, judgement, unit, detail, _ in looks
+    ]
+
+
+def look_at_places(
+    conn: sqlite3.Connection, settings: ScanSettings, directories: Iterable[str]
+) -> Dict[str, Tuple[str, str, str]]:
+    """Return {directory: (state, reason, real path)}, as a scan sees its roots."""
+    places: Dict[str, Tuple[str, str, str]] = {}
+    job = dataclasses.replace(plan_scan(conn, settings, list(directories)), look_only=True)
+    worker = Worker(job)
+    try:
+        for message in worker.messages():
+            if message[0] == "root":
+                places[job.roots[message[1]]] = (message[2], message[3], message[4])
+    finally:
+        worker.close()
+    return places
 
 
 # ---------------------------------------------------------------------------------------------
