@@ -1177,8 +1177,8 @@ CREATE TABLE IF NOT EXISTS cinesync_runs (
 
 # runs.summary is the JSON of the command's result; finished_utc and exit_code stay NULL while it
 # runs, and for ever if it was killed.  link_changes is the journal: a row stands there, 'planned',
-# before a link is touched; then 'done' or 'failed', later perhaps 'undone'.  cinesync_folders spares
-# the directories whose mtime_ns is what it was; 0 is no mtime: look again.
+# before a link is touched; then 'done' or 'failed', later perhaps 'undone'.  cinesync_folders: what
+# is not listed again as long as it has this mtime; 0 is none.
 _V3_TABLES = """
 CREATE TABLE IF NOT EXISTS runs (
     run_id INTEGER PRIMARY KEY, command TEXT NOT NULL, started_utc TEXT NOT NULL,
@@ -3874,7 +3874,7 @@ def settle_journal(conn: sqlite3.Connection, settings: ScanSettings) -> None:
     rows = conn.execute(
         "SELECT change_id, path, old_target, new_target FROM link_changes WHERE state = 'planned'"
     ).fetchall()
-    changes = [LinkChange(*map(from_db, row[1:]), number=row[0]) for row in rows]
+    changes = [LinkChange(from_db(p), from_db(o), from_db(n), number=i) for i, p, o, n in rows]
     changes = _within_reach(conn, settings, changes)
     for change in changes:
         if read_link(change.temporary) == change.new:
@@ -3908,7 +3908,7 @@ def _within_reach(
 class BrokenLink(LinkChange):
     """A broken link of the library, and what might replace its file."""
 
-    work: Optional[Work] = None
+    work: Work = parse_work("")
     copies: Sequence[Copy] = ()
 
 
@@ -3994,7 +3994,6 @@ class Relinker:
             for key in _keys(copy.work):
                 copies.setdefault(key, []).append(copy)
         for link in links:
-            assert link.work
             found = {copy.path: copy for key in _keys(link.work) for copy in copies.get(key, ())}
             namesakes = not link.work.year and has_namesakes(self.conn, link.path)
             link.copies, link.reason = match_work(link.work, found.values(), namesakes)
@@ -4054,7 +4053,6 @@ class Relinker:
 
     def why_not(self, link: BrokenLink, copy: Copy, file: str, problem: str) -> str:
         """Return what keeps a copy's file from replacing a link's, '' for nothing."""
-        assert link.work
         behind = parse_work(file)
         has_name = bool(behind.episodes and behind.season is not None) or behind.date
         told = behind if has_name and behind.kind == "episode" else copy.work
@@ -4143,11 +4141,9 @@ def load_server_ids(conn: sqlite3.Connection) -> Dict[str, Dict[str, str]]:
     return ids
 
 
-def load_copies(
-    conn: sqlite3.Connection, base: str, wanted: Iterable[Optional[Work]]
-) -> Iterator[Copy]:
+def load_copies(conn: sqlite3.Connection, base: str, wanted: Iterable[Work]) -> Iterator[Copy]:
     """Yield CineSync's items that have the title or an id of a wanted work."""
-    keys = {key for work in wanted if work for key in _keys(work)}
+    keys = {key for work in wanted for key in _keys(work)}
     titles, ids = {k[1] for k in keys if not k[0]}, {k[1] for k in keys if k[0]}
     for name, title in conn.execute("SELECT path, show_norm FROM cinesync_items"):
         path = from_db(name)
@@ -4190,7 +4186,11 @@ def undo_changes(
         (wanted,),
     ).fetchall()
     rows = [row for row in rows if not paths or from_db(row[1]) in paths]
-    changes = {row[0]: LinkChange(*map(from_db, row[1:4])) for row in rows if row[4] == DONE}
+    changes = {
+        number: LinkChange(from_db(path), from_db(old), from_db(new))
+        for number, path, old, new, state in rows
+        if state == DONE
+    }
     ready = []
     for change in _within_reach(conn, settings, list(changes.values())):
         stands = read_link(change.path)
