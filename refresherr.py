@@ -20,6 +20,7 @@ The sections, bottom-up; each uses only those above it:
     Database                connection, migrations, the public functions of the schema document
     Scan: the worker        a process that walks and judges, and cannot be hung by a mount
     Scan: the record        verdicts -> states, guards, rows, events
+    CineSync                broken links -> the files behind CineSync's links; and undo
     HTTP                    one careful client on urllib
     Sonarr and Radarr       what their API has in common, and what not
     Ingest                  the servers' titles and files -> rows, linked to the symlinks
@@ -120,6 +121,12 @@ class DatabaseError(RefresherrError):
     """The database cannot be opened, read or written; `damaged` if it is no database any more."""
 
     damaged = False
+
+
+class RefusedError(RefresherrError):
+    """A safety guard refused; what it guards was not touched."""
+
+    exit_code = EXIT_REFUSED
 
 
 class LockedError(RefresherrError):
@@ -726,12 +733,18 @@ def _check_config(config: Config) -> None:
             raise ConfigError(f"config: {instance.name} has no url")
     if config.scan.stat_timeout <= 0:
         raise ConfigError("config: [scan] stat_timeout: must be more than 0")
-    base = config.cinesync.base
-    for root in config.cinesync.roots:
-        if base and is_under(base, root):
-            where = f"base {base} lies inside the repair root {root}"
-            harm = "Refresherr would repair CineSync's own links"
-            raise ConfigError(f"config: [cinesync] {where}; {harm}")
+    for root in config.cinesync.roots if config.cinesync.base else ():
+        refuse_base(config.cinesync.base, root)
+
+
+def refuse_base(base: str, root: str) -> None:
+    """Raise ConfigError if CineSync's base and a repair root lie within one another."""
+    for inner, outer in ((base, root), (root, base)):
+        if is_under(inner, outer):
+            raise ConfigError(
+                f"config: [cinesync] base and roots: {inner} lies inside {outer}; Refresherr would "
+                "repair CineSync's own links"
+            )
 
 
 def config_to_json(config: Config) -> JsonObject:
@@ -1143,7 +1156,8 @@ CREATE TABLE cinesync_runs (run_id INTEGER PRIMARY KEY, started_utc INTEGER, fin
 
 # runs.summary is the JSON of the command's result; finished_utc and exit_code stay NULL while it
 # runs, and for ever if it was killed.  link_changes is the journal: a row stands there, 'planned',
-# before a link is touched.
+# before a link is touched; then 'done' or 'failed', later perhaps 'undone'.  cinesync_folders: what
+# is not listed again as long as it has this mtime; 0 is none.
 _V3_TABLES = """
 CREATE TABLE runs (run_id INTEGER PRIMARY KEY, command TEXT NOT NULL, started_utc TEXT NOT NULL,
     finished_utc TEXT, exit_code INTEGER, summary TEXT);
@@ -1671,11 +1685,14 @@ def scratch_database(db_path: str) -> Iterator[sqlite3.Connection]:
 @contextlib.contextmanager
 def recorded_run(conn: sqlite3.Connection, command: str) -> Iterator[JsonObject]:
     """Keep an honest row in `runs`: yields the summary to fill; its 'exit_code' is the result."""
-    insert = "INSERT INTO runs (command, started_utc) VALUES (?, ?)"
+    # One numbering with cinesync_runs, where the container edition has counted by itself.
+    insert = """INSERT INTO runs (run_id, command, started_utc) VALUES (1 + max(
+        (SELECT coalesce(max(run_id), 0) FROM runs),
+        (SELECT coalesce(max(run_id), 0) FROM cinesync_runs)), ?, ?)"""
     with transaction(conn):
         run_id = conn.execute(insert, (command, utc_now())).lastrowid
     update = "UPDATE runs SET finished_utc = ?, exit_code = ?, summary = ? WHERE run_id = ?"
-    summary: JsonObject = {}
+    summary: JsonObject = {"run_id": run_id}
     code = EXIT_FAILED
     try:
         yield summary
@@ -1732,7 +1749,8 @@ class ScanJob:
 
     `remembered` maps the mount points that earlier scans saw in use to their file system types.
     With `look_only` the worker says how roots and mounts are, and walks nothing; with `split` it
-    may divide itself in two.  `links` are judged one by one, besides what the roots hold.
+    may divide itself in two.  `links` are judged one by one, besides what the roots hold; with
+    `read` a good one must lead to a file that can be read.
     """
 
     roots: Tuple[str, ...]
@@ -1744,6 +1762,7 @@ class ScanJob:
     look_only: bool = False
     split: bool = True
     links: Tuple[str, ...] = ()
+    read: bool = False
 
 
 @dataclasses.dataclass(eq=False)
@@ -1895,10 +1914,10 @@ class Surveyor:
     ('good', root number, paths, targets, units), ('links', [Judged]), ('mount', point, type),
     ('unit', number, mount point, child directory), ('unread', directory, reason),
     ('root', number, state, reason, real path, covered), ('ignored', count), ('beat',),
-    ('done', places, blocked units, uninhabited directories).
+    ('file', link, real path), ('done', places, blocked units, uninhabited directories).
     """
 
-    def __init__(self, job: ScanJob, send: Callable[[Tuple[Any, ...]], None]) -> None:
+    def __init__(self, job: ScanJob, send: Send) -> None:
         self.job = job
         self.send = send
         self.limit = format_duration(job.stat_timeout)
@@ -2363,7 +2382,7 @@ class Surveyor:
         spot = self.locate(head)
         mount = spot.mount
         listed: Set[str] = set()
-        may_list = len(task.links) > 3 and spot.place.state == HEALTHY
+        may_list = len(task.links) > 3 and spot.place.state == HEALTHY and not self.job.read
         for number, link in enumerate(links):
             if may_list and mount.slow_answers >= SLOW_STREAK:
                 listed, may_list = self.list_targets(task, spot, links), False
@@ -2410,6 +2429,8 @@ class Surveyor:
             if target in self.sealed:
                 raise TimeoutError(errno.ETIMEDOUT, f"it did not answer within {self.limit}")
             device = os.stat(target).st_dev
+            if self.job.read:
+                self.read_file(path, target)
         except OSError as exc:
             if exc.errno not in GONE_ERRNOS:
                 spot.mount.used = place.used = True  # is it only this one?
@@ -2422,6 +2443,15 @@ class Surveyor:
         is_known = spot.good and device == spot.device
         unit = spot.unit if is_known else self.mark_good(target, spot, device)
         task.found.append((path, text, JUDGED_OK, unit, "", root))
+
+    def read_file(self, path: str, full: str) -> None:
+        """Say which file a link leads to in the end.  OSError if it is none that can be read."""
+        real = os.path.realpath(full)
+        if not stat.S_ISREG(os.stat(real).st_mode):  # opening a pipe would wait for ever
+            raise OSError(errno.EINVAL, f"{real} is not a file")
+        with open(real, "rb", buffering=0) as stream:
+            stream.read(1)
+        self.send(("file", path, real))
 
     def judge_gone(self, task: Task, link: Link) -> None:
         """Find out where a target is missing, at the end of what may be a chain of links."""
@@ -2555,17 +2585,23 @@ def write_frame(writer: int, message: Any) -> None:
         data = data[os.write(writer, data) :]
 
 
-class Worker:
-    """The parent's end: starts the worker process, reads its messages, lets it go."""
+Send = Callable[[Tuple[Any, ...]], None]
 
-    def __init__(self, job: ScanJob) -> None:
+
+class Worker:
+    """The parent's end: starts the worker process, reads its messages, lets it go.
+
+    An `errand` other than the job itself must end with ('done',) and say 'beat' while it works.
+    """
+
+    def __init__(self, job: ScanJob, errand: Optional[Callable[[Send], None]] = None) -> None:
         self._stall_limit = job.stat_timeout + 3 * HEARTBEAT
         self._reader, writer = os.pipe()
         with contextlib.suppress(OSError):
             fcntl.fcntl(writer, F_SETPIPE_SZ, 1 << 20)  # let the worker run ahead
         self._pid = fork_quietly()
         if self._pid == 0:
-            _run_worker(job, writer)
+            _run_worker(errand or (lambda send: Surveyor(job, send).run()), writer)
         os.close(writer)
 
     def messages(self) -> Iterator[Tuple[Any, ...]]:
@@ -2610,7 +2646,7 @@ def fork_quietly() -> int:
         return os.fork()
 
 
-def _run_worker(job: ScanJob, writer: int) -> None:
+def _run_worker(errand: Callable[[Send], None], writer: int) -> None:
     """Be the worker process; never returns."""
     try:
         gc.disable()
@@ -2634,7 +2670,7 @@ def _run_worker(job: ScanJob, writer: int) -> None:
                 os.write(give, b"!")
 
         try:
-            Surveyor(job, send).run()
+            errand(send)
         except BrokenPipeError:
             pass
         except RefresherrError as exc:
@@ -3097,7 +3133,7 @@ def recheck_links(
     """
     verdicts: Dict[str, Tuple[str, str]] = {}
     doubts: Dict[str, List[str]] = {}  # an empty directory: the links that end there
-    for path, judgement, detail, blocked in _look_at(conn, settings, paths):
+    for path, judgement, detail, blocked, _ in _look_at(conn, settings, paths):
         if judgement == JUDGED_OK:
             verdicts[path] = OK, ""
         elif judgement != JUDGED_GONE or blocked:
@@ -3118,14 +3154,18 @@ def recheck_links(
 
 
 def _look_at(
-    conn: sqlite3.Connection, settings: ScanSettings, paths: Sequence[str]
-) -> List[Tuple[str, int, str, str]]:
-    """Return (path, judgement, detail, why its mount is not to be trusted) of links."""
+    conn: sqlite3.Connection, settings: ScanSettings, paths: Sequence[str], read: bool = False
+) -> List[Tuple[str, int, str, str, str]]:
+    """Return (path, judgement, detail, why its mount is not to be trusted, file) of links; the
+    real file, that could be read, only of good ones and with `read`.
+    """
     if not paths:
         return []
-    job = dataclasses.replace(plan_scan(conn, settings, ["/"]), roots=(), links=tuple(paths))
+    job = plan_scan(conn, settings, ["/"])
+    job = dataclasses.replace(job, roots=(), links=tuple(paths), read=read)
     looks: List[Judged] = []
     blocked: Dict[int, str] = {}
+    files: Dict[str, str] = {}
     worker = Worker(job)
     try:
         for message in worker.messages():
@@ -3135,11 +3175,758 @@ def _look_at(
                 ]
             elif message[0] == "links":
                 looks += message[1]
+            elif message[0] == "file":
+                files[message[1]] = message[2]
             elif message[0] == "done":
                 blocked = message[2]
     finally:
         worker.close()
-    return [(look[0], look[2], look[4], blocked.get(look[3], "")) for look in looks]
+    return [
+        (path, judgement, detail, blocked.get(unit, ""), files.get(path, ""))
+        for path, _, judgement, unit, detail, _ in looks
+    ]
+
+
+def look_at_places(
+    conn: sqlite3.Connection, settings: ScanSettings, directories: Iterable[str]
+) -> Dict[str, Tuple[str, str, str]]:
+    """Return {directory: (state, reason, real path)}, as a scan sees its roots."""
+    places: Dict[str, Tuple[str, str, str]] = {}
+    job = dataclasses.replace(plan_scan(conn, settings, list(directories)), look_only=True)
+    worker = Worker(job)
+    try:
+        for message in worker.messages():
+            if message[0] == "root":
+                places[job.roots[message[1]]] = (message[2], message[3], message[4])
+    finally:
+        worker.close()
+    return places
+
+
+# ---------------------------------------------------------------------------------------------
+# CineSync
+# ---------------------------------------------------------------------------------------------
+# CineSync keeps a tree of its own links to what lies on the mount.  A broken link of the library is
+# pointed at the file behind CineSync's link to the same episode or movie.  What may hang is asked
+# by worker processes; this one touches nothing but the links themselves, and each change stands in
+# `link_changes` before it is made.
+
+PLANNED, DONE, NOT_DONE, UNDONE = "planned", "done", "failed", "undone"  # link_changes.state
+REPLACED, WOULD_REPLACE, NOT_REPLACED, IN_ERROR = "replaced", "would replace", "skipped", "error"
+CHANGES_AT_ONCE = 100  # links that are looked at, changed and verified together
+COPIES_TRIED = 8  # copies of one episode or movie that are looked at
+ROWS_AT_ONCE = 1000  # of the index, in one message
+YOUNG_NS = 2 * 10**9  # a directory changed so lately may change again within the same mtime
+HD, FULL_HD, UHD = 720, 1080, 2160
+_PART = re.compile(r"(?i)[ ._-](?:cd|dis[ck]|part|pt)[ ._-]?\d+$")  # half a movie is no copy of it
+_WRITE_ITEM = """
+INSERT INTO cinesync_items (path, show_title, show_norm, year, season, episode, tmdb_id,
+                            resolution_rank, first_seen_utc, last_seen_utc)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT(path) DO UPDATE SET
+    show_title = excluded.show_title, show_norm = excluded.show_norm, year = excluded.year,
+    season = excluded.season, episode = excluded.episode, tmdb_id = excluded.tmdb_id,
+    resolution_rank = excluded.resolution_rank, last_seen_utc = excluded.last_seen_utc,
+    target_ok = NULL
+"""
+_FOLDERS_TABLE = """
+CREATE TABLE IF NOT EXISTS cinesync_folders (
+    path TEXT PRIMARY KEY, mtime_ns INTEGER NOT NULL, items INTEGER NOT NULL)
+"""
+ItemRow = Tuple[Any, ...]  # the first eight columns of _WRITE_ITEM
+
+
+# The index: CineSync's tree -> cinesync_items
+
+
+def walk_copies(base: str, known: Mapping[str, int], send: Send) -> None:
+    """Look for CineSync's links below `base`; runs in a worker process.
+
+    `known` maps directories to mtimes; one that has its mtime still is not listed again.  Sends
+    ('folders', [(path, mtime, [ItemRow])]), ('unread', path, reason), ('gone', paths), ('done',).
+    """
+    below: Dict[str, List[str]] = {}
+    for path in known:
+        below.setdefault(os.path.dirname(path), []).append(path)
+    todo, seen, size = [base], set(), 0
+    found: List[Tuple[str, int, List[ItemRow]]] = []
+    for count in itertools.count():
+        if not todo or size >= ROWS_AT_ONCE:
+            send(("folders", found))
+            found, size = [], 0
+        if not todo:
+            break
+        if count % 256 == 0:
+            send(("beat",))
+        folder = todo.pop()
+        try:
+            began, mtime = time.time_ns(), os.lstat(folder).st_mtime_ns
+            if known.get(folder) == mtime:
+                todo += below.get(folder, ())
+            else:
+                folders, rows = list_copies(base, folder)
+                todo += folders
+                size += 1 + len(rows)
+                found.append((folder, mtime if mtime < began - YOUNG_NS else 0, rows))
+            seen.add(folder)
+        except OSError as exc:
+            if exc.errno not in GONE_ERRNOS:  # what lies below is not forgotten
+                send(("unread", folder, exc.strerror))
+                seen.update(path for path in known if is_under(path, folder))
+    send(("gone", [path for path in known if path not in seen]))
+    send(("done",))
+
+
+def list_copies(base: str, folder: str) -> Tuple[List[str], List[ItemRow]]:
+    """Return the directories to go on with, and the movies and episodes, of one directory."""
+    folders, rows = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            elif is_video(entry.name):
+                work = parse_work(entry.path[len(base) :])
+                if work.kind != "other":
+                    tmdb = work.ids.get("tmdb")
+                    titles = work.title, normalise_title(work.title), work.year, work.season
+                    episode = next(iter(work.episodes), None)
+                    rows.append(
+                        (entry.path, *titles, episode, int(tmdb) if tmdb else None, work.resolution)
+                    )
+    return folders, rows
+
+
+def index_copies(
+    conn: sqlite3.Connection, settings: ScanSettings, base: str, accept_shrink: bool
+) -> int:
+    """Bring the index up to date, and return how many movies and episodes it holds.
+
+    Raises RefusedError, and leaves the index as it was, when nothing is left of it, or less than
+    half since the last run that was not refused.
+    """
+    conn.execute(_FOLDERS_TABLE)
+    folders = {
+        from_db(path): (mtime, items)
+        for path, mtime, items in conn.execute("SELECT path, mtime_ns, items FROM cinesync_folders")
+    }
+    held = folders if base in folders else {}
+    known = {path: mtime for path, (mtime, _) in held.items()}
+    worker = Worker(plan_scan(conn, settings, [base]), functools.partial(walk_copies, base, known))
+    try:
+        with transaction(conn):
+            if not held:  # the first time, or another base, or the container edition's items
+                conn.execute("DELETE FROM cinesync_folders")
+                conn.execute("UPDATE cinesync_items SET last_seen_utc = 0")
+            for message in worker.messages():
+                if message[0] == "folders":
+                    for folder, mtime, rows in message[1]:
+                        _write_folder(conn, folder, mtime, rows, held.get(folder, (0, 0))[1] > 0)
+                elif message[0] == "unread":
+                    log.warning("cannot read %s: %s; its items stay", message[1], message[2])
+                elif message[0] == "gone":
+                    for folder in message[1]:
+                        _write_folder(conn, folder, 0, [], held[folder][1] > 0)
+                        remove = "DELETE FROM cinesync_folders WHERE path = ?"
+                        conn.execute(remove, (to_db(folder),))
+            if not held:
+                conn.execute("DELETE FROM cinesync_items WHERE last_seen_utc = 0")
+            count = int(conn.execute("SELECT count(*) FROM cinesync_items").fetchone()[0])
+            _refuse_shrink(conn, base, count, accept_shrink)
+    finally:
+        worker.close()
+    return count
+
+
+def _write_folder(
+    conn: sqlite3.Connection, folder: str, mtime: int, rows: List[ItemRow], had_items: bool
+) -> None:
+    """Make the index hold of a directory what the directory holds."""
+    now = int(time.time())
+    if had_items:
+        condition, values = beneath(folder)
+        present = {row[0] for row in rows}
+        items = conn.execute(f"SELECT id, path FROM cinesync_items WHERE {condition}", values)
+        gone = [
+            (number,)
+            for number, path in ((item[0], from_db(item[1])) for item in items)
+            if path not in present and os.path.dirname(path) == folder
+        ]
+        conn.executemany("DELETE FROM cinesync_items WHERE id = ?", gone)
+    encoded = [(*map(to_db, row[:3]), *row[3:], now, now) for row in rows]
+    conn.executemany(_WRITE_ITEM, encoded)
+    write = "INSERT OR REPLACE INTO cinesync_folders VALUES (?, ?, ?)"
+    conn.execute(write, (to_db(folder), mtime, len(rows)))
+
+
+def _refuse_shrink(conn: sqlite3.Connection, base: str, count: int, accepted: bool) -> None:
+    if count == 0:
+        raise RefusedError(f"{base} holds no movie and no episode: is CineSync's library there?")
+    last = conn.execute(
+        "SELECT indexed_count FROM cinesync_runs JOIN runs USING (run_id) WHERE cinesync_base = ? "
+        "AND command = 'cinesync' AND indexed_count > 0 ORDER BY run_id DESC LIMIT 1",
+        (to_db(base),),
+    ).fetchone()
+    if last and count * 2 < last[0] and not accepted:
+        raise RefusedError(
+            f"CineSync's library has shrunk from {last[0]:,} to {count:,} items: taken for an "
+            "outage; if that is meant, use --accept-shrink"
+        )
+
+
+# The match, which asks nobody
+
+
+class Copy(NamedTuple):
+    """An item of CineSync's library."""
+
+    path: str
+    work: Work
+
+
+def match_work(
+    wanted: Work, copies: Iterable[Copy], has_namesakes: bool = False
+) -> Tuple[List[Copy], str]:
+    """Return the copies that may hold the wanted movie or episodes; [] and why there is none.
+
+    An equal id decides, else title and year.  A series may lack its year where all known by its
+    title are one; `has_namesakes` says that the library holds others.
+    """
+    kin = [copy for copy in copies if _may_be_same_work(copy.work, wanted)]
+    same = [copy for copy in kin if set(copy.work.ids.items()) & set(wanted.ids.items())]
+    if not same:
+        title = normalise_title(wanted.title)
+        kin = [copy for copy in kin if normalise_title(copy.work.title) == title]
+        same = [copy for copy in kin if wanted.year and copy.work.year == wanted.year]
+    if not same and wanted.kind == "episode" and not has_namesakes:
+        same = [copy for copy in kin if not (wanted.year and copy.work.year)]
+        if len({copy.work.year for copy in kin if copy.work.year} | {wanted.year or 0} - {0}) > 1:
+            return [], _name_rivals(kin, [copy.work.year for copy in kin])
+    for name in ("tmdb", "tvdb", "imdb"):
+        ids = [copy.work.ids.get(name) for copy in same]
+        if len({*ids} - {None}) > 1:
+            return [], _name_rivals(same, ids)
+    parts = [copy for copy in same if _may_be_same_part(copy, wanted)]
+    what = "the series, not this episode" if same else "no copy of it"
+    return parts, "" if parts else f"CineSync has {what}"
+
+
+def _may_be_same_work(one: Work, other: Work) -> bool:
+    """Tell whether nothing speaks against it: kind, ids, years."""
+    ids_differ = any(other.ids.get(name, value) != value for name, value in one.ids.items())
+    years_differ = one.year and other.year and abs(one.year - other.year) > 1
+    return one.kind == other.kind and not ids_differ and not years_differ
+
+
+def _name_rivals(copies: Sequence[Copy], keys: Sequence[Any]) -> str:
+    examples = {key: copy.path for key, copy in zip(keys, copies) if key}
+    return "cannot tell which is meant: " + " or ".join(sorted(examples.values())[:2])
+
+
+def _may_be_same_part(copy: Copy, wanted: Work) -> bool:
+    # CineSync's own names keep the first of several episodes only: the file will tell.
+    if wanted.kind == "movie":
+        return not _PART.search(os.path.splitext(copy.path)[0])
+    first = copy.work._replace(episodes=wanted.episodes)
+    is_first = copy.work.episodes == wanted.episodes[:1]
+    return is_same_part(wanted, copy.work) or (is_first and is_same_part(wanted, first))
+
+
+def is_same_part(wanted: Work, found: Work) -> bool:
+    """Tell whether one work's episodes are the other's; a movie has one part."""
+    if wanted.kind == "movie":
+        return True
+    if wanted.episodes:
+        return (wanted.season, wanted.episodes) == (found.season, found.episodes)
+    return wanted.date != "" and wanted.date == found.date
+
+
+def is_fit(own: int, found: int) -> bool:
+    """Tell whether a resolution may stand in for a link's own: not SD for HD, nor 2160p for less.
+    0 is unknown.
+    """
+    return not (own >= HD > found > 0) and not (found >= UHD > own)
+
+
+# The change: journal, link, verdict
+
+
+@dataclasses.dataclass
+class LinkChange:
+    """A link, what it is to point to, and what became of that."""
+
+    path: str
+    old: str
+    new: str = ""
+    via: str = ""
+    result: str = NOT_REPLACED
+    reason: str = ""
+    number: int = 0  # link_changes.change_id
+    verdict: Tuple[str, str] = (UNREACHABLE, "")  # what was seen after the change
+
+    @property
+    def temporary(self) -> str:
+        """Where the new link is made: a short name, however long the link's own is."""
+        return os.path.join(os.path.dirname(self.path), f".refresherr-{self.number}.tmp")
+
+
+def read_link(path: str) -> str:
+    """Return what a link points to; '' if there is no link."""
+    try:
+        return os.readlink(path)
+    except OSError as exc:
+        if exc.errno in (*GONE_ERRNOS, errno.EINVAL):
+            return ""
+        raise
+
+
+def swap_link(change: LinkChange, old: str, new: str) -> None:
+    """Point a link elsewhere: at every moment it is the old one or the new one.
+
+    OSError, and the old one stands, if it is not `old` any more or cannot be replaced.
+    """
+    before = os.lstat(change.path)
+    os.symlink(new, change.temporary)
+    try:
+        after = os.lstat(change.temporary)
+        if (after.st_uid, after.st_gid) != (before.st_uid, before.st_gid):
+            with contextlib.suppress(OSError):
+                os.lchown(change.temporary, before.st_uid, before.st_gid)
+        if read_link(change.path) != old:
+            raise OSError(errno.EEXIST, "somebody else has changed it meanwhile")
+        os.replace(change.temporary, change.path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(change.temporary)
+        raise
+
+
+def change_links(
+    conn: sqlite3.Connection, settings: ScanSettings, run_id: int, changes: Sequence[LinkChange],
+    must_work: bool,
+) -> None:  # fmt: skip
+    """Make changes, journalled; the result of each is 'done', or 'error' with a reason.
+
+    With `must_work` a link that does not lead to its file then is put back.
+    """
+    insert = """INSERT INTO link_changes (run_id, path, old_target, new_target, state, changed_utc)
+        VALUES (?, ?, ?, ?, 'planned', ?)"""
+    # On the disk before a link is changed: in WAL mode a commit is not, by default.
+    conn.execute("PRAGMA synchronous=FULL")
+    with transaction(conn):
+        for change in changes:
+            row = (run_id, *map(to_db, (change.path, change.old, change.new)), utc_now())
+            change.number = int(conn.execute(insert, row).lastrowid or 0)
+    for change in changes:
+        try:
+            swap_link(change, change.old, change.new)
+            change.result = DONE
+        except OSError as exc:
+            change.result, change.reason = IN_ERROR, exc.strerror or str(exc)
+    _sync_directories(changes)
+    _look_at_changed(conn, settings, changes)
+    for change in changes:
+        status, why = change.verdict
+        if must_work and change.result == DONE and status != OK:
+            change.result, change.reason = IN_ERROR, f"put back, for it is {status}: {why}"
+            try:
+                swap_link(change, change.new, change.old)
+            except OSError as exc:
+                change.reason = f"it is {status}, and cannot be put back: {exc.strerror}"
+    _sync_directories(changes)
+    _record_changes(conn, changes)
+
+
+def _sync_directories(changes: Iterable[LinkChange]) -> None:
+    for directory in {os.path.dirname(change.path) for change in changes}:
+        with contextlib.suppress(OSError):  # some file systems cannot
+            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _look_at_changed(
+    conn: sqlite3.Connection, settings: ScanSettings, changes: Iterable[LinkChange]
+) -> None:
+    done = {change.path: change for change in changes if change.result == DONE}
+    for path, verdict in recheck_links(conn, settings, list(done)).items():
+        done[path].verdict = verdict
+
+
+def _record_changes(conn: sqlite3.Connection, changes: Iterable[LinkChange]) -> None:
+    """Write what became of changes: the journal, and of those that were made the link."""
+    update = "UPDATE link_changes SET state = ?, reason = ?, changed_utc = ? WHERE change_id = ?"
+    with transaction(conn):
+        for change in changes:
+            state, now = DONE if change.result == DONE else NOT_DONE, utc_now()
+            conn.execute(update, (state, change.reason or None, now, change.number))
+            if state == NOT_DONE:
+                continue
+            known, (status, why) = find_link(conn, change.path), change.verdict
+            if known and status != OK:  # undone: it was broken before, and is no new loss
+                known = known._replace(broken_since=known.broken_since or now)
+            row = link_row(change.path, change.new, status, why, now, known)
+            conn.execute(_WRITE_LINK, row)
+            names = filter(None, ("relinked", classify_change(known, status)))
+            events = [link_event(change.path, change.new, name, status) for name in names]
+            _write_events(conn, events)
+
+
+def settle_journal(conn: sqlite3.Connection, settings: ScanSettings) -> None:
+    """Find out how far a killed run came, and clear away what it left beside the links."""
+    rows = conn.execute(
+        "SELECT change_id, path, old_target, new_target FROM link_changes WHERE state = 'planned'"
+    ).fetchall()
+    changes = [LinkChange(from_db(p), from_db(o), from_db(n), number=i) for i, p, o, n in rows]
+    changes = _within_reach(conn, settings, changes)
+    for change in changes:
+        if read_link(change.temporary) == change.new:
+            os.unlink(change.temporary)
+        stands = read_link(change.path)
+        if stands == change.new:
+            change.result = DONE
+        else:
+            is_old = stands == change.old
+            change.reason = "the run was killed" if is_old else "somebody else has changed it"
+    _look_at_changed(conn, settings, changes)
+    _record_changes(conn, changes)
+
+
+def _within_reach(
+    conn: sqlite3.Connection, settings: ScanSettings, changes: Iterable[LinkChange]
+) -> List[LinkChange]:
+    """Return the changes whose directories answer, or are not there; the others say why not."""
+    folders = {change.path: os.path.dirname(change.path) for change in changes}
+    places = look_at_places(conn, settings, folders.values()) if folders else {}
+    for change in changes:
+        state, reason, _ = places[folders[change.path]]
+        change.reason = "" if state in ("scanned", "missing") else reason
+    return [change for change in changes if not change.reason]
+
+
+# The repair
+
+
+@dataclasses.dataclass
+class BrokenLink(LinkChange):
+    """A broken link of the library, and what might replace its file."""
+
+    work: Work = parse_work("")
+    copies: Sequence[Copy] = ()
+
+
+class Relinker:
+    """One run of the repair; without a `run_id` a preview that changes no link."""
+
+    def __init__(self, conn: sqlite3.Connection, config: Config, run_id: Optional[int]) -> None:
+        self.conn = conn
+        self.scan, self.settings, self.min_age = config.scan, config.cinesync, config.repair.min_age
+        self.run_id = run_id
+        self.any_resolution = False
+        self.allowed: List[str] = []
+        self.items: List[BrokenLink] = []
+        self.count: Counter[str] = Counter()
+        self.refused: Set[str] = set()
+        self.problems: List[str] = []
+
+    def run(self, accept_shrink: bool) -> JsonObject:
+        """Index, match and replace; return what `cinesync --json` shows."""
+        started = int(time.time())
+        try:
+            roots = self.open_places()
+            if self.run_id is not None:
+                settle_journal(self.conn, self.scan)
+            base = self.settings.base
+            self.count["indexed"] = index_copies(self.conn, self.scan, base, accept_shrink)
+            self.relink(self.match(self.load_broken(roots)))
+        except RefusedError as exc:
+            self.refused.add(str(exc))
+        result = self.result()
+        if self.run_id is not None:
+            self.record(started, result)
+        return result
+
+    def open_places(self) -> Dict[str, str]:
+        """Look at base, roots and allowed targets; return the roots that answer: {path: real}."""
+        base, roots, allowed = (
+            self.settings.base,
+            self.settings.roots,
+            self.settings.allowed_targets,
+        )
+        places = look_at_places(self.conn, self.scan, (base, *roots, *allowed))
+        state, reason, real_base = places[base]
+        for root in roots:
+            refuse_base(real_base, places[root][2])
+        if state != "scanned":
+            raise RefusedError(f"CineSync's base {base}: {reason}")
+        for path in (*roots, *allowed):
+            state, reason, _ = places[path]
+            if state == "refused":
+                self.refused.add(reason)
+            elif state != "scanned":
+                self.problems.append(f"{path}: {reason}")
+        good = {path: real for path, (state, _, real) in places.items() if state == "scanned"}
+        self.allowed = [good[path] for path in allowed if path in good]
+        return {path: good[path] for path in roots if path in good}
+
+    def load_broken(self, roots: Mapping[str, str]) -> List[BrokenLink]:
+        """Return the links below some roots that have been broken long enough, oldest first."""
+        server_ids, links = load_server_ids(self.conn), []
+        for name, target, since in self.conn.execute(
+            "SELECT path, last_target, broken_since_utc FROM symlinks "
+            "WHERE status <> 'ok' AND status = 'broken' ORDER BY broken_since_utc, path"
+        ):
+            path = from_db(name)
+            root = find_ancestor(path, roots)
+            if root is None:
+                continue
+            link = BrokenLink(path, from_db(target))
+            self.items.append(link)
+            if time.time() - (parse_time(since) or 0.0) < self.min_age:
+                link.reason = f"broken for less than {format_duration(self.min_age)}"
+                continue
+            below_root = path[len(root.rstrip("/")) :]
+            link.work = describe_link(below_root, link.old, server_ids.get(path, {}))
+            links.append(link)
+        return links
+
+    def match(self, links: List[BrokenLink]) -> List[BrokenLink]:
+        """Return the links that CineSync may have copies of, with these."""
+        copies: Dict[Tuple[str, str], List[Copy]] = {}
+        for copy in load_copies(self.conn, self.settings.base, [link.work for link in links]):
+            for key in _keys(copy.work):
+                copies.setdefault(key, []).append(copy)
+        for link in links:
+            found = {copy.path: copy for key in _keys(link.work) for copy in copies.get(key, ())}
+            namesakes = not link.work.year and has_namesakes(self.conn, link.path)
+            link.copies, link.reason = match_work(link.work, found.values(), namesakes)
+        matched = [link for link in links if link.copies]
+        self.count["candidate_found"] = len(matched)
+        return matched
+
+    def relink(self, links: List[BrokenLink]) -> None:
+        """Find the file for each link, and point it there; at most `limit` links."""
+        left = self.settings.limit
+        for start in range(0, len(links), CHANGES_AT_ONCE):
+            ready = self.choose(links[start : start + CHANGES_AT_ONCE])[:left] if left else []
+            left -= len(ready)
+            self.count["resolved_target_ok"] += len(ready)
+            for link in ready:
+                link.result = WOULD_REPLACE
+            if ready and self.run_id is not None:
+                change_links(self.conn, self.scan, self.run_id, ready, must_work=True)
+                for link in ready:
+                    link.result = REPLACED if link.result == DONE else link.result
+                    if link.result == IN_ERROR and link.verdict[1]:
+                        self.refused.add(link.verdict[1])
+            if self.refused and not ready:
+                break  # an outage: what hangs would cost its time with each part
+        for link in links:
+            if link.result == NOT_REPLACED and not link.reason:
+                link.reason = "left for the next run"
+
+    def choose(self, links: List[BrokenLink]) -> List[LinkChange]:
+        """Look at links and copies this very moment; return the links that can be replaced."""
+        verdicts = recheck_links(self.conn, self.scan, [link.path for link in links])
+        for link in links:
+            link.copies = sorted(link.copies, key=functools.partial(_distance, link.work))
+        paths = {copy.path for link in links for copy in link.copies[:COPIES_TRIED]}
+        looks = {look[0]: look for look in _look_at(self.conn, self.scan, list(paths), read=True)}
+        self.refused.update(blocked for _, _, _, blocked, _ in looks.values() if blocked)
+        with transaction(self.conn):
+            update = "UPDATE cinesync_items SET target_ok = ? WHERE path = ?"
+            seen = [(int(bool(look[4])), to_db(path)) for path, look in looks.items()]
+            self.conn.executemany(update, seen)
+        for link in links:
+            status, why = verdicts.get(link.path, (MISSING, ""))
+            if status == UNREACHABLE:
+                self.refused.add(why)
+            if status != BROKEN:
+                link.reason = why or {OK: "it works again"}.get(status, "it is gone")
+            elif read_link(link.path) != link.old:
+                link.reason = "it points elsewhere since the last scan"
+            else:
+                for copy in link.copies[:COPIES_TRIED]:
+                    _, _, why, blocked, file = looks.get(copy.path, ("", 0, "it is gone", "", ""))
+                    link.reason = self.why_not(link, copy, file, blocked or why)
+                    if not link.reason:
+                        link.via, link.new = copy.path, file
+                        break
+        return [link for link in links if link.new]
+
+    def why_not(self, link: BrokenLink, copy: Copy, file: str, problem: str) -> str:
+        """Return what keeps a copy's file from replacing a link's, '' for nothing."""
+        behind = parse_work(file)
+        has_name = bool(behind.episodes and behind.season is not None) or behind.date
+        told = behind if has_name and behind.kind == "episode" else copy.work
+        if not file:
+            return f"{copy.path} leads to no file that can be read: {problem or 'it is gone'}"
+        if not any(is_under(file, prefix) for prefix in self.allowed):
+            return f"{file} lies outside of the allowed targets"
+        if not is_video(file):
+            return f"{file} is no video"
+        if not is_same_part(link.work, told):
+            return f"{file} holds other episodes"
+        for height in (copy.work.resolution, behind.resolution):
+            if not self.any_resolution and not is_fit(link.work.resolution, height):
+                return f"CineSync has it in {height}p; --any-resolution takes that"
+        return ""
+
+    def result(self) -> JsonObject:
+        """Return what `cinesync --json` shows."""
+        results = Counter(link.result for link in self.items)
+        code = EXIT_PARTIAL if results[IN_ERROR] or self.problems else EXIT_OK
+        result: JsonObject = {"applied": self.run_id is not None, "run_id": self.run_id}
+        result.update(indexed=self.count["indexed"], checked_broken=len(self.items))
+        result.update({n: self.count[n] for n in ("candidate_found", "resolved_target_ok")})
+        result.update(replaced=results[REPLACED], skipped=results[NOT_REPLACED])
+        result.update(errors=results[IN_ERROR], exit_code=EXIT_REFUSED if self.refused else code)
+        if self.refused or self.problems:
+            result["message"] = "; ".join([*sorted(self.refused), *self.problems])
+            log.warning("%s", result["message"])
+        result["items"] = [
+            {
+                "path": link.path, "old_target": link.old, "new_target": link.new, "via": link.via,
+                "result": link.result, "reason": link.reason,
+            }
+            for link in self.items
+        ]  # fmt: skip
+        return result
+
+    def record(self, started: int, result: JsonObject) -> None:
+        """Write the run's row; without an index, which is what a refused one lacks, no number."""
+        names = ("checked_broken", "candidate_found", "resolved_target_ok", "replaced", "skipped",
+            "errors")  # fmt: skip
+        roots, allowed = ",".join(self.settings.roots), ",".join(self.settings.allowed_targets)
+        texts = map(to_db, (roots, self.settings.base, allowed))
+        numbers = (result["indexed"] or None, *(result[name] for name in names))
+        self.conn.execute(
+            "INSERT INTO cinesync_runs (run_id, started_utc, finished_utc, dry_run, repair_roots, "
+            f"cinesync_base, allowed_prefixes, indexed_count, {', '.join(names)}) "
+            f"VALUES (?, ?, ?, 0, ?, ?, ?, ?{', ?' * len(names)})",
+            (self.run_id, started, int(time.time()), *texts, *numbers),
+        )
+
+
+def _distance(wanted: Work, copy: Copy) -> Tuple[int, str]:
+    """Order copies: the wanted resolution, then the nearest, at last the unknown ones."""
+    own, found = wanted.resolution or FULL_HD, copy.work.resolution
+    return abs(found - own) if found else UHD, copy.path
+
+
+def describe_link(path: str, target: str, server_ids: Mapping[str, str]) -> Work:
+    """Return the work behind a broken link: its path below its root says it, the lost file's name
+    adds resolution and year, the owning server the ids.
+    """
+    work, lost = parse_work(path), parse_work(target)
+    is_same = normalise_title(lost.title) == normalise_title(work.title)
+    return work._replace(
+        ids={**server_ids, **work.ids},
+        year=work.year or (lost.year if is_same else None),
+        resolution=work.resolution or lost.resolution,
+    )
+
+
+def load_server_ids(conn: sqlite3.Connection) -> Dict[str, Dict[str, str]]:
+    """Return {broken link: ids} of the series and movies that the servers have them for."""
+    ids: Dict[str, Dict[str, str]] = {}
+    for tables, parent, number, tvdb in (
+        ("episode_files f JOIN series", "sonarr_series_id", "sonarr_id", "tvdb_id"),
+        ("movie_files f JOIN movies", "radarr_movie_id", "radarr_id", "NULL"),
+    ):
+        for path, *values in conn.execute(
+            f"SELECT symlink_path, tmdb_id, {tvdb}, imdb_id FROM {tables} t "
+            f"ON t.instance = f.instance AND t.{number} = f.{parent} WHERE symlink_path IN "
+            "(SELECT path FROM symlinks WHERE status <> 'ok' AND status = 'broken')"
+        ):
+            pairs = zip(("tmdb", "tvdb", "imdb"), values)
+            ids[from_db(path)] = {name: str(value) for name, value in pairs if value}
+    return ids
+
+
+def load_copies(conn: sqlite3.Connection, base: str, wanted: Iterable[Work]) -> Iterator[Copy]:
+    """Yield CineSync's items that have the title or an id of a wanted work."""
+    keys = {key for work in wanted for key in _keys(work)}
+    titles, ids = {k[1] for k in keys if not k[0]}, {k[1] for k in keys if k[0]}
+    for name, title in conn.execute("SELECT path, show_norm FROM cinesync_items"):
+        path = from_db(name)
+        if from_db(title) in titles or any(not ids.isdisjoint(tag) for tag in _ID.findall(path)):
+            yield Copy(path, parse_work(path[len(base) :]))
+
+
+def _keys(work: Work) -> List[Tuple[str, str]]:
+    """Return what a work is looked up by: ('', its title), (name, id)."""
+    return [("", normalise_title(work.title)), *work.ids.items()]
+
+
+def has_namesakes(conn: sqlite3.Connection, path: str) -> bool:
+    """Tell whether beside a series' folder stands another of its name, with a year behind it."""
+    folder = os.path.dirname(path)
+    if parse_season_folder(os.path.basename(folder)) is not None:
+        folder = os.path.dirname(folder)
+    query = "SELECT 1 FROM symlinks WHERE path >= ? AND path < ? LIMIT 1"
+    return conn.execute(query, (to_db(f"{folder} ("), to_db(f"{folder} )"))).fetchone() is not None
+
+
+def undo_changes(
+    conn: sqlite3.Connection, settings: ScanSettings, wanted: Optional[int], paths: Sequence[str],
+    run_id: Optional[int],
+) -> JsonObject:  # fmt: skip
+    """Put the links of a run back, newest first, and return what `undo --json` shows.
+
+    By default those of the last run that changed links; without a `run_id` of our own as a preview.
+    """
+    if run_id is not None:
+        settle_journal(conn, settings)
+    if wanted is None:
+        wanted = conn.execute(
+            "SELECT max(run_id) FROM link_changes JOIN runs USING (run_id) "
+            "WHERE state IN ('done', 'undone') AND command <> 'undo'"
+        ).fetchone()[0]
+    rows = conn.execute(
+        "SELECT change_id, path, new_target, old_target, state FROM link_changes "
+        "WHERE run_id = ? AND state IN ('done', 'undone') ORDER BY change_id DESC",
+        (wanted,),
+    ).fetchall()
+    rows = [row for row in rows if not paths or from_db(row[1]) in paths]
+    changes = {
+        number: LinkChange(from_db(path), from_db(old), from_db(new))
+        for number, path, old, new, state in rows
+        if state == DONE
+    }
+    ready = []
+    for change in _within_reach(conn, settings, list(changes.values())):
+        stands = read_link(change.path)
+        if stands == change.old:
+            change.result = "would restore"
+            ready.append(change)
+        elif stands == change.new:
+            change.result, change.reason = DONE, "it was put back already"
+        else:
+            change.reason = "somebody else has changed it since"
+    if run_id is not None:
+        change_links(conn, settings, run_id, ready, must_work=False)
+        undone = [(number,) for number, change in changes.items() if change.result == DONE]
+        with transaction(conn):
+            update = "UPDATE link_changes SET state = 'undone' WHERE change_id = ?"
+            conn.executemany(update, undone)
+    names = {DONE: "restored", IN_ERROR: NOT_REPLACED}
+    items = [
+        {
+            "path": change.path, "from": change.old, "to": change.new,
+            "result": names.get(change.result, change.result), "reason": change.reason,
+        }
+        for change in changes.values()
+    ]  # fmt: skip
+    counts = Counter(item["result"] for item in items)
+    result: JsonObject = {"applied": run_id is not None, "run_id": wanted, "items": items}
+    result.update(restored=counts["restored"], skipped=counts[NOT_REPLACED])
+    result["exit_code"] = EXIT_PARTIAL if result["skipped"] else EXIT_OK
+    if not changes:
+        done = "is undone already" if rows else "has changed no link"
+        result["message"] = f"run {wanted} {done}" if wanted else "no run has changed a link"
+    return result
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4622,7 +5409,8 @@ def collect_stats(conn: sqlite3.Connection, settings: RepairSettings, top: int =
             for table in ("movies", "movie_files", "series", "episode_files")
         },
         "repairs": count_repairs(conn, settings),
-        "last_scan": _last_scan(conn),
+        "last_scan": _last_run(conn, "scan", ("totals", "changes", "guard")),
+        "last_cinesync": _last_run(conn, "cinesync", ("replaced", "skipped", "errors")),
         "database": {
             "path": path,
             "size_bytes": sum(map(os.path.getsize, files)),
@@ -4632,9 +5420,9 @@ def collect_stats(conn: sqlite3.Connection, settings: RepairSettings, top: int =
     }
 
 
-def _last_scan(conn: sqlite3.Connection) -> JsonObject:
-    query = "SELECT * FROM runs WHERE command = 'scan' ORDER BY run_id DESC LIMIT 1"
-    row = conn.execute(query).fetchone()
+def _last_run(conn: sqlite3.Connection, command: str, parts: Sequence[str]) -> JsonObject:
+    query = "SELECT * FROM runs WHERE command = ? ORDER BY run_id DESC LIMIT 1"
+    row = conn.execute(query, (command,)).fetchone()
     if row is None:
         return {}
     summary = json.loads(row["summary"] or "{}")
@@ -4644,7 +5432,7 @@ def _last_scan(conn: sqlite3.Connection) -> JsonObject:
         "exit_code": row["exit_code"],
         "status": EXIT_WORDS.get(row["exit_code"], "unfinished"),
         "duration_seconds": summary.get("duration_seconds"),
-        **{part: summary.get(part, {}) for part in ("totals", "changes", "guard")},
+        **{part: summary.get(part, {}) for part in parts},
     }
 
 
@@ -5070,6 +5858,46 @@ def show_dispatch(terminal: Terminal, result: JsonObject) -> None:
     terminal.line(", ".join(f"{result[name]:,} {name}" for name in names))
 
 
+def run_cinesync(context: Context) -> JsonObject:
+    """Relink broken links to CineSync's copies, or say what would be done."""
+    settings = context.config.cinesync
+    for key, flag in (("base", "base"), ("roots", "root"), ("allowed_targets", "allow-target")):
+        if not getattr(settings, key):
+            raise UsageError(f"set {key} in [cinesync] of the config, or use --{flag}")
+    with context.recorded("cinesync", not context.applied) as (conn, summary):
+        errand = Relinker(conn, context.config, summary.get("run_id"))
+        errand.any_resolution = context.args.any_resolution
+        result = errand.run(context.args.accept_shrink)
+        summary.update({key: value for key, value in result.items() if key != "items"})
+    return result
+
+
+def run_undo(context: Context) -> JsonObject:
+    """Put the links of a run back, or say which would be."""
+    args = context.args
+    paths = [os.path.abspath(path) for path in args.path]
+    with context.recorded("undo", not context.applied) as (conn, summary):
+        own = summary.get("run_id")
+        result = undo_changes(conn, context.config.scan, args.run, paths, own)
+        summary.update({k: v for k, v in result.items() if k not in ("items", "run_id")})
+    return result
+
+
+def show_relinked(terminal: Terminal, result: JsonObject) -> None:
+    """Print what became of each link of a cinesync or an undo."""
+    counts = Counter(item["result"] for item in result["items"])
+    for item in result["items"]:
+        terminal.line(escape(f"{item['result']}: {item['path']}"))
+        goal = item.get("to") or item.get("new_target")
+        text = item["reason"] or f"-> {goal}"
+        terminal.line(terminal.paint(f"    {escape(text)}", "dim"))
+    if "message" in result:
+        terminal.line(escape_message(result["message"]))
+    terminal.line(", ".join(f"{n:,} {name}" for name, n in sorted(counts.items())) or "no link")
+    if not result["applied"]:
+        terminal.line("nothing was changed; --apply does it")
+
+
 def run_actions(context: Context) -> JsonObject:
     """Look at the queue, and mend it."""
     args = context.args
@@ -5158,6 +5986,12 @@ def format_stats(stats: JsonObject, terminal: Terminal) -> List[str]:
             lines.append(f"  guard: {escape(last['guard']['reason'])}")
     else:
         lines.append("  never; run: refresherr scan ROOT")
+    relinked = stats["last_cinesync"]
+    if relinked:
+        lines += ["", terminal.paint("Last CineSync run", "bold")]
+        numbers = [f"{relinked[name] or 0:,} {name}" for name in ("replaced", "skipped", "errors")]
+        when = relinked["started"][:16].replace("T", " ")
+        lines.append(f"  {when} UTC, {relinked['status']}: {', '.join(numbers)}")
     lines += ["", terminal.paint("Database", "bold")]
     size = f"{database['size_bytes'] / 1048576:.1f} MiB"
     lines.append(f"  {escape(database['path'])}, {size}, {database['journal_mode']}")
@@ -5298,6 +6132,7 @@ def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 COUNT = argument_type(parse_count)
 DURATION = argument_type(parse_duration)
 WORKERS = argument_type(parse_workers)
+PATH = argument_type(parse_path)
 
 
 class Command(NamedTuple):
@@ -5351,6 +6186,23 @@ COMMANDS = (
         option("--failed", action="store_true", help="retry: all that failed"),
         option("--all", action="store_true", help="cancel: all that are pending"),
         DRY_RUN)),
+    Command("cinesync", "cinesync-repair", "relink broken links to CineSync's copies",
+        "cinesync --apply --limit 50", run_cinesync, show_relinked, (
+        option("--limit", type=COUNT, metavar="N", help="try no more than N links"),
+        option("--min-age", type=DURATION, metavar="DURATION", help="broken for so long"),
+        option("--any-resolution", action="store_true", help="SD for HD, or 2160p, will do"),
+        option("--accept-shrink", action="store_true", help="CineSync's library may have shrunk"),
+        option("--base", type=PATH, metavar="DIR", help="CineSync's own tree of links"),
+        option("--root", type=PATH, action="append", dest="roots", metavar="DIR",
+            help="where broken links may be replaced"),
+        option("--allow-target", type=PATH, action="append", dest="allowed_targets",
+            metavar="PREFIX", help="where new targets may lie"),
+        APPLY, DRY_RUN)),
+    Command("undo", "", "put links back as they were before a run",
+        "undo --apply 42", run_undo, show_relinked, (
+        option("run", nargs="?", type=COUNT, metavar="RUN", help="default: the last"),
+        option("--path", action="append", default=[], metavar="LINK", help="only this link"),
+        APPLY, DRY_RUN)),
     Command("stats", "db-stats", "counts, worst directories, queue, media, database",
         "stats --format prometheus --output /var/lib/node_exporter/refresherr.prom",
         run_stats, show_stats, (
@@ -5437,11 +6289,13 @@ def load_context(
     args: argparse.Namespace, terminal: Terminal, environ: Mapping[str, str]
 ) -> Context:
     """Read the configuration and return what the command works with."""
-    flags: Dict[Tuple[str, str], Any] = {
-        ("repair", key): getattr(args, key)
-        for key in ("limit", "min_age", "max", "timeout")
-        if args.command in ("queue", "dispatch") and getattr(args, key, None) is not None
-    }
+    flags: Dict[Tuple[str, str], Any] = {}
+    section = {"queue": "repair", "dispatch": "repair", "cinesync": "cinesync"}.get(args.command)
+    for key in ("limit", "min_age", "max", "timeout", "base", "roots", "allowed_targets"):
+        value = getattr(args, key, None) if section else None
+        if value is not None and section:
+            value = tuple(value) if isinstance(value, list) else value
+            flags["repair" if key == "min_age" else section, key] = value
     if args.data_dir:
         flags["refresherr", "data_dir"] = os.path.abspath(os.path.expanduser(args.data_dir))
     error = ""
