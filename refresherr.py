@@ -3265,7 +3265,8 @@ class Client:
                 outcome.append(exc)
 
         thread = threading.Thread(target=run, daemon=True)
-        thread.start()
+        if not self.aborted:
+            thread.start()
         while thread.is_alive() and not self.aborted and time.monotonic() < deadline + 0.1:
             thread.join(0.2)
         result: Any = outcome[0] if outcome else TimeoutError()
@@ -3403,7 +3404,7 @@ def iterate_json(stream: Any) -> Iterator[Any]:
                     element, end = decode(text, start)
                 except json.JSONDecodeError:
                     break  # it goes on in the next piece
-                if end == len(text) and not ended:
+                if not ended and not text[end:].strip("+-.eE0123456789"):
                     break  # a number may
                 last, at = "element", end
                 yield element
@@ -3455,6 +3456,7 @@ def parse_retry_after(text: str, now: float) -> float:
 # Version 3 of their API, which Sonarr 3 to 5 and Radarr 3 to 6 have in common.  JSON leaves out
 # what is null, hence all the .get().
 
+ROWS_AT_ONCE = 1000  # written to the database together
 READERS = 4  # requests at once while reading; what changes a server is sent one by one
 
 
@@ -3609,12 +3611,17 @@ def ingest_instance(
         for table, fields in ((kind.titles, kind.title_fields), (kind.files, kind.file_fields)):
             conn.execute(f"DROP TABLE IF EXISTS temp.new_{table}")
             conn.execute(f"CREATE TEMP TABLE new_{table} (here, {', '.join(fields)})")
-        for titles, files in _read_all(server):
-            _keep(conn, kind.titles, kind.title_fields, titles, ())
-            _keep(conn, kind.files, kind.file_fields, files, server.path_map)
-            result["titles"] += len(titles)
-            result["files"] += len(files)
+        titles: List[JsonObject] = []
+        files: List[JsonObject] = []
+        for more_titles, more_files in _read_all(server):
+            titles += more_titles
+            files += more_files
+            result["titles"] += len(more_titles)
+            result["files"] += len(more_files)
             progress(f"{server.name}: {result['files']:,} files")
+            if len(titles) + len(files) >= ROWS_AT_ONCE:
+                _keep(conn, kind, titles, files, server.path_map)
+        _keep(conn, kind, titles, files, server.path_map)
         result.update(_replace_rows(conn, server.name, kind))
     except HttpError as exc:
         log.error("%s", exc)
@@ -3650,28 +3657,30 @@ def _read_all(server: Server) -> Iterator[Tuple[List[JsonObject], List[JsonObjec
             while waiting:
                 yield [], waiting.popleft().result()
         except BaseException:
-            server.client.aborted = True  # or the pool would wait for what is under way
+            server.client.aborted = True  # or the pool would wait for all that is under way
             raise
 
 
 def _keep(
-    conn: sqlite3.Connection,
-    table: str,
-    fields: Mapping[str, str],
-    found: List[JsonObject],
+    conn: sqlite3.Connection, kind: Kind, titles: List[JsonObject], files: List[JsonObject],
     path_map: PathMap,
-) -> None:
-    rows = []
-    for item in found:
-        values = [dig(item, place) for place in fields.values()]
-        if values[0] is None:
-            continue  # without an id it is nothing
-        here = map_path(str(dig(item, "path") or ""), path_map, back=True)
-        rows.append([to_db(v) if isinstance(v, str) else v for v in [here, *values]])
-    marks = ", ".join("?" * (len(fields) + 1))
+) -> None:  # fmt: skip
+    """Move what was read into the temporary tables."""
     conn.execute("BEGIN")  # or each row would be a transaction; only temporary tables are locked
-    conn.executemany(f"INSERT INTO temp.new_{table} VALUES ({marks})", rows)
-    conn.execute("COMMIT")
+    with conn:
+        for table, fields, found in (
+            (kind.titles, kind.title_fields, titles),
+            (kind.files, kind.file_fields, files),
+        ):
+            rows = []
+            for item in found:
+                here = map_path(str(dig(item, "path") or ""), path_map, back=True)
+                values = [here, *(dig(item, place) for place in fields.values())]
+                if values[1] is not None:  # without an id it is nothing
+                    rows.append([to_db(v) if isinstance(v, str) else v for v in values])
+            marks = ", ".join("?" * (len(fields) + 1))
+            conn.executemany(f"INSERT INTO temp.new_{table} VALUES ({marks})", rows)
+            found.clear()
 
 
 def _replace_rows(conn: sqlite3.Connection, instance: str, kind: Kind) -> Dict[str, int]:
