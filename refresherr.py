@@ -3360,6 +3360,7 @@ class Client:
             text = f"speaks no HTTP there ({type(reason).__name__})"
         elif isinstance(reason, OSError):
             text = (reason.strerror or str(reason) or type(reason).__name__).lower()
+            text += "; is it running, and its url right?"
         else:
             return exc
         return HttpError(f"{self.name}: {self.url}: {self.quote(text)}", retry=retry)
@@ -4062,9 +4063,10 @@ class Action:
 
     def to_json(self) -> JsonObject:
         """Return an item of `dispatch --json`."""
-        names = ("id", "url", "outcome", "error", "commands")
-        item = {name: getattr(self, name) for name in names}
-        return {**item, "status": item.pop("outcome"), "related_path": self.path}
+        return {
+            "id": self.id, "url": self.url, "related_path": self.path, "status": self.outcome,
+            "error": self.error or None, "commands": self.commands,
+        }  # fmt: skip
 
 
 def load_actions(conn: sqlite3.Connection, condition: str, *values: Any) -> List[Action]:
@@ -4374,7 +4376,7 @@ class Repair:
         if not self.errand.is_broken(action):
             folder = os.path.dirname(action.path)
             is_ours = record is None or "removed" in action.progress
-            if not (action.outcome or is_ours or os.path.isdir(folder)):
+            if not (action.outcome or is_ours or self.look(folder) == OK):
                 # The library is away for us; the server may see it, and a healthy link in it.
                 self.errand.put_off(action, f"{folder} is not there")
             if action.outcome:
@@ -4414,13 +4416,20 @@ class Repair:
             goal = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
         text = f"by its path_map, {action.server_path} is neither the link nor its target"
         if here == goal or action.step:
-            state = recheck_links(self.conn, self.errand.config.scan, [here]).get(here, (BROKEN,))
-            if state[0] == BROKEN:
+            state = self.look(here)
+            if state == UNREACHABLE:
+                raise HttpError(f"{self.server.name}: {here} cannot be judged now", 503, retry=True)
+            if state != OK and self.look(os.path.dirname(here)) == OK:
                 return
             text = f"its file {here} is not gone; the link's own text is at fault"
-            if state[0] == UNREACHABLE:
-                raise HttpError(f"{self.server.name}: {here} cannot be judged now", 503, retry=True)
-        raise HttpError(f"{self.server.name}: {text}; correct that, or remove the link", 404)
+            if state != OK:  # a folder of the server that is away for us alone
+                text = f"the folder of its file {here} is not there"
+        raise HttpError(f"{self.server.name}: {text}; correct that, and queue it anew", 404)
+
+    def look(self, path: str) -> str:
+        """Return the state of one link, file or directory at this very moment, hang-safe."""
+        verdicts = recheck_links(self.conn, self.errand.config.scan, [path])
+        return verdicts.get(path, (MISSING, ""))[0]
 
     def delete(self, action: Action) -> None:
         """Delete the record, on the server's disk the link as well.
@@ -4464,8 +4473,7 @@ class Repair:
     def remove_link(self, action: Action) -> bool:
         """Remove the server's link from the disk, journalled, if it is broken this very moment."""
         here = map_path(action.server_path, self.path_map, back=True)
-        verdict = recheck_links(self.conn, self.errand.config.scan, [here]).get(here)
-        if verdict is None or verdict[0] != BROKEN:
+        if self.look(here) != BROKEN:
             return False
         try:
             self.conn.execute(_JOURNAL_REMOVAL, (to_db(here), to_db(os.readlink(here)), utc_now()))
@@ -4740,12 +4748,14 @@ def next_step(
     if not name:
         return "replace the file, or remove the link"
     since = parse_time(link.broken_since) or 0.0
-    return {
-        "too_recent": f"queue has {name} replace it when it is broken for longer",
-        "cooldown": f"sent to {name}; if the link stays broken, once more after the cooldown",
-    }.get(
-        why_not(config.repair, since, attempts, time.time()), f"queue has {name} replace the file"
-    )
+    reason = why_not(config.repair, since, attempts, time.time())
+    if reason == "too_recent":
+        return f"queue has {name} replace it when it is broken for longer"
+    if reason == "cooldown":
+        failed = attempts[-1].status == FAILED
+        state = f"failed: {attempts[-1].error}" if failed else f"sent to {name}"
+        return f"{state}; if the link stays broken, once more after the cooldown"
+    return f"queue has {name} replace the file"
 
 
 def format_prometheus(stats: JsonObject) -> str:
@@ -4875,7 +4885,8 @@ def examine_servers(config: Config) -> List[Finding]:
                     findings.append(Finding("root folder", "failed", detail, advice))
         except HttpError as exc:
             advice = f"correct [{instance.name.replace('_', ' ', 1)}], or start the server"
-            findings.append(Finding(instance.name, "failed", str(exc), advice))
+            detail = str(exc).partition(": ")[2]  # without the name
+            findings.append(Finding(instance.name, "failed", detail, advice))
     return findings
 
 
@@ -5069,7 +5080,8 @@ def run_dispatch(context: Context) -> JsonObject:
 def show_dispatch(terminal: Terminal, result: JsonObject) -> None:
     """Print what became of each action."""
     for action in result["actions"]:
-        said = f": {action['error']}" if action["error"] else ""
+        is_told = action["status"] in (FAILED, RETRY)  # on stderr
+        said = f": {action['error']}" if action["error"] and not is_told else ""
         line = f"{action['status']:<11}{action['id']} {_server_of(action['url'])}: "
         terminal.line(escape(f"{line}{action['related_path']}{said}"))
     if not result["applied"]:
@@ -5095,7 +5107,9 @@ def run_actions(context: Context) -> JsonObject:
         rows = list_actions(conn, None, change(conn, args.ids))
         summary.update(action=args.action, actions=rows, count=len(rows))
         if len(rows) < len(args.ids):
-            summary.update(exit_code=EXIT_PARTIAL, message="not all of them can be changed")
+            text = "not all of these can be changed; see: actions list"
+            summary.update(exit_code=EXIT_PARTIAL, message=text)
+            log.warning("%s", text)
     return summary
 
 
