@@ -3836,7 +3836,7 @@ def load_history(conn: sqlite3.Connection) -> Dict[str, List[Attempt]]:
     """Return the actions there were for each link, oldest first."""
     history: Dict[str, List[Attempt]] = {}
     for url, status, path, fired, progress, error in conn.execute(
-        "SELECT url, status, related_path, fired_utc, progress, last_error FROM actions "
+        "SELECT coalesce(url, ''), status, related_path, fired_utc, progress, last_error FROM actions "
         "WHERE related_path IS NOT NULL ORDER BY id"
     ):
         noted = json.loads(progress or "{}")
@@ -4218,12 +4218,12 @@ class Dispatcher:
         else:
             action.attempts += 1
             delay = max(exc.after, FIRST_DELAY * 2 ** (action.attempts - 1))
-            action.outcome, action.error = RETRY, str(exc)
+            action.outcome, action.error = RETRY, redact(str(exc))
             with transaction(self.conn):
                 self.conn.execute(
                     "UPDATE actions SET attempts = ?, next_attempt_utc = ?, last_error = ? "
                     "WHERE id = ?",
-                    (action.attempts, format_time(time.time() + delay), str(exc), action.id),
+                    (action.attempts, format_time(time.time() + delay), action.error, action.id),
                 )
         if not quiet:
             log.error("%s: %s", action.path, exc)
@@ -4531,15 +4531,18 @@ class Repair:
             command = find_command(commands, body, actions[0].progress["last_command"])
         else:
             last = max((known["id"] for known in commands), default=0)
-            for action in actions:
-                searches = action.progress.get("searches", 0) + 1
-                noted = {"search": body, "last_command": last, "searches": searches}
-                self.errand.note([action], step="searching", **noted)
+            with transaction(self.conn):  # or a killed run would split the group
+                for action in actions:
+                    searches = action.progress.get("searches", 0) + 1
+                    noted = {"search": body, "last_command": last, "searches": searches}
+                    self.errand.note([action], step="searching", **noted)
         command = command or self.server.change("POST", "/command", body)
-        for action in actions:
-            action.commands = [{"id": dig(command, "id"), "name": body["name"], "status": "queued"}]
-            self.errand.note([action], step="sent")
-            end_action(self.conn, action, SENT)
+        sent = {"id": dig(command, "id"), "name": body["name"], "status": "queued"}
+        with transaction(self.conn):
+            self.errand.note(actions, step="sent")
+            for action in actions:
+                action.commands = [sent]
+                end_action(self.conn, action, SENT)
 
     def verify(self, action: Action) -> bool:
         """Ask whether something has come of a search; True if it is to be sent again."""
@@ -4575,25 +4578,24 @@ class Repair:
     def follow(self, actions: Sequence[Action]) -> None:
         """Follow the commands to their end, for a while; that they end well repairs nothing yet."""
         deadline, delay = time.monotonic() + POLL_LIMIT, 0.5
-        open_ids = {action.commands[0]["id"] for action in actions}
-        while open_ids and time.monotonic() < deadline:
+        waiting = {action.commands[0]["id"]: action.commands[0] for action in actions}
+        while waiting and time.monotonic() < deadline:
             time.sleep(delay)
             delay = min(5.0, delay * 1.5)
-            for number in sorted(open_ids):
+            for number, sent in sorted(waiting.items()):
                 try:
                     command = self.server.find(f"/command/{number}") or {"status": FINAL_STATES[0]}
                 except HttpError as exc:
                     log.warning("%s", exc)
                     return
-                state = str(dig(command, "status"))
-                if state in FINAL_STATES:
-                    open_ids.discard(number)
-                for action in actions:
-                    if action.commands[0]["id"] == number:
-                        action.commands[0]["status"] = state
-                        if state in FINAL_STATES[1:]:
-                            said = self.server.client.quote(dig(command, "message"))
-                            action.error = f"{self.server.name}: the search {state}: {said}"
+                sent["status"] = str(dig(command, "status"))
+                if sent["status"] in FINAL_STATES:
+                    del waiting[number]
+                if sent["status"] in FINAL_STATES[1:]:
+                    said = self.server.client.quote(dig(command, "message"))
+                    for action in actions:
+                        if action.commands[0]["id"] == number:
+                            action.error = f"{self.server.name}: search {sent['status']}: {said}"
 
 
 def find_command(
