@@ -3836,8 +3836,8 @@ def load_history(conn: sqlite3.Connection) -> Dict[str, List[Attempt]]:
     """Return the actions there were for each link, oldest first."""
     history: Dict[str, List[Attempt]] = {}
     for url, status, path, fired, progress, error in conn.execute(
-        "SELECT coalesce(url, ''), status, related_path, fired_utc, progress, last_error FROM actions "
-        "WHERE related_path IS NOT NULL ORDER BY id"
+        "SELECT coalesce(url, ''), status, related_path, fired_utc, progress, last_error "
+        "FROM actions WHERE related_path IS NOT NULL ORDER BY id"
     ):
         noted = json.loads(progress or "{}")
         is_open = status == PENDING or (status == SENT and url.startswith("arr:"))
