@@ -4052,7 +4052,8 @@ class Client:
                 outcome.append(exc)
 
         thread = threading.Thread(target=run, daemon=True)
-        thread.start()
+        if not self.aborted:
+            thread.start()
         while thread.is_alive() and not self.aborted and time.monotonic() < deadline + 0.1:
             thread.join(0.2)
         result: Any = outcome[0] if outcome else TimeoutError()
@@ -4146,6 +4147,7 @@ class Client:
             text = f"speaks no HTTP there ({type(reason).__name__})"
         elif isinstance(reason, OSError):
             text = (reason.strerror or str(reason) or type(reason).__name__).lower()
+            text += "; is it running, and its url right?"
         else:
             return exc
         return HttpError(f"{self.name}: {self.url}: {self.quote(text)}", retry=retry)
@@ -4190,7 +4192,7 @@ def iterate_json(stream: Any) -> Iterator[Any]:
                     element, end = decode(text, start)
                 except json.JSONDecodeError:
                     break  # it goes on in the next piece
-                if end == len(text) and not ended:
+                if not ended and not text[end:].strip("+-.eE0123456789"):
                     break  # a number may
                 last, at = "element", end
                 yield element
@@ -4242,6 +4244,7 @@ def parse_retry_after(text: str, now: float) -> float:
 # Version 3 of their API, which Sonarr 3 to 5 and Radarr 3 to 6 have in common.  JSON leaves out
 # what is null, hence all the .get().
 
+ROWS_AT_ONCE = 1000  # written to the database together
 READERS = 4  # requests at once while reading; what changes a server is sent one by one
 
 
@@ -4396,12 +4399,17 @@ def ingest_instance(
         for table, fields in ((kind.titles, kind.title_fields), (kind.files, kind.file_fields)):
             conn.execute(f"DROP TABLE IF EXISTS temp.new_{table}")
             conn.execute(f"CREATE TEMP TABLE new_{table} (here, {', '.join(fields)})")
-        for titles, files in _read_all(server):
-            _keep(conn, kind.titles, kind.title_fields, titles, ())
-            _keep(conn, kind.files, kind.file_fields, files, server.path_map)
-            result["titles"] += len(titles)
-            result["files"] += len(files)
+        titles: List[JsonObject] = []
+        files: List[JsonObject] = []
+        for more_titles, more_files in _read_all(server):
+            titles += more_titles
+            files += more_files
+            result["titles"] += len(more_titles)
+            result["files"] += len(more_files)
             progress(f"{server.name}: {result['files']:,} files")
+            if len(titles) + len(files) >= ROWS_AT_ONCE:
+                _keep(conn, kind, titles, files, server.path_map)
+        _keep(conn, kind, titles, files, server.path_map)
         result.update(_replace_rows(conn, server.name, kind))
     except HttpError as exc:
         log.error("%s", exc)
@@ -4437,28 +4445,30 @@ def _read_all(server: Server) -> Iterator[Tuple[List[JsonObject], List[JsonObjec
             while waiting:
                 yield [], waiting.popleft().result()
         except BaseException:
-            server.client.aborted = True  # or the pool would wait for what is under way
+            server.client.aborted = True  # or the pool would wait for all that is under way
             raise
 
 
 def _keep(
-    conn: sqlite3.Connection,
-    table: str,
-    fields: Mapping[str, str],
-    found: List[JsonObject],
+    conn: sqlite3.Connection, kind: Kind, titles: List[JsonObject], files: List[JsonObject],
     path_map: PathMap,
-) -> None:
-    rows = []
-    for item in found:
-        values = [dig(item, place) for place in fields.values()]
-        if values[0] is None:
-            continue  # without an id it is nothing
-        here = map_path(str(dig(item, "path") or ""), path_map, back=True)
-        rows.append([to_db(v) if isinstance(v, str) else v for v in [here, *values]])
-    marks = ", ".join("?" * (len(fields) + 1))
+) -> None:  # fmt: skip
+    """Move what was read into the temporary tables."""
     conn.execute("BEGIN")  # or each row would be a transaction; only temporary tables are locked
-    conn.executemany(f"INSERT INTO temp.new_{table} VALUES ({marks})", rows)
-    conn.execute("COMMIT")
+    with conn:
+        for table, fields, found in (
+            (kind.titles, kind.title_fields, titles),
+            (kind.files, kind.file_fields, files),
+        ):
+            rows = []
+            for item in found:
+                here = map_path(str(dig(item, "path") or ""), path_map, back=True)
+                values = [here, *(dig(item, place) for place in fields.values())]
+                if values[1] is not None:  # without an id it is nothing
+                    rows.append([to_db(v) if isinstance(v, str) else v for v in values])
+            marks = ", ".join("?" * (len(fields) + 1))
+            conn.executemany(f"INSERT INTO temp.new_{table} VALUES ({marks})", rows)
+            found.clear()
 
 
 def _replace_rows(conn: sqlite3.Connection, instance: str, kind: Kind) -> Dict[str, int]:
@@ -4613,8 +4623,8 @@ def load_history(conn: sqlite3.Connection) -> Dict[str, List[Attempt]]:
     """Return the actions there were for each link, oldest first."""
     history: Dict[str, List[Attempt]] = {}
     for url, status, path, fired, progress, error in conn.execute(
-        "SELECT url, status, related_path, fired_utc, progress, last_error FROM actions "
-        "WHERE related_path IS NOT NULL ORDER BY id"
+        "SELECT coalesce(url, ''), status, related_path, fired_utc, progress, last_error "
+        "FROM actions WHERE related_path IS NOT NULL ORDER BY id"
     ):
         noted = json.loads(progress or "{}")
         is_open = status == PENDING or (status == SENT and url.startswith("arr:"))
@@ -4840,9 +4850,10 @@ class Action:
 
     def to_json(self) -> JsonObject:
         """Return an item of `dispatch --json`."""
-        names = ("id", "url", "outcome", "error", "commands")
-        item = {name: getattr(self, name) for name in names}
-        return {**item, "status": item.pop("outcome"), "related_path": self.path}
+        return {
+            "id": self.id, "url": self.url, "related_path": self.path, "status": self.outcome,
+            "error": self.error or None, "commands": self.commands,
+        }  # fmt: skip
 
 
 def load_actions(conn: sqlite3.Connection, condition: str, *values: Any) -> List[Action]:
@@ -4994,12 +5005,12 @@ class Dispatcher:
         else:
             action.attempts += 1
             delay = max(exc.after, FIRST_DELAY * 2 ** (action.attempts - 1))
-            action.outcome, action.error = RETRY, str(exc)
+            action.outcome, action.error = RETRY, redact(str(exc))
             with transaction(self.conn):
                 self.conn.execute(
                     "UPDATE actions SET attempts = ?, next_attempt_utc = ?, last_error = ? "
                     "WHERE id = ?",
-                    (action.attempts, format_time(time.time() + delay), str(exc), action.id),
+                    (action.attempts, format_time(time.time() + delay), action.error, action.id),
                 )
         if not quiet:
             log.error("%s: %s", action.path, exc)
@@ -5152,7 +5163,7 @@ class Repair:
         if not self.errand.is_broken(action):
             folder = os.path.dirname(action.path)
             is_ours = record is None or "removed" in action.progress
-            if not (action.outcome or is_ours or os.path.isdir(folder)):
+            if not (action.outcome or is_ours or self.look(folder) == OK):
                 # The library is away for us; the server may see it, and a healthy link in it.
                 self.errand.put_off(action, f"{folder} is not there")
             if action.outcome:
@@ -5192,13 +5203,20 @@ class Repair:
             goal = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
         text = f"by its path_map, {action.server_path} is neither the link nor its target"
         if here == goal or action.step:
-            state = recheck_links(self.conn, self.errand.config.scan, [here]).get(here, (BROKEN,))
-            if state[0] == BROKEN:
+            state = self.look(here)
+            if state == UNREACHABLE:
+                raise HttpError(f"{self.server.name}: {here} cannot be judged now", 503, retry=True)
+            if state != OK and self.look(os.path.dirname(here)) == OK:
                 return
             text = f"its file {here} is not gone; the link's own text is at fault"
-            if state[0] == UNREACHABLE:
-                raise HttpError(f"{self.server.name}: {here} cannot be judged now", 503, retry=True)
-        raise HttpError(f"{self.server.name}: {text}; correct that, or remove the link", 404)
+            if state != OK:  # a folder of the server that is away for us alone
+                text = f"the folder of its file {here} is not there"
+        raise HttpError(f"{self.server.name}: {text}; correct that, and queue it anew", 404)
+
+    def look(self, path: str) -> str:
+        """Return the state of one link, file or directory at this very moment, hang-safe."""
+        verdicts = recheck_links(self.conn, self.errand.config.scan, [path])
+        return verdicts.get(path, (MISSING, ""))[0]
 
     def delete(self, action: Action) -> None:
         """Delete the record, on the server's disk the link as well.
@@ -5242,8 +5260,7 @@ class Repair:
     def remove_link(self, action: Action) -> bool:
         """Remove the server's link from the disk, journalled, if it is broken this very moment."""
         here = map_path(action.server_path, self.path_map, back=True)
-        verdict = recheck_links(self.conn, self.errand.config.scan, [here]).get(here)
-        if verdict is None or verdict[0] != BROKEN:
+        if self.look(here) != BROKEN:
             return False
         try:
             self.conn.execute(_JOURNAL_REMOVAL, (to_db(here), to_db(os.readlink(here)), utc_now()))
@@ -5301,15 +5318,18 @@ class Repair:
             command = find_command(commands, body, actions[0].progress["last_command"])
         else:
             last = max((known["id"] for known in commands), default=0)
-            for action in actions:
-                searches = action.progress.get("searches", 0) + 1
-                noted = {"search": body, "last_command": last, "searches": searches}
-                self.errand.note([action], step="searching", **noted)
+            with transaction(self.conn):  # or a killed run would split the group
+                for action in actions:
+                    searches = action.progress.get("searches", 0) + 1
+                    noted = {"search": body, "last_command": last, "searches": searches}
+                    self.errand.note([action], step="searching", **noted)
         command = command or self.server.change("POST", "/command", body)
-        for action in actions:
-            action.commands = [{"id": dig(command, "id"), "name": body["name"], "status": "queued"}]
-            self.errand.note([action], step="sent")
-            end_action(self.conn, action, SENT)
+        sent = {"id": dig(command, "id"), "name": body["name"], "status": "queued"}
+        with transaction(self.conn):
+            self.errand.note(actions, step="sent")
+            for action in actions:
+                action.commands = [sent]
+                end_action(self.conn, action, SENT)
 
     def verify(self, action: Action) -> bool:
         """Ask whether something has come of a search; True if it is to be sent again."""
@@ -5345,25 +5365,24 @@ class Repair:
     def follow(self, actions: Sequence[Action]) -> None:
         """Follow the commands to their end, for a while; that they end well repairs nothing yet."""
         deadline, delay = time.monotonic() + POLL_LIMIT, 0.5
-        open_ids = {action.commands[0]["id"] for action in actions}
-        while open_ids and time.monotonic() < deadline:
+        waiting = {action.commands[0]["id"]: action.commands[0] for action in actions}
+        while waiting and time.monotonic() < deadline:
             time.sleep(delay)
             delay = min(5.0, delay * 1.5)
-            for number in sorted(open_ids):
+            for number, sent in sorted(waiting.items()):
                 try:
                     command = self.server.find(f"/command/{number}") or {"status": FINAL_STATES[0]}
                 except HttpError as exc:
                     log.warning("%s", exc)
                     return
-                state = str(dig(command, "status"))
-                if state in FINAL_STATES:
-                    open_ids.discard(number)
-                for action in actions:
-                    if action.commands[0]["id"] == number:
-                        action.commands[0]["status"] = state
-                        if state in FINAL_STATES[1:]:
-                            said = self.server.client.quote(dig(command, "message"))
-                            action.error = f"{self.server.name}: the search {state}: {said}"
+                sent["status"] = str(dig(command, "status"))
+                if sent["status"] in FINAL_STATES:
+                    del waiting[number]
+                if sent["status"] in FINAL_STATES[1:]:
+                    said = self.server.client.quote(dig(command, "message"))
+                    for action in actions:
+                        if action.commands[0]["id"] == number:
+                            action.error = f"{self.server.name}: search {sent['status']}: {said}"
 
 
 def find_command(
@@ -5519,12 +5538,14 @@ def next_step(
     if not name:
         return "replace the file, or remove the link"
     since = parse_time(link.broken_since) or 0.0
-    return {
-        "too_recent": f"queue has {name} replace it when it is broken for longer",
-        "cooldown": f"sent to {name}; if the link stays broken, once more after the cooldown",
-    }.get(
-        why_not(config.repair, since, attempts, time.time()), f"queue has {name} replace the file"
-    )
+    reason = why_not(config.repair, since, attempts, time.time())
+    if reason == "too_recent":
+        return f"queue has {name} replace it when it is broken for longer"
+    if reason == "cooldown":
+        failed = attempts[-1].status == FAILED
+        state = f"failed: {attempts[-1].error}" if failed else f"sent to {name}"
+        return f"{state}; if the link stays broken, once more after the cooldown"
+    return f"queue has {name} replace the file"
 
 
 def format_prometheus(stats: JsonObject) -> str:
@@ -5654,7 +5675,8 @@ def examine_servers(config: Config) -> List[Finding]:
                     findings.append(Finding("root folder", "failed", detail, advice))
         except HttpError as exc:
             advice = f"correct [{instance.name.replace('_', ' ', 1)}], or start the server"
-            findings.append(Finding(instance.name, "failed", str(exc), advice))
+            detail = str(exc).partition(": ")[2]  # without the name
+            findings.append(Finding(instance.name, "failed", detail, advice))
     return findings
 
 
@@ -5848,7 +5870,8 @@ def run_dispatch(context: Context) -> JsonObject:
 def show_dispatch(terminal: Terminal, result: JsonObject) -> None:
     """Print what became of each action."""
     for action in result["actions"]:
-        said = f": {action['error']}" if action["error"] else ""
+        is_told = action["status"] in (FAILED, RETRY)  # on stderr
+        said = f": {action['error']}" if action["error"] and not is_told else ""
         line = f"{action['status']:<11}{action['id']} {_server_of(action['url'])}: "
         terminal.line(escape(f"{line}{action['related_path']}{said}"))
     if not result["applied"]:
@@ -5914,7 +5937,9 @@ def run_actions(context: Context) -> JsonObject:
         rows = list_actions(conn, None, change(conn, args.ids))
         summary.update(action=args.action, actions=rows, count=len(rows))
         if len(rows) < len(args.ids):
-            summary.update(exit_code=EXIT_PARTIAL, message="not all of them can be changed")
+            text = "not all of these can be changed; see: actions list"
+            summary.update(exit_code=EXIT_PARTIAL, message=text)
+            log.warning("%s", text)
     return summary
 
 
