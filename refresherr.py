@@ -972,6 +972,7 @@ def parse_season_folder(name: str) -> Optional[int]:
     return int(match[1] or match[2] or 0) if match else None
 
 
+@functools.lru_cache(maxsize=4096)
 def normalise_title(title: str) -> str:
     """Return what stays of a title when CineSync, Sonarr or the scene write it into a name."""
     text = _ARTICLE.sub(r"\2 \1", title.casefold().translate(_LETTERS))
@@ -3046,12 +3047,16 @@ def recheck_links(
             verdicts[path] = BROKEN, ""
             if detail:
                 doubts.setdefault(detail.rstrip("/"), []).append(path)
-    for empty, links in doubts.items():
-        # It proves nothing by itself: does a good target live beside it?
-        condition, values = beneath(os.path.dirname(empty), "last_target")
+    # An empty directory proves nothing by itself: does a good target live beside it?
+    witnesses: Dict[str, List[str]] = {}
+    for parent in {os.path.dirname(empty) for empty in doubts}:
+        condition, values = beneath(parent, "last_target")
         select = f"SELECT path FROM symlinks WHERE status = 'ok' AND {condition} LIMIT 20"
-        witnesses = [from_db(row[0]) for row in conn.execute(select, values)]
-        if not any(look[1] == JUDGED_OK for look in _look_at(conn, settings, witnesses)):
+        witnesses[parent] = [from_db(row[0]) for row in conn.execute(select, values)]
+    looks = _look_at(conn, settings, list(set(itertools.chain(*witnesses.values()))))
+    good = {look[0] for look in looks if look[1] == JUDGED_OK}
+    for empty, links in doubts.items():
+        if good.isdisjoint(witnesses[os.path.dirname(empty)]):
             reason = f"{empty or '/'} is empty: perhaps nothing is mounted there"
             verdicts.update((path, (UNREACHABLE, reason)) for path in links)
     return verdicts
@@ -3122,6 +3127,7 @@ COPIES_TRIED = 8  # copies of one episode or movie that are looked at
 ROWS_AT_ONCE = 1000  # of the index, in one message
 YOUNG_NS = 2 * 10**9  # a directory changed so lately may change again within the same mtime
 HD, FULL_HD, UHD = 720, 1080, 2160
+NO_CONTENT = {"sports", *_EXTRAS}  # folders; an event may be named as an episode is
 _PART = re.compile(r"(?i)[ ._-](?:cd|dis[ck]|part|pt)[ ._-]?\d+$")  # half a movie is no copy of it
 _WRITE_ITEM = """
 INSERT INTO cinesync_items (path, show_title, show_norm, year, season, episode, tmdb_id,
@@ -3187,7 +3193,8 @@ def list_copies(base: str, folder: str) -> Tuple[List[str], List[ItemRow]]:
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
-                folders.append(entry.path)
+                if entry.name.lower() not in NO_CONTENT:
+                    folders.append(entry.path)
             elif is_video(entry.name):
                 work = parse_work(entry.path[len(base) :])
                 if work.kind != "other":
@@ -3288,23 +3295,25 @@ class Copy(NamedTuple):
 
 
 def match_work(
-    wanted: Work, copies: Iterable[Copy], has_namesakes: bool = False
+    wanted: Work, copies: Sequence[Copy], has_namesakes: bool = False
 ) -> Tuple[List[Copy], str]:
     """Return the copies that may hold the wanted movie or episodes; [] and why there is none.
 
     An equal id decides, else title and year.  A series may lack its year where all known by its
     title are one; `has_namesakes` says that the library holds others.
     """
+    title, copies = normalise_title(wanted.title), [c for c in copies if c.work.kind == wanted.kind]
     kin = [copy for copy in copies if _may_be_same_work(copy.work, wanted)]
     same = [copy for copy in kin if set(copy.work.ids.items()) & set(wanted.ids.items())]
     if not same:
-        title = normalise_title(wanted.title)
         kin = [copy for copy in kin if normalise_title(copy.work.title) == title]
         same = [copy for copy in kin if wanted.year and copy.work.year == wanted.year]
     if not same and wanted.kind == "episode" and not has_namesakes:
         same = [copy for copy in kin if not (wanted.year and copy.work.year)]
-        if len({copy.work.year for copy in kin if copy.work.year} | {wanted.year or 0} - {0}) > 1:
-            return [], _name_rivals(kin, [copy.work.year for copy in kin])
+        namesakes = [copy for copy in copies if normalise_title(copy.work.title) == title]
+        years = [copy.work.year for copy in namesakes]
+        if same and len({*years, wanted.year} - {None}) > 1:
+            return [], _name_rivals(namesakes, years)
     for name in ("tmdb", "tvdb", "imdb"):
         ids = [copy.work.ids.get(name) for copy in same]
         if len({*ids} - {None}) > 1:
@@ -3315,10 +3324,10 @@ def match_work(
 
 
 def _may_be_same_work(one: Work, other: Work) -> bool:
-    """Tell whether nothing speaks against it: kind, ids, years."""
+    """Tell whether no id and no year speaks against it."""
     ids_differ = any(other.ids.get(name, value) != value for name, value in one.ids.items())
     years_differ = one.year and other.year and abs(one.year - other.year) > 1
-    return one.kind == other.kind and not ids_differ and not years_differ
+    return not ids_differ and not years_differ
 
 
 def _name_rivals(copies: Sequence[Copy], keys: Sequence[Any]) -> str:
@@ -3426,17 +3435,18 @@ def change_links(
             change.result = DONE
         except OSError as exc:
             change.result, change.reason = IN_ERROR, exc.strerror or str(exc)
-    _sync_directories(changes)
-    _look_at_changed(conn, settings, changes)
-    for change in changes:
+    done = [change for change in changes if change.result == DONE]
+    _sync_directories(done)
+    _look_at_changed(conn, settings, done)
+    for change in done if must_work else ():
         status, why = change.verdict
-        if must_work and change.result == DONE and status != OK:
+        if status != OK:
             change.result, change.reason = IN_ERROR, f"put back, for it is {status}: {why}"
             try:
                 swap_link(change, change.new, change.old)
             except OSError as exc:
                 change.reason = f"it is {status}, and cannot be put back: {exc.strerror}"
-    _sync_directories(changes)
+    _sync_directories(change for change in done if change.result != DONE)
     _record_changes(conn, changes)
 
 
@@ -3604,7 +3614,7 @@ class Relinker:
         for link in links:
             found = {copy.path: copy for key in _keys(link.work) for copy in copies.get(key, ())}
             namesakes = not link.work.year and has_namesakes(self.conn, link.path)
-            link.copies, link.reason = match_work(link.work, found.values(), namesakes)
+            link.copies, link.reason = match_work(link.work, list(found.values()), namesakes)
         matched = [link for link in links if link.copies]
         self.count["candidate_found"] = len(matched)
         return matched

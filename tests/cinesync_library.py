@@ -15,13 +15,15 @@ TOPS = ("Shows", "AnimeShows", "KidsShows", "4KShows")
 MOVIE_TOPS = ("Movies", "AnimeMovies", "KidsMovies", "4KMovies")
 LEVELS = ("", "", "UltraHD", "FullHD", "SDClassics", "4KRemux")
 WORDS = (
-    "Harbour Amber Silent Iron Paper Winter Broken Golden Second Hidden Distant Copper Velvet "
-    "Northern Hollow Crimson Endless Quiet Burning Crystal"
-).split()
+    "Harbour", "Amber", "Silent", "Iron", "Paper", "Winter", "Broken", "Golden", "Second", "Hidden",
+    "Distant", "Copper", "Velvet", "Northern", "Hollow", "Crimson", "Endless", "Quiet", "Burning",
+    "Crystal",
+)  # fmt: skip
 THINGS = (
-    "Lights Comet River Garden Letters Throne Station Mirror Orchard Signal Empire Shadows "
-    "Voyage Archive Kingdom Harvest Machine Island Choir Frontier"
-).split()
+    "Lights", "Comet", "River", "Garden", "Letters", "Throne", "Station", "Mirror", "Orchard",
+    "Signal", "Empire", "Shadows", "Voyage", "Archive", "Kingdom", "Harvest", "Machine", "Island",
+    "Choir", "Frontier",
+)  # fmt: skip
 
 
 class Part(NamedTuple):
@@ -43,7 +45,9 @@ class Part(NamedTuple):
 class CineSyncLibrary:
     """`media` is the library, `base` CineSync's tree, `mount` what both point into."""
 
-    def __init__(self, folder: Path, seed: int = 1, top: str = "CineSync", mount: str = "mount") -> None:
+    def __init__(
+        self, folder: Path, seed: int = 1, top: str = "CineSync", mount: str = "mount"
+    ) -> None:
         self.media, self.mount = folder / "media", folder / mount
         self.dest = folder / "dest"
         self.base = self.dest / top if top else self.dest
