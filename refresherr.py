@@ -882,7 +882,7 @@ _RELEASE = re.compile(  # where a release's name goes on after the title
     r"(?i)(?<=[ ([-])(?:\d{3,4}(?:[pi]|x\d{3,4})|4k|uhd|blu-?ray|remux|(?:b[dr]|hd|web|dvd)-?rip|"
     r"web-?dl|[hps]dtv|dvd(?:scr|r|\d)|[xh][ .]?26[45]|hevc|xvid|extended|remastered|unrated)"
     r"(?![a-z0-9])")
-_ARTICLE = re.compile(r"(.+), (the|an?)")
+_ARTICLE = re.compile(r"^(.+), (the|an?)$")
 _LETTERS = str.maketrans({
     "ø": "o", "ł": "l", "đ": "d", "ð": "d", "æ": "ae", "œ": "oe", "þ": "th", "\u0131": "i",
     "²": " 2", "³": " 3", "½": " 1 2", "&": " and ", "*": "x"})
@@ -890,7 +890,7 @@ _MARKS = re.compile("(?<=[a-z\u03b1-\u03c9\u0435])[\u0300-\u036f]+")  # not й, 
 _DROPPED = re.compile("['`\u2018\u2019\u02bc\xb4]|(?<!!)!(?!!)")
 _SEPARATORS = re.compile(
     r"(?!^\+)[\s_.,:;?/\\|()\[\]{}<>\"\xa1\xab\xb7\xbb\xbf~=^+\u2010-\u2027\u3001-\u303f\u30fb-]+")
-_LONE_LETTERS = re.compile(r"\b([^\W\d_]) (?=[^\W\d_]\b)")
+_INITIALS = re.compile(r"\b[^\W\d_](?: [^\W\d_]\b){2,}")  # S.W.A.T.; but I.T. is not It
 # fmt: on
 
 
@@ -956,7 +956,7 @@ def parse_work(path: str) -> Work:
     extra = _EXTRA.search(f"/{names[-2]}/{stem}")
     if extra or not (told or (season is not None and not sports)):
         alone = lone or _ABSOLUTE.search(stem)  # an episode's number, unless a year follows
-        absolute = alone and alone[1] != title and not _BARE_YEAR.search(stem, alone.end())
+        absolute = alone and alone[1] != title and not _BARE_YEAR.search(stem, alone.start())
         is_movie = (year or ids.keys() & {"tmdb", "imdb"}) and not (extra or level or sports)
         kind = "movie" if is_movie and not absolute else "other"
         return Work(kind, title, year, ids, None, (), "", resolution)
@@ -978,8 +978,8 @@ def normalise_title(title: str) -> str:
     text = _ARTICLE.sub(r"\2 \1", title.casefold().translate(_LETTERS))
     text = _MARKS.sub("", unicodedata.normalize("NFKD", text))
     text = _DROPPED.sub("", unicodedata.normalize("NFC", text))
-    text = _LONE_LETTERS.sub(r"\1", _SEPARATORS.sub(" ", text).strip())
-    return text or title.casefold()
+    text = _SEPARATORS.sub(" ", text).strip()
+    return _INITIALS.sub(lambda match: match[0].replace(" ", ""), text) or title.casefold()
 
 
 @functools.lru_cache(maxsize=1024)  # neighbours share their folders
@@ -992,8 +992,7 @@ def _parse_title(name: str) -> Tuple[str, Optional[int], bool]:
     end = cut.start() if cut else len(bare)
     bracketed = list(_BRACKETED_YEAR.finditer(bare, 1))
     years = bracketed or list(_BARE_YEAR.finditer(bare, 2))
-    # The last year is the one: 2012 (2009), 1776.1972.EXTENDED.2015
-    years = [match for match in years if match.start() < end] or years[:1]
+    years = [match for match in years if match.start() < end] or years[:1]  # last: 2012 (2009)
     text = bare[: min(end, years[-1].start()) if years else end]
     if text.count("(") > text.count(")"):
         text = text[: text.rindex("(")]
