@@ -738,13 +738,12 @@ def _check_config(config: Config) -> None:
 
 
 def refuse_base(base: str, root: str) -> None:
-    """Raise ConfigError if CineSync's base and a repair root lie within one another."""
-    for inner, outer in ((base, root), (root, base)):
-        if is_under(inner, outer):
-            raise ConfigError(
-                f"config: [cinesync] base and roots: {inner} lies inside {outer}; Refresherr would "
-                "repair CineSync's own links"
-            )
+    """Raise ConfigError if CineSync's base lies inside a repair root."""
+    if is_under(base, root):
+        raise ConfigError(
+            f"config: [cinesync] base {base} lies inside the repair root {root}; "
+            "Refresherr would repair CineSync's own links"
+        )
 
 
 def config_to_json(config: Config) -> JsonObject:
@@ -3574,6 +3573,7 @@ class Relinker:
         state, reason, real_base = places[base]
         for root in roots:
             refuse_base(real_base, places[root][2])
+            refuse_base(places[root][2], real_base)  # no better the other way round
         if state != "scanned":
             raise RefusedError(f"CineSync's base {base}: {reason}")
         for path in (*roots, *allowed):

@@ -693,7 +693,7 @@ def test_an_outage_in_the_middle(
     cloud: Tuple[Stage, tmpfs], monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
     stage, mount = cloud
-    paths = fill_season(stage, 12)
+    paths = fill_season(stage, 9)
     before = stage.texts()
     stage.scan()
     replace, made = os.replace, [0]
@@ -711,11 +711,14 @@ def test_an_outage_in_the_middle(
     assert result["replaced"] == (moment // 5) * 5  # whole parts alone have been verified
     changed = {path for path, text in stage.texts().items() if text != before[path]}
     assert changed == {i["path"] for i in result["items"] if i["result"] == "replaced"}
-    assert len(stage.texts()) == 12
+    assert len(stage.texts()) == 9
     assert not stage.query("SELECT 1 FROM link_changes WHERE state = 'planned'")
 
 
-def test_a_mount_that_hangs_does_not_hang_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", ["before", "in the middle"])
+def test_a_mount_that_hangs_does_not_hang_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
     problem = fuse_available()
     if problem:
         pytest.skip(problem)
@@ -724,18 +727,30 @@ def test_a_mount_that_hangs_does_not_hang_the_run(tmp_path: Path) -> None:
     stage.config = "[scan]\nstat_timeout = 1s\n"
     files = stage.library.mount
     stage.library.mount = tmp_path / "point"
+    make_file = functools.partial(_file_behind, stage.library, files)
+    monkeypatch.setattr(stage.library, "file", make_file)
     with FuseMount(tmp_path / "point", files) as mount:
-        stage.library.file = functools.partial(_file_behind, stage.library, files)  # type: ignore
         fill_season(stage, 2)
         before = stage.texts()
         stage.scan()
-        mount.hang()
-        began = time.monotonic()
-        result = stage.cinesync()
+        with monkeypatch.context() as patch:
+            replace = os.replace
+
+            def replace_and_hang(old: str, new: str) -> None:
+                replace(old, new)
+                if new in before:  # the mount itself uses os.replace, too
+                    mount.hang()
+
+            patch.setattr(program.os, "replace", replace_and_hang)
+            if moment == "before":
+                mount.hang()
+            began = time.monotonic()
+            result = stage.cinesync()
         assert time.monotonic() - began < 30
         assert (result["exit_code"], result["replaced"]) == (4, 0)
-        mount.resume()
+        assert result["errors"] == (0 if moment == "before" else 2)
         assert stage.texts() == before
+        mount.heal()
         assert stage.cinesync()["replaced"] == 2
 
 
