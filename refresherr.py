@@ -3126,10 +3126,12 @@ ROWS_AT_ONCE = 1000  # of the index, in one message
 YOUNG_NS = 2 * 10**9  # a directory changed so lately may change again within the same mtime
 HD, FULL_HD, UHD = 720, 1080, 2160
 # Folders that hold no episode and no movie, though a name in them may look like one.
-NO_CONTENT = frozenset((
-    "sports", "behind the scenes", "deleted scenes", "extra", "extras", "featurette",
-    "featurettes", "interviews", "sample", "samples", "scenes", "shorts", "trailer", "trailers"))  # fmt: skip
-_PART = re.compile(r"(?i)[ ._-](?:cd|dis[ck]|part|pt)[ ._-]?\d+$")  # half a movie is no copy of it
+NO_CONTENT = re.compile(
+    r"(?i)sports|behind the scenes|deleted scenes|extras?|featurettes?|interviews|samples?|scenes|"
+    r"shorts|trailers?"
+)
+# Half a movie is no copy of it.
+_PART = re.compile(r"(?i)[ ._-](?:cd|dis[ck]|part|pt)[ ._-]?\d+$")
 _WRITE_ITEM = """
 INSERT INTO cinesync_items (path, show_title, show_norm, year, season, episode, tmdb_id,
                             resolution_rank, first_seen_utc, last_seen_utc)
@@ -3194,7 +3196,7 @@ def list_copies(base: str, folder: str) -> Tuple[List[str], List[ItemRow]]:
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
-                if entry.name.lower() not in NO_CONTENT:
+                if not NO_CONTENT.fullmatch(entry.name):
                     folders.append(entry.path)
             elif is_video(entry.name):
                 work = parse_work(entry.path[len(base) :])
