@@ -3467,8 +3467,13 @@ def _look_at_changed(
     conn: sqlite3.Connection, settings: ScanSettings, changes: Iterable[LinkChange]
 ) -> None:
     done = {change.path: change for change in changes if change.result == DONE}
-    for path, verdict in recheck_links(conn, settings, list(done)).items():
-        done[path].verdict = verdict
+    problems = {}
+    for path, _, why, blocked, file in _look_at(conn, settings, list(done), read=True):
+        done[path].verdict = OK, ""
+        if blocked or not file:  # the kernel may remember a file that nobody can read now
+            problems[path] = blocked or why or "its file cannot be read"
+    for path, verdict in recheck_links(conn, settings, list(problems)).items():
+        done[path].verdict = verdict if verdict[0] != OK else (UNREACHABLE, problems[path])
 
 
 def _record_changes(conn: sqlite3.Connection, changes: Iterable[LinkChange]) -> None:
@@ -3678,7 +3683,7 @@ class Relinker:
         behind = parse_work(file)
         has_name = bool(behind.episodes and behind.season is not None) or behind.date
         told = behind if has_name and behind.kind == "episode" else copy.work
-        if not file:
+        if problem or not file:
             return f"{copy.path} leads to no file that can be read: {problem or 'it is gone'}"
         if not any(is_under(file, prefix) for prefix in self.allowed):
             return f"{file} lies outside of the allowed targets"

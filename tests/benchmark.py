@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Tuple
 
+from cinesync_library import CineSyncLibrary
 from fake_servers import FakeArr, FakeRadarr, FakeSonarr, populate, populate_movies
 from fuse_fs import FuseMount, fuse_available
 
@@ -206,6 +207,43 @@ def measure_hung_mount(table: Table, scratch: Path, links: int) -> None:
             table.note(f"stat_timeout {STALL_LIMIT:.0f} s, exit status {code}")
 
 
+def measure_cinesync(table: Table, scratch: Path, links: int, items: int) -> None:
+    """A run of cinesync against find in CineSync's tree and the scan; its second index."""
+    library = CineSyncLibrary(scratch)
+    library.fill(links, items=items)
+    before = {path: os.readlink(path) for path in library.truth}
+    places: List[object] = ["--base", library.base, "--root", library.media]
+    places += ["--allow-target", library.mount, "--limit", links, "--min-age", 0]
+    scan = scan_command(scratch / "data", library.media)
+    program = scan[: scan.index("scan")]
+    find = ["find", library.base, "-xtype", "l"]
+    seconds(*find)  # warms the cache
+    find_links, scanned = seconds(*find), seconds(*scan)
+    whole = seconds(*program, "cinesync", "-q", "--apply", *places)
+    ratio = whole / (find_links + scanned)
+    table.row(f"cinesync, {items:,} items / (find + scan)", f"{ratio:.2f}", "3", "2")
+    done = {path for path, text in before.items() if os.readlink(path) != text}
+    table.row("    wrong matches", str(len(library.wrong())), "0")
+    table.row("    repairable links that it left", str(len(library.repairable - done)), "0")
+    table.note(f"find {find_links:.2f} s, scan {scanned:.2f} s, cinesync {whole:.2f} s")
+    table.note(f"{len(done):,} links of {links:,} replaced")
+    sys.path.insert(0, str(PROJECT))
+    import refresherr
+
+    def index() -> float:
+        with contextlib.closing(refresherr.open_database(database)) as conn:
+            began = time.perf_counter()
+            refresherr.index_copies(conn, refresherr.ScanSettings(), str(library.base), False)
+            return time.perf_counter() - began
+
+    database = str(scratch / "data" / "symlinks.db")
+    time.sleep(3)  # a directory as young as this would be listed again
+    index()
+    find_folders, again = alternate(5, lambda: seconds("find", library.base, "-type", "d"), index)
+    label = "    its unchanged index / find -type d"
+    table.row(label, f"{again / find_folders:.2f}", "1.3", "1")
+
+
 def measure_start(table: Table, scratch: Path, runs: int) -> None:
     """refresherr.pyz --version against an interpreter that does nothing."""
     pyz = scratch / "refresherr.pyz"
@@ -289,6 +327,8 @@ def main() -> None:
         return
     with scratch() as folder:
         measure_start(table, Path(folder), max(args.runs, 20))
+    with scratch() as folder:
+        measure_cinesync(table, Path(folder), args.links // 5, args.links * 3 // 10)
     with scratch() as folder:
         measure_scan(table, Path(folder), args.links, args.runs)
     reason = fuse_available()
