@@ -4157,13 +4157,23 @@ def load_server_ids(conn: sqlite3.Connection) -> Dict[str, Dict[str, str]]:
 
 
 def load_copies(conn: sqlite3.Connection, base: str, wanted: Iterable[Work]) -> Iterator[Copy]:
-    """Yield CineSync's items that have the title or an id of a wanted work."""
-    keys = {key for work in wanted for key in _keys(work)}
+    """Yield CineSync's items that have the title or an id of a wanted work, and one of its parts;
+    and of each folder one item, which tells what other works there are by that title.
+    """
+    works = list(wanted)
+    keys = {key for work in works for key in _keys(work)}
     titles, ids = {k[1] for k in keys if not k[0]}, {k[1] for k in keys if k[0]}
-    for name, title in conn.execute("SELECT path, show_norm FROM cinesync_items"):
+    parts = {(work.season, number) for work in works for number in work.episodes}
+    folders: Set[str] = set()
+    for name, title, *part in conn.execute(
+        "SELECT path, show_norm, season, episode FROM cinesync_items"
+    ):
         path = from_db(name)
         if from_db(title) in titles or any(not ids.isdisjoint(tag) for tag in _ID.findall(path)):
-            yield Copy(path, parse_work(path[len(base) :]))
+            folder = os.path.dirname(path)
+            if folder not in folders or part[1] is None or tuple(part) in parts:
+                folders.add(folder)
+                yield Copy(path, parse_work(path[len(base) :]))
 
 
 def _keys(work: Work) -> List[Tuple[str, str]]:
