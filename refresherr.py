@@ -852,114 +852,81 @@ def read_mounts(identity: bool = False) -> Dict[str, str]:
 # Names
 # ---------------------------------------------------------------------------------------------
 
-# Whatever can repeat in these patterns is bounded or anchored: no name takes more than linear time.
-
+# Repetitions here are bounded or anchored: the worst of names takes linear time.
 # fmt: off
 VIDEO_EXTENSIONS = frozenset((
-    ".3gp", ".asf", ".avi", ".divx", ".f4v", ".flv", ".m2ts", ".m2v", ".m4v", ".mk3d", ".mkv",
-    ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogm", ".ogv", ".rm", ".rmvb", ".ts", ".vob",
-    ".webm", ".wmv", ".wtv", ".xvid"))
-_EXTENSIONS = VIDEO_EXTENSIONS.union((
-    ".ass", ".idx", ".jpg", ".nfo", ".srt", ".ssa", ".strm", ".sub", ".sup", ".txt", ".vtt"))
-_SPECIALS = frozenset(("special", "specials", "speciale", "spéciaux", "especiales", "特別篇"))
-_EXTRAS = frozenset((
-    "behind the scenes", "deleted scenes", "extra", "extras", "featurette", "featurettes",
-    "interviews", "other", "sample", "samples", "scenes", "shorts", "trailer", "trailers"))
-_HEIGHTS = {
-    "2160": 2160, "1080": 1080, "720": 720, "576": 576, "480": 480,
-    "4096": 2160, "3840": 2160, "1920": 1080, "1280": 720, "1024": 576,
-    "4k": 2160, "uhd": 2160, "ultrahd": 2160, "fullhd": 1080, "fhd": 1080}
+    ".3gp", ".asf", ".avi", ".divx", ".flv", ".m2ts", ".m4v", ".mk3d", ".mkv", ".mov", ".mp4",
+    ".mpeg", ".mpg", ".mts", ".ogm", ".ogv", ".rmvb", ".ts", ".vob", ".webm", ".wmv", ".wtv"))
+_EXTENSION = re.compile(r"\.[A-Za-z]\w{1,3}$")
+_SEASON_EPISODE = re.compile(  # S01E01, Season 1 Episode 1; and then E02, -E03, -03, .S01E02
+    r"(?i)(?<![a-z0-9])s(?:(?:eason|eries)[ ._-]{1,3})?(\d{1,4})[ ._,-]{0,3}"
+    r"e(?:p(?:isode)?[ ._-]{0,3})?(\d{1,4})"
+    r"((?:[-+&~]?(?:s\d{1,4})?ep?\d{1,4}|[ ._]{1,3}[-+&]?[ ._]{0,3}(?:s\d{1,4}[ ._]?)?ep?\d{2,4}"
+    r"|-\d{1,3}(?![\da-z]|\.\d(?!\d)))*)(?!\d)")
+_CROSS_EPISODE = re.compile(  # 1x01, 1x01-1x03; but neither DDP5.1x264 nor the film 10x10 (2018)
+    r"(?i)(?<![a-z0-9])(\d{1,2})x(?!26[45])(\d{2,3})(?![ ._(]{1,2}(?:19|20)\d\d(?!\d))"
+    r"((?:[ ._]{0,3}-?[ ._]{0,3}\1x\d{2,3}|-?x\d{2,3}|[-_]\d{2,3}(?![\da-z]))*)(?![\da-z])")
+_LONE_EPISODE = re.compile(  # E01, Ep. 1, Episode 1
+    r"(?i)(?<![a-z0-9])()e(?:p(?:isode)?[ ._-]{0,3})?(\d{1,4})((?:-?e\d{1,4})*)(?![\da-z])")
+_MORE_EPISODES = re.compile(r"(?i)([-~]?)[ ._]*(?:(?:s?\d{1,4})?[ ._]?[ex]p?)?(\d{1,4})")
+_ABSOLUTE = re.compile(  # Show - 012, or all of a name up to a dash or bracket: 012 - Title
+    r"(?i)(?:[ _]-[ _]#?|^(?=\d+(?:[ _]-[ _]| ?[(\[]|$)))(\d{1,4})(?:v\d)?(?![\da-z])")
+_DATE = re.compile(  # 2024-01-31, 31.01.2024; but not 05.01.2024, which may be in May
+    r"(?<!\d)(?:((?:19|20)\d\d)([ ._-])(0[1-9]|1[0-2])\2(0[1-9]|[12]\d|3[01])|"
+    r"(1[3-9]|2\d|3[01])([._-])(0[1-9]|1[0-2])\6((?:19|20)\d\d))(?!\d)")
+_SEASON_FOLDER = re.compile(
+    r"(?i)(?:season|series|staffel|saison|temporada|stagione|seizoen|sezon|sesong|säsong|sæson|"
+    r"kausi|сезон|s)[ ._-]*(\d{1,4})(?: *[(\[{].*| - [^()]+)?|第 ?(\d{1,4}) ?季|specials?|spéciaux")
+_PACK = re.compile(r"(?i)[ ._(\[-]{1,3}(?:s|season[ ._-]?)(\d{1,4})(?![a-z0-9])")
+_EXTRA = re.compile(  # by its folder, if that is no show of this name, or its end; parts of a film
+    r"(?i)/(behind the scenes|deleted scenes|extras|featurettes|interviews|samples?|scenes|shorts|"
+    r"trailers)/(?!\1)[^/]*$|-(?:behindthescenes|deleted|featurette|interview|trailer)$|"
+    r"[.-]sample$|[ ._-](?:cd\d(?![\da-z])|(?:dis[ck]|part|pt)\d$)")
+_ID = re.compile(r"(?i)\b(?:(tmdb|tvdb)(?:id)?[-=:]([1-9]\d*)|(?:imdb(?:id)?[-=:])?(tt\d{5,}))\b")
+_PIXELS = re.compile(
+    r"(?i)(?<!\d)(2160|1080|720|576|480)[pi](?![a-z])|\b(3840|1920|1280)x\d|\dx(1080|720|576|480)\b")
+_UHD = re.compile(r"(?i)(?<![a-z0-9])(4k|uhd|ultrahd)(?:remux|movies|shows)*(?![a-z0-9])")
+_HEIGHTS = {"4k": 2160, "uhd": 2160, "ultrahd": 2160, "3840": 2160, "1920": 1080, "1280": 720}
+_TAGS = re.compile(  # [REC] is a film
+    r"(?i)\{[^{}]*\}|\[(?!rec\]|(?:19|20)\d\d\])[^\[\]]*\]|^www\.[^ -]+(?: *- *| +)")
+_BRACKETED_YEAR = re.compile(r"[(\[]((?:18|19|20)\d\d)(?: ?[-\u2013] ?(?:\d{4})?)?[)\]]")
+_BARE_YEAR = re.compile(r"\b(?<!\d\d[ ._-]\d\d[ ._-])((?:189|19\d|20[0-3])\d)\b")  # not 2049
+_RELEASE = re.compile(  # where a release's name goes on after the title
+    r"(?i)(?<=[ ([-])(?:\d{3,4}(?:[pi]|x\d{3,4})|4k|uhd|blu-?ray|remux|(?:b[dr]|hd|web|dvd)-?rip|"
+    r"web-?dl|[hps]dtv|dvd(?:scr|r|\d)|[xh][ .]?26[45]|hevc|xvid|extended|remastered|unrated)"
+    r"(?![a-z0-9])")
+_ARTICLE = re.compile(r"^(.+), (the|an?)$")
 _LETTERS = str.maketrans({
     "ø": "o", "ł": "l", "đ": "d", "ð": "d", "æ": "ae", "œ": "oe", "þ": "th", "\u0131": "i",
     "²": " 2", "³": " 3", "½": " 1 2", "&": " and ", "*": "x"})
-# fmt: on
-
-_SEASON_EPISODE = re.compile(  # S01E01, Season 1 Episode 1; and then E02, -E03, -03, -S01E03
-    r"(?i)(?<![a-z0-9])s(?:(?:eason|eries)[ ._-]{1,3})?(\d{1,4})[ ._,-]{0,3}"
-    r"e(?:p(?:isode)?[ ._-]{0,3})?(\d{1,4})"
-    r"((?:[-+&~]?(?:s\1)?ep?\d{1,4}|[ ._]{1,3}[-+&]?[ ._]{0,3}(?:s\1[ ._]?)?ep?\d{2,4}"
-    r"|-\d{1,3}(?![\da-z]|\.\d(?!\d)))*)(?!\d)"
-)
-_CROSS_EPISODE = re.compile(  # 1x01, 1x01-1x03; but neither 5.1x264 nor the film 10x10 (2018)
-    r"(?i)(?<![a-z0-9])(\d{1,2})x(?!26[45])(\d{2,3})(?![ ._(]{1,2}(?:19|20)\d\d(?!\d))"
-    r"((?:[ ._]{0,3}-?[ ._]{0,3}\1x\d{2,3}|-?x\d{2,3}|[-_]\d{2,3}(?![\da-z]))*)(?![\da-z])"
-)
-_LONE_EPISODE = re.compile(  # E01, Ep. 1, Episode 1
-    r"(?i)(?<![a-z0-9])()e(?:p(?:isode)?[ ._-]{0,3})?(\d{1,4})((?:-?e\d{1,4})*)(?![\da-z])"
-)
-_MORE_EPISODES = re.compile(r"(?i)([-~]?)[ ._]*(?:(?:s?\d{1,4})?[ex]p?)?(\d{1,4})")
-_ABSOLUTE = re.compile(  # Show - 012, or all the name up to a dash or bracket: 012 - Title
-    r"(?i)(?:[ _]-[ _]#?|^(?=\d+(?:[ _]-[ _]| ?[(\[]|$)))(\d{1,4})(?:v\d)?(?![\da-z])"
-)
-_DATE = re.compile(
-    r"(?<!\d)(?:((?:19|20)\d\d)([ ._-])(\d\d)\2(\d\d)|(\d\d)([._-])(\d\d)\6((?:19|20)\d\d))(?!\d)"
-)
-_SEASON_FOLDER = re.compile(
-    r"(?i)(?:season|series|staffel|saison|temporada|stagione|seizoen|sezon|sesong|säsong|sæson|"
-    r"kausi|сезон|s)[ ._-]*(\d{1,4})(?: *[(\[{].*)?|第 ?(\d{1,3}) ?季"
-)
-_PACK = re.compile(r"(?i)[ ._(\[-]+(?:s|season[ ._-]?)(\d{1,4})(?![a-z0-9])")
-_ID = re.compile(
-    r"(?i)(?<![a-z0-9])(?:(tmdb|tvdb)(?:id)?[-=:]([1-9]\d{0,9})|(?:imdb(?:id)?[-=:])?(tt\d{5,10}))"
-    r"(?![a-z0-9])"
-)
-_PIXELS = re.compile(
-    r"(?i)(?<!\d)(?:(2160|1080|720|576|480)[pi](?![a-z])|(\d{3,4})x(\d{3,4})(?!\d))"
-)
-_FORMAT = re.compile(
-    r"(?i)(?<![a-z0-9])(4k|uhd|ultrahd|fullhd|fhd)(?:remux|movies|shows)*(?![a-z0-9])"
-)
-_TAGS = re.compile(r"(?i)\{[^{}]*\}|\[(?!rec\]|(?:19|20)\d\d\])[^\[\]]*\]")  # [REC] is a film
-_SITE = re.compile(r"(?i)www\.[^ -]+(?: *- *| +)")
-_YEAR = r"((?:189|19\d|20[0-3])\d)"  # so that Blade Runner 2049 has none
-_TITLE_YEAR = re.compile(rf"[(\[]{_YEAR}(?: ?[-\u2013] ?(?:\d{{4}})?)?[)\]]")
-_BARE_YEAR = re.compile(rf"(?i)(?<![a-z0-9]){_YEAR}(?![a-z0-9])")
-_RELEASE = re.compile(  # where a release's name goes on after the title
-    r"(?i)(?<=[ ([-])(?:\d{3,4}[pi]|[48]k|uhd|blu-?ray|b[dr]-?rip|remux|web-?dl|web-?rip|[hps]dtv|"
-    r"dvd-?(?:rip|scr|r|\d)|hd-?rip|[xh][ .]?26[45]|hevc|xvid|divx|extended|remastered|unrated|"
-    r"theatrical|\d{3,4}x\d{3,4})(?![a-z0-9])"
-)
-_ARTICLE = re.compile(r"(?i)(.+), (the|an?)")
-_MARKS = re.compile("(?<=[a-z\u03b1-\u03c9\u0435])[\u0300-\u036f]+")
+_MARKS = re.compile("(?<=[a-z\u03b1-\u03c9\u0435])[\u0300-\u036f]+")  # not й, が or विराम
 _DROPPED = re.compile("['`\u2018\u2019\u02bc\xb4]|(?<!!)!(?!!)")
 _SEPARATORS = re.compile(
-    r"(?!^\+)[\s_.,:;?/\\|()\[\]{}<>\"\xa1\xab\xb7\xbb\xbf~=^+\u2010-\u2015\u201c-\u2027\u3001-\u303f\u30fb-]+"
-)
-_LONE_LETTERS = re.compile(r"\b([^\W\d_]) (?=[^\W\d_]\b)")
+    r"(?!^\+)[\s_.,:;?/\\|()\[\]{}<>\"\xa1\xab\xb7\xbb\xbf~=^+\u2010-\u2027\u3001-\u303f\u30fb-]+")
+_INITIALS = re.compile(r"\b[^\W\d_](?: [^\W\d_]\b){2,}")  # S.W.A.T.; but I.T. is not It
+# fmt: on
 
 
 class Work(NamedTuple):
-    """What a path says of its content.
+    """What a path says of its content."""
 
-    `kind` is 'episode', 'movie' or 'other'.  `ids` maps 'tmdb', 'tvdb' and 'imdb' to what the
-    folder of the title and the names below it say; the deepest wins.  `episodes` is empty where
-    only an absolute number or the `date` (2024-01-05) tells the episode.  `resolution` is a
-    height, 0 where none is told.
-    """
-
-    kind: str
-    title: str
+    kind: str  # 'episode', 'movie' or 'other'
+    title: str  # as written, without year and tags
     year: Optional[int]
-    ids: Mapping[str, str]
+    ids: Mapping[str, str]  # 'tmdb', 'tvdb', 'imdb'; of the title's folder and what is below it
     season: Optional[int]
-    episodes: Tuple[int, ...]
-    date: str
-    resolution: int
+    episodes: Tuple[int, ...]  # none where the path tells an absolute number or the date
+    date: str  # of a daily episode: '2024-01-31', otherwise ''
+    resolution: int  # the height; 0 if not told
 
 
 class Media(NamedTuple):
-    """A `Work` as JSON and events show it: `name` is 'Title (Year)', or 'Title'."""
+    """What people are told of it: `name` is 'Title (Year)', or 'Title' without a year."""
 
     kind: str
     name: str
     season: Optional[int]
     episodes: Tuple[int, ...]
-
-
-class _Title(NamedTuple):
-    text: str
-    year: Optional[int]
-    certain: bool  # the year stands in brackets, as in a library's folders
 
 
 def is_video(name: str) -> bool:
@@ -968,155 +935,91 @@ def is_video(name: str) -> bool:
 
 
 def parse_media(path: str) -> Media:
-    """Return what the folders and the file name of a link say, for people and for the relay."""
+    """Return what the folders and the name of a link say, in short."""
     work = parse_work(path)
     name = f"{work.title} ({work.year})" if work.year else work.title
     return Media(work.kind, name, work.season, work.episodes)
 
 
 def parse_work(path: str) -> Work:
-    """Return what the folders and the file name of a link say about its content."""
+    """Return what the folders and the name of a link say about its content."""
     names = ["", "", "", *path.split("/")]
-    stem, extension = os.path.splitext(names[-1])
-    if extension.lower() not in _EXTENSIONS:
-        stem = names[-1]
-    level, season = _find_season(names[-3], names[-2])
+    stem = _EXTENSION.sub("", names[-1])
+    season, pack = parse_season_folder(names[-2]), _PACK.search(names[-2])
+    level = 1 if season is not None else 0 if parse_season_folder(names[-3]) is None else 2
+    if pack and _parse_title(names[-2][: pack.start()])[0] == _parse_title(names[-3])[0]:
+        level, season = 1, int(pack[1])  # Show (2019)/Show - Season 01
     folder, tail = names[-2 - level], "/".join(names[-2 - level :])
     ids = {m[1].lower() if m[1] else "imdb": m[2] or m[3].lower() for m in _ID.finditer(tail)}
+
     number = _SEASON_EPISODE.search(stem) or _CROSS_EPISODE.search(stem)
-    if season is not None:
-        number = number or _LONE_EPISODE.search(stem)
-    date, start = ("", number.start()) if number else _find_date(stem)
+    lone = None if number else _LONE_EPISODE.search(stem)
+    number = number if season is None else number or lone
+    daily = None if number else _DATE.search(stem)
+    told = number or daily
+    title, year, certain = _parse_title(folder)
+    if not (level or certain or _ID.search(folder)):
+        own = _parse_title(stem[: told.start()] if told else stem)
+        if own[0] and (told or own[1] or not year):
+            title, year, _ = own
 
-    title = _parse_title(folder)
-    if not (level or title.certain or _ID.search(folder)):
-        own = _parse_title(stem[:start])
-        if own.text and (number or date or own.year or not title.year):
-            title = own
-        elif number or date:
-            title = _parse_title(_PACK.split(folder, 1)[0])
-
-    parent, sports = names[-2].lower(), "/sports/" in path.lower()
-    if stem.lower().rpartition("-")[2] in _EXTRAS or (
-        parent in _EXTRAS and not stem.lower().startswith(parent)
-    ):
-        kind = "other"
-    elif number or date or (season is not None and not sports):
-        kind = "episode"
-    elif level or sports or _is_absolute(stem, title.text):
-        kind = "other"
-    else:
-        kind = "movie" if title.year or "tmdb" in ids or "imdb" in ids else "other"
-    resolution = _find_resolution(names)
-    if kind != "episode":
-        return Work(kind, title.text, title.year, ids, None, (), "", resolution)
-    if number and number[1]:
-        season = int(number[1])
+    heights = (_PIXELS.search(name) or _UHD.search(name) for name in reversed(names))
+    height = next((match[match.lastindex or 0].lower() for match in heights if match), "0")
+    resolution, sports = _HEIGHTS.get(height) or int(height), "/sports/" in path.lower()
+    extra = _EXTRA.search(f"/{names[-2]}/{stem}")
+    if extra or not (told or (season is not None and not sports)):
+        alone = lone or _ABSOLUTE.search(stem)  # an episode's number, unless a year follows
+        absolute = alone and alone[1] != title and not _BARE_YEAR.search(stem, alone.start())
+        is_movie = (year or ids.keys() & {"tmdb", "imdb"}) and not (extra or level or sports)
+        kind = "movie" if is_movie and not absolute else "other"
+        return Work(kind, title, year, ids, None, (), "", resolution)
+    season = int(number[1]) if number and number[1] else season
     episodes = _read_episodes(number[2], number[3]) if number else ()
-    return Work(kind, title.text, title.year, ids, season, episodes, date, resolution)
+    date = "-".join(daily.group(1, 3, 4) if daily[1] else daily.group(8, 7, 5)) if daily else ""
+    return Work("episode", title, year, ids, season, episodes, date, resolution)
 
 
 def parse_season_folder(name: str) -> Optional[int]:
     """Return the season that a folder's name stands for, None if it is no season folder."""
-    if name.lower() in _SPECIALS:
-        return 0
     match = _SEASON_FOLDER.fullmatch(name)
-    return int(match[1] or match[2]) if match else None
+    return int(match[1] or match[2] or 0) if match else None
 
 
 @functools.lru_cache(maxsize=4096)
 def normalise_title(title: str) -> str:
-    """Return what titles have in common that are written differently, for comparing them.
-
-    CineSync, Sonarr and release groups change or drop ':', '/', '?', '*', quotes and accents.
-    """
+    """Return what stays of a title when CineSync, Sonarr or the scene write it into a name."""
     text = _ARTICLE.sub(r"\2 \1", title.casefold().translate(_LETTERS))
     text = _MARKS.sub("", unicodedata.normalize("NFKD", text))
     text = _DROPPED.sub("", unicodedata.normalize("NFC", text))
     text = _SEPARATORS.sub(" ", text).strip()
-    return _LONE_LETTERS.sub(r"\1", text) or title.casefold()
+    return _INITIALS.sub(lambda match: match[0].replace(" ", ""), text) or title.casefold()
 
 
-@functools.lru_cache(maxsize=1024)
-def _parse_title(name: str) -> _Title:
-    bare = _SITE.sub("", _TAGS.sub(" ", name).strip())
-    if " " not in bare:
-        bare = bare.replace(".", " ")
-    bare = " ".join(bare.replace("_", " ").split()).lstrip("- ") or name
+@functools.lru_cache(maxsize=1024)  # neighbours share their folders
+def _parse_title(name: str) -> Tuple[str, Optional[int], bool]:
+    """Return a folder's or release's title, its year, and whether it is in brackets."""
+    bare = _TAGS.sub(" ", name).strip()
+    bare = bare.replace("_", " ") if " " in bare else bare.replace("_", " ").replace(".", " ")
+    bare = " ".join(bare.split()).lstrip("- ") or name
     cut = _RELEASE.search(bare, 1)
     end = cut.start() if cut else len(bare)
-    bracketed = list(_TITLE_YEAR.finditer(bare, 1))
-    years = bracketed or list(_BARE_YEAR.finditer(bare, 1))
-    if not years:
-        return _Title(_trim(bare[:end]) or bare, None, False)
-    # The last one is the year: 2012 (2009), Blade Runner 2049 (2017), 1776.1979.EXTENDED.2008
-    year = ([match for match in years if match.start() < end] or years[:1])[-1]
-    text = _trim(bare[: min(end, year.start())])
-    return _Title(text or bare, int(year[1]), bool(bracketed))
-
-
-def _trim(text: str) -> str:
+    bracketed = list(_BRACKETED_YEAR.finditer(bare, 1))
+    years = bracketed or list(_BARE_YEAR.finditer(bare, 2))
+    years = [match for match in years if match.start() < end] or years[:1]  # last: 2012 (2009)
+    text = bare[: min(end, years[-1].start()) if years else end]
     if text.count("(") > text.count(")"):
         text = text[: text.rindex("(")]
-    return text.strip(" -").rstrip("([ -")
-
-
-def _find_season(grand: str, parent: str) -> Tuple[int, Optional[int]]:
-    """Return how many folders are between the show's and the file, and the season they tell."""
-    season = parse_season_folder(parent)
-    if season is not None:
-        return 1, season
-    pack = _PACK.search(parent)
-    if pack and normalise_title(parent[: pack.start()]) == normalise_title(
-        _parse_title(grand).text
-    ):
-        return 1, int(pack[1])
-    return (0 if parse_season_folder(grand) is None else 2), None
-
-
-def _find_date(stem: str) -> Tuple[str, int]:
-    """Return a daily episode's date and where it starts; ('', length) without one.
-
-    A day and a month behind each other count where only one order makes a date: 31.12.2024.
-    """
-    for match in _DATE.finditer(stem):
-        year, first, second = [int(number) for number in match.group(1, 3, 4, 8, 5, 7) if number]
-        orders = [(first, second)] if match[1] else {(first, second), (second, first)}
-        dates = []
-        for month, day in orders:
-            with contextlib.suppress(ValueError):
-                dates.append(datetime.date(year, month, day).isoformat())
-        if dates:
-            return (dates[0] if len(dates) == 1 else ""), match.start()
-    return "", len(stem)
-
-
-def _is_absolute(stem: str, title: str) -> bool:
-    """Tell whether a name gives an episode's number, but no season: 'Show - 12', 'Show.E05'."""
-    match = _ABSOLUTE.search(stem) or _LONE_EPISODE.search(stem)
-    return match is not None and match[1] != title and not _BARE_YEAR.search(stem, match.end())
+    certain = bool(bracketed) and len(bracketed[-1][0]) == 6  # a range may be a collection's
+    return text.rstrip(" -([") or bare, int(years[-1][1]) if years else None, certain
 
 
 def _read_episodes(first: str, more: str) -> Tuple[int, ...]:
     """Return the episodes of 'E01', 'E01E02' (both) and 'E01-E03' (all three)."""
     numbers = [int(first)]
     for dash, digits in _MORE_EPISODES.findall(more):
-        number = int(digits)
-        if dash and numbers[-1] < number <= numbers[-1] + 200:
-            numbers.extend(range(numbers[-1] + 1, number + 1))
-        else:
-            numbers.append(number)
+        start = numbers[-1] + 1 if dash and int(digits) - numbers[-1] <= 200 else int(digits)
+        numbers += range(start, int(digits) + 1) or [int(digits)]
     return tuple(sorted(set(numbers)))
-
-
-def _find_resolution(names: Sequence[str]) -> int:
-    """Return the height that the deepest name tells; pixels before words: '4K.Remaster.1080p'."""
-    for name in reversed(names):
-        match = _PIXELS.search(name) or _FORMAT.search(name)
-        if match:
-            said = [_HEIGHTS.get(word.lower(), 0) for word in match.groups() if word]
-            return said[-1] or said[0]
-    return 0
 
 
 # ---------------------------------------------------------------------------------------------
