@@ -3426,7 +3426,10 @@ COPIES_TRIED = 8  # copies of one episode or movie that are looked at
 ROWS_AT_ONCE = 1000  # of the index, in one message
 YOUNG_NS = 2 * 10**9  # a directory changed so lately may change again within the same mtime
 HD, FULL_HD, UHD = 720, 1080, 2160
-NO_CONTENT = {"sports", *_EXTRAS}  # folders; an event may be named as an episode is
+NO_CONTENT = {  # folders: what lies in them may be named as an episode or a movie is
+    "sports", "extras", "featurettes", "trailers", "samples", "sample", "behind the scenes",
+    "deleted scenes", "interviews",
+}  # fmt: skip
 _PART = re.compile(r"(?i)[ ._-](?:cd|dis[ck]|part|pt)[ ._-]?\d+$")  # half a movie is no copy of it
 _WRITE_ITEM = """
 INSERT INTO cinesync_items (path, show_title, show_norm, year, season, episode, tmdb_id,
