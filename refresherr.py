@@ -1059,8 +1059,7 @@ CREATE TABLE cinesync_runs (run_id INTEGER PRIMARY KEY, started_utc INTEGER, fin
 
 # runs.summary is the JSON of the command's result; finished_utc and exit_code stay NULL while it
 # runs, and for ever if it was killed.  link_changes is the journal: a row stands there, 'planned',
-# before a link is touched; then 'done' or 'failed', later perhaps 'undone'.  cinesync_folders: what
-# is not listed again as long as it has this mtime; 0 is none.
+# before a link is touched; then 'done' or 'failed', later perhaps 'undone'.
 _V3_TABLES = """
 CREATE TABLE runs (run_id INTEGER PRIMARY KEY, command TEXT NOT NULL, started_utc TEXT NOT NULL,
     finished_utc TEXT, exit_code INTEGER, summary TEXT);
@@ -3122,7 +3121,7 @@ PLANNED, DONE, NOT_DONE, UNDONE = "planned", "done", "failed", "undone"  # link_
 REPLACED, WOULD_REPLACE, NOT_REPLACED, IN_ERROR = "replaced", "would replace", "skipped", "error"
 CHANGES_AT_ONCE = 100  # links that are looked at, changed and verified together
 COPIES_TRIED = 8  # copies of one episode or movie that are looked at
-ROWS_AT_ONCE = 1000  # of the index, in one message
+ROWS_AT_ONCE = 1000  # sent, or written to the database, together
 YOUNG_NS = 2 * 10**9  # a directory changed so lately may change again within the same mtime
 HD, FULL_HD, UHD = 720, 1080, 2160
 # Folders that hold no episode and no movie, though a name in them may look like one.
@@ -3769,13 +3768,23 @@ def load_server_ids(conn: sqlite3.Connection) -> Dict[str, Dict[str, str]]:
 
 
 def load_copies(conn: sqlite3.Connection, base: str, wanted: Iterable[Work]) -> Iterator[Copy]:
-    """Yield CineSync's items that have the title or an id of a wanted work."""
-    keys = {key for work in wanted for key in _keys(work)}
+    """Yield CineSync's items that have the title or an id of a wanted work, and one of its parts;
+    and of each folder one item, which tells what other works there are by that title.
+    """
+    works = list(wanted)
+    keys = {key for work in works for key in _keys(work)}
     titles, ids = {k[1] for k in keys if not k[0]}, {k[1] for k in keys if k[0]}
-    for name, title in conn.execute("SELECT path, show_norm FROM cinesync_items"):
+    parts = {(work.season, number) for work in works for number in work.episodes}
+    folders: Set[str] = set()
+    for name, title, *part in conn.execute(
+        "SELECT path, show_norm, season, episode FROM cinesync_items"
+    ):
         path = from_db(name)
         if from_db(title) in titles or any(not ids.isdisjoint(tag) for tag in _ID.findall(path)):
-            yield Copy(path, parse_work(path[len(base) :]))
+            folder = os.path.dirname(path)
+            if folder not in folders or part[1] is None or tuple(part) in parts:
+                folders.add(folder)
+                yield Copy(path, parse_work(path[len(base) :]))
 
 
 def _keys(work: Work) -> List[Tuple[str, str]]:
@@ -4167,7 +4176,6 @@ def parse_retry_after(text: str, now: float) -> float:
 # Version 3 of their API, which Sonarr 3 to 5 and Radarr 3 to 6 have in common.  JSON leaves out
 # what is null, hence all the .get().
 
-ROWS_AT_ONCE = 1000  # written to the database together
 READERS = 4  # requests at once while reading; what changes a server is sent one by one
 
 

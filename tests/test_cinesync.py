@@ -340,7 +340,7 @@ def test_a_link_that_works_again_or_changed_or_went_is_left_alone(stage: Stage) 
     assert stage.texts() == before
     assert reason(result, back) == "it works again"
     assert reason(result, gone)
-    assert reason(result, changed)
+    assert reason(result, changed) == "it points elsewhere since the last scan"
 
 
 @pytest.mark.parametrize(
@@ -886,7 +886,9 @@ def test_a_kill_at_any_moment(stage: Stage, command: str, monkeypatch: pytest.Mo
         time.sleep(chance.random() * whole)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        was_killed = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        killed += was_killed
+        whole *= 1.05 if was_killed else 0.9  # the machine may be busier, or less busy, by now
         now = stage.texts()
         stray = [path for path in now if path not in old]
         assert all(os.path.basename(path).startswith(".refresherr-") for path in stray)
@@ -896,7 +898,7 @@ def test_a_kill_at_any_moment(stage: Stage, command: str, monkeypatch: pytest.Mo
             # All is done: begin anew.
             rest = ["undo", "--apply"] if command == "cinesync" else stage.cinesync_args("--apply")
             stage.run(*rest)
-    assert killed > kills // 4
+    assert killed > kills // 10
     stage.run(*argv[3:])
     assert set(stage.texts()) == set(old)
     assert not stage.query("SELECT 1 FROM link_changes WHERE state = 'planned'")

@@ -64,7 +64,7 @@ V3_COLUMNS = {
     "symlinks": {"broken_since_utc", "error"},
     "actions": {"attempts", "next_attempt_utc", "progress"},
 }
-V3_TABLES = {"runs", "mounts", "link_changes", "cinesync_folders"}
+V3_TABLES = {"runs", "mounts", "link_changes"}
 SECRET = "S3CRET-relay-token-0123456789"
 
 Column = Tuple[str, str, bool, bool]  # name, type, primary key, unique
