@@ -5429,6 +5429,7 @@ def list_links(
         f"SELECT path {select} ORDER BY path LIMIT ?", (status, -1 if limit is None else limit)
     ).fetchall()
     history = load_history(conn)
+    reasons = _last_run(conn, "cinesync", ("reasons",)).get("reasons") or {}
     links = []
     for (name,) in paths:
         path = from_db(name)
@@ -5436,6 +5437,10 @@ def list_links(
         assert link
         target = from_db(link.target)
         owner = find_owner(conn, config.instances, path, target)
+        step = next_step(config, path, link, history.get(path, ()), owner)
+        if status == BROKEN and config.cinesync.base and find_ancestor(path, config.cinesync.roots):
+            looks = "cinesync looks for a copy of it; else"
+            step = f"{f'cinesync: {reasons[path]};' if path in reasons else looks} {step}"
         links.append(
             {
                 "path": path,
@@ -5446,7 +5451,7 @@ def list_links(
                 "instance": owner.instance if owner else None,
                 "file_id": owner.file_id if owner else None,
                 "error": link.error,
-                "next": next_step(config, path, link, history.get(path, ()), owner),
+                "next": step,
             }
         )
     return links, count
@@ -5823,6 +5828,7 @@ def run_cinesync(context: Context) -> JsonObject:
         errand.any_resolution = context.args.any_resolution
         result = errand.run(context.args.accept_shrink)
         summary.update({key: value for key, value in result.items() if key != "items"})
+        summary["reasons"] = {i["path"]: i["reason"] for i in result["items"] if i["reason"]}
     return result
 
 
