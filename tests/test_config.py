@@ -600,7 +600,7 @@ def test_a_sample_is_given_even_where_the_config_is_wrong(config: Config) -> Non
         ("/opt/tv/../tv/x/CineSync/", "/opt/movies, /opt/tv/", 2),
         ("/opt/tv", "/", 2),
         ("/opt/tv 2", "/opt/tv", 0),
-        ("/opt/CineSync", "/opt/CineSync/Shows", 2),
+        ("/opt/CineSync", "/opt/CineSync/Shows", 0),
     ],
 )
 def test_cinesyncs_base_inside_a_repair_root(
