@@ -834,6 +834,18 @@ def read_mounts(identity: bool = False) -> Dict[str, str]:
     return mounts or {"/": "unknown"}
 
 
+def watch_mounts() -> Callable[[], bool]:
+    """Return what tells whether anything was mounted or unmounted from now on.
+
+    The kernel says so of this file, as poll(2) asks (proc(5)); mount numbers are used again.
+    """
+    poll = select.poll()
+    with contextlib.suppress(OSError):
+        descriptor = os.open("/proc/self/mounts", os.O_RDONLY | os.O_CLOEXEC)
+        poll.register(descriptor, select.POLLERR | select.POLLPRI)
+    return lambda: bool(poll.poll(0))
+
+
 # ---------------------------------------------------------------------------------------------
 # Names
 # ---------------------------------------------------------------------------------------------
@@ -1629,6 +1641,7 @@ DOUBTFUL = 50000  # links that are looked at again; more than that is the guard'
 SPREAD = 64  # directories on the pile before it is worth dividing
 SAMPLE = 100  # links judged before: where those wait for a slow mount, nothing is divided
 CACHE_SIZE = 20000  # directories remembered by each cache of the worker
+LOOKS = 4  # at what was gone, as long as mounts come and go
 STUCK_LIMIT = 3  # look-ups that time out on a mount before it counts as unresponsive
 HEARTBEAT = 1.0  # seconds between signs of life
 WORKER_ENDED = "the scan's worker process ended unexpectedly; run it again"
@@ -1850,6 +1863,7 @@ class Surveyor:
         self.found: List[Judged] = []  # not yet sent
         self.ignored = 0
         self.doubtful: List[Link] = []  # gone at first sight
+        self.holding = False  # whether what is found may still be thrown away
         self.doubts = DOUBTFUL  # how many of them there may be; none in the second look
         self.crash: Optional[BaseException] = None
         self.over = threading.Event()  # not `change`: the watch is not to be woken by every task
@@ -1868,13 +1882,11 @@ class Surveyor:
             self.work()
             pipe = self.split()
             self.work()
-            self.look_again()
             self.flush()
             self.send(("ignored", self.ignored))
             if pipe is not None:
                 (self.end_twin if self.half else self.join_twin)(pipe)
-            # Once more: a mount may have gone while its targets were looked for.
-            self.probe([p for p in self.everywhere() if p.used and p.state == HEALTHY])
+            self.look_again()
         self.report()
 
     def open_places(self) -> None:
@@ -1969,12 +1981,26 @@ class Surveyor:
         return "scanned", "", path
 
     def look_again(self) -> None:
-        """Judge anew what was gone at first sight: a mount may have been away for a moment."""
+        """Judge anew what was gone at first sight: a mount may have been away for a moment.
+
+        And anew, if anything was mounted or unmounted meanwhile: it may have been away again.
+        """
         self.doubts = 0
-        for link in self.doubtful:
-            self.put_off(link[1].rpartition("/")[0], [link])
-        slow = any(self.is_slow(head) for head in self.waiting)
-        self.work((self.job.workers or AUTO_WORKERS) if slow else 1)
+        self.holding = True
+        for _ in range(LOOKS):
+            has_changed = watch_mounts()
+            self.found.clear()
+            self.forget()
+            for link in self.doubtful:
+                self.put_off(link[1].rpartition("/")[0], [link])
+            slow = any(self.is_slow(head) for head in self.waiting)
+            self.work((self.job.workers or AUTO_WORKERS) if slow else 1)
+            # Once more: a mount may have gone while its targets were looked for.
+            self.probe([p for p in self.everywhere() if p.used and p.state == HEALTHY])
+            if not has_changed():
+                break
+        self.holding = False
+        self.flush()
 
     def split(self) -> Optional[int]:
         """Fork a twin that takes every other directory of the pile, where a second core is idle.
@@ -1997,7 +2023,8 @@ class Surveyor:
     def end_twin(self, writer: int) -> None:
         """Leave to the first half what it must know for the verdicts, and end this process."""
         places = {(p.point, p.role): (p.state, p.reason) for p in self.everywhere() if p.used}
-        write_frame(writer, (places, self.unit_points, self.empty_dirs, self.inhabited))
+        known = (self.unit_points, self.empty_dirs, self.inhabited, self.doubtful)
+        write_frame(writer, (places, *known))
         os._exit(0)
 
     def join_twin(self, reader: int) -> None:
@@ -2006,7 +2033,8 @@ class Surveyor:
         while knowledge is None:
             self.send(("beat",))
             knowledge = frames.take(HEARTBEAT)
-        places, unit_points, empty_dirs, inhabited = knowledge
+        places, unit_points, empty_dirs, inhabited, doubtful = knowledge
+        self.doubtful += doubtful
         self.unit_points.update(unit_points)
         self.empty_dirs |= empty_dirs
         self.inhabited |= inhabited
@@ -2163,6 +2191,8 @@ class Surveyor:
 
     def flush(self) -> None:
         """Send what has been judged.  Good links, most of all, travel as three lists."""
+        if self.holding:
+            return
         with self.change:
             found, self.found = self.found, []
         rest = [judged for judged in found if judged[2] != JUDGED_OK]
