@@ -1940,9 +1940,13 @@ class Surveyor:
         folders: Dict[str, List[str]] = {}
         for path in self.job.links:
             folders.setdefault(os.path.dirname(path), []).append(path)
-        answers = self.ask_all(
-            [functools.partial(self.read_links, *item) for item in folders.items()]
-        )
+        looks = [functools.partial(self.read_links, *item) for item in folders.items()]
+        answers: List[Any] = []
+        for start in range(0, len(looks), AUTO_WORKERS):
+            # A library that hangs as a whole costs one time-out, not one for each part.
+            hangs = start > 0 and not any(answers[-AUTO_WORKERS:])
+            part = looks[start : start + AUTO_WORKERS]
+            answers += [None] * len(part) if hangs else self.ask_all(part)
         for (folder, paths), answer in zip(folders.items(), answers):
             texts, reason = answer or ({}, f"it did not answer within {self.limit}")
             for path, text in texts.items():
@@ -2394,6 +2398,8 @@ class Surveyor:
         judgement, detail = JUDGED_GONE, ""
         for near in ancestors(directory):
             if near in self.sealed:
+                if spot.place.role == "stuck":
+                    judgement, detail = JUDGED_UNKNOWN, spot.place.reason
                 break
             try:
                 if is_empty(near):
@@ -3055,6 +3061,9 @@ def forget_mount(conn: sqlite3.Connection, point: str) -> bool:
         return conn.execute(delete, (to_db(point),)).rowcount > 0
 
 
+IS_EMPTY = "perhaps nothing is mounted there, for it is empty: "  # then the directory
+
+
 def recheck_links(
     conn: sqlite3.Connection, settings: ScanSettings, paths: Sequence[str]
 ) -> Dict[str, Tuple[str, str]]:
@@ -3063,64 +3072,76 @@ def recheck_links(
     Returns {path: (status, reason)}: broken only where the file system is proven healthy, as in a
     scan.  What is no symlink any more is not in it.
     """
-    verdicts: Dict[str, Tuple[str, str]] = {}
-    doubts: Dict[str, List[str]] = {}  # an empty directory: the links that end there
-    for path, judgement, detail, blocked, _ in _look_at(conn, settings, paths):
-        if judgement == JUDGED_OK:
-            verdicts[path] = OK, ""
-        elif judgement != JUDGED_GONE or blocked:
-            verdicts[path] = UNREACHABLE, blocked or detail
-        else:
-            verdicts[path] = BROKEN, ""
-            if detail:
-                doubts.setdefault(detail.rstrip("/"), []).append(path)
+    verdicts = {look.path: look.verdict() for look in _look_at(conn, settings, paths)}
+    doubted = [path for path, (status, why) in verdicts.items() if why.startswith(IS_EMPTY)]
     # An empty directory proves nothing by itself: does a good target live beside it?
-    witnesses: Dict[str, List[str]] = {}
-    for parent in {os.path.dirname(empty) for empty in doubts}:
-        condition, values = beneath(parent, "last_target")
+    places = {("last_target", os.path.dirname(verdicts[p][1][len(IS_EMPTY) :])) for p in doubted}
+    places |= {("path", os.path.dirname(os.path.dirname(path))) for path in doubted}
+    near: Set[str] = set()
+    for column, place in places:
+        condition, values = beneath(place, column)
         select = f"SELECT path FROM symlinks WHERE status = 'ok' AND {condition} LIMIT 20"
-        witnesses[parent] = [from_db(row[0]) for row in conn.execute(select, values)]
-    looks = _look_at(conn, settings, list(set(itertools.chain(*witnesses.values()))))
-    good = {look[0] for look in looks if look[1] == JUDGED_OK}
-    for empty, links in doubts.items():
-        if good.isdisjoint(witnesses[os.path.dirname(empty)]):
-            reason = f"{empty or '/'} is empty: perhaps nothing is mounted there"
-            verdicts.update((path, (UNREACHABLE, reason)) for path in links)
+        near.update(from_db(row[0]) for row in conn.execute(select, values))
+    for look in _look_at(conn, settings, [*doubted, *near]) if doubted else ():
+        if look.path not in near:
+            verdicts[look.path] = look.verdict()
     return verdicts
+
+
+class Look(NamedTuple):
+    """What a worker said of a link: `blocked` is why its mount is not to be trusted, `empty` the
+    directory without inhabited neighbours that its target leads into, `file` the real file that
+    could be read, if that was asked.
+    """
+
+    path: str
+    judgement: int
+    detail: str
+    blocked: str
+    empty: str
+    file: str
+
+    def verdict(self) -> Tuple[str, str]:
+        """Return (status, reason): broken only where the file system is proven healthy."""
+        if self.judgement == JUDGED_OK:
+            return OK, ""
+        if self.judgement != JUDGED_GONE or self.blocked:
+            return UNREACHABLE, self.blocked or self.detail
+        return (UNREACHABLE, IS_EMPTY + self.empty) if self.empty else (BROKEN, "")
 
 
 def _look_at(
     conn: sqlite3.Connection, settings: ScanSettings, paths: Sequence[str], read: bool = False
-) -> List[Tuple[str, int, str, str, str]]:
-    """Return (path, judgement, detail, why its mount is not to be trusted, file) of links; the
-    real file, that could be read, only of good ones and with `read`.
-    """
+) -> List[Look]:
+    """Look at links, and with `read` whether the files they lead to can be read."""
     if not paths:
         return []
     job = plan_scan(conn, settings, ["/"])
-    job = dataclasses.replace(job, roots=(), links=tuple(paths), read=read)
-    looks: List[Judged] = []
+    job = dataclasses.replace(job, roots=(), links=tuple(dict.fromkeys(paths)), read=read)
+    found: List[Judged] = []
     blocked: Dict[int, str] = {}
     files: Dict[str, str] = {}
+    uninhabited: Sequence[str] = ()
     worker = Worker(job)
     try:
         for message in worker.messages():
             if message[0] == "good":
-                looks += [
-                    (p, "", JUDGED_OK, unit, "", 0) for p, unit in zip(message[2], message[4])
-                ]
+                found += [(p, "", JUDGED_OK, u, "", 0) for p, u in zip(message[2], message[4])]
             elif message[0] == "links":
-                looks += message[1]
+                found += message[1]
             elif message[0] == "file":
                 files[message[1]] = message[2]
             elif message[0] == "done":
-                blocked = message[2]
+                blocked, uninhabited = message[2], message[3]
     finally:
         worker.close()
-    return [
-        (path, judgement, detail, blocked.get(unit, ""), files.get(path, ""))
-        for path, _, judgement, unit, detail, _ in looks
-    ]
+    looks = []
+    for path, _, judgement, unit, detail, _ in found:
+        empty = (detail.rstrip("/") or "/") if judgement == JUDGED_GONE and detail else ""
+        empty = empty if empty in uninhabited else ""
+        file = files.get(path, "")
+        looks.append(Look(path, judgement, detail, blocked.get(unit, ""), empty, file))
+    return looks
 
 
 def look_at_places(
@@ -3192,17 +3213,19 @@ def walk_copies(base: str, known: Mapping[str, int], send: Send) -> None:
         below.setdefault(os.path.dirname(path), []).append(path)
     todo, seen, size = [base], set(), 0
     found: List[Tuple[str, int, List[ItemRow]]] = []
-    for count in itertools.count():
+    told = time.monotonic()
+    while True:
         if not todo or size >= ROWS_AT_ONCE:
             send(("folders", found))
             found, size = [], 0
         if not todo:
             break
-        if count % 256 == 0:
+        if time.monotonic() - told > HEARTBEAT:
             send(("beat",))
+            told = time.monotonic()
         folder = todo.pop()
         try:
-            began, mtime = time.time_ns(), os.lstat(folder).st_mtime_ns
+            began, mtime = time.time_ns(), os.stat(folder).st_mtime_ns
             if known.get(folder) == mtime:
                 todo += below.get(folder, ())
             else:
@@ -3405,6 +3428,7 @@ class LinkChange:
     via: str = ""
     result: str = NOT_REPLACED
     reason: str = ""
+    stands: bool = False  # whether the link is the new one, whatever the result
     number: int = 0  # link_changes.change_id
     verdict: Tuple[str, str] = (UNREACHABLE, "")  # what was seen after the change
 
@@ -3464,7 +3488,7 @@ def change_links(
     for change in changes:
         try:
             swap_link(change, change.old, change.new)
-            change.result = DONE
+            change.result, change.stands = DONE, True
         except OSError as exc:
             change.result, change.reason = IN_ERROR, exc.strerror or str(exc)
     done = [change for change in changes if change.result == DONE]
@@ -3476,6 +3500,7 @@ def change_links(
             change.result, change.reason = IN_ERROR, f"put back, for it is {status}: {why}"
             try:
                 swap_link(change, change.new, change.old)
+                change.stands = False
             except OSError as exc:
                 change.reason = f"it is {status}, and cannot be put back: {exc.strerror}"
     _sync_directories(change for change in done if change.result != DONE)
@@ -3497,10 +3522,10 @@ def _look_at_changed(
 ) -> None:
     done = {change.path: change for change in changes if change.result == DONE}
     problems = {}
-    for path, _, why, blocked, file in _look_at(conn, settings, list(done), read=True):
-        done[path].verdict = OK, ""
-        if blocked or not file:  # the kernel may remember a file that nobody can read now
-            problems[path] = blocked or why or "its file cannot be read"
+    for look in _look_at(conn, settings, list(done), read=True):
+        done[look.path].verdict = OK, ""
+        if look.blocked or not look.file:  # the kernel may remember what nobody can read now
+            problems[look.path] = look.blocked or look.detail or "its file cannot be read"
     for path, verdict in recheck_links(conn, settings, list(problems)).items():
         done[path].verdict = verdict if verdict[0] != OK else (UNREACHABLE, problems[path])
 
@@ -3510,7 +3535,7 @@ def _record_changes(conn: sqlite3.Connection, changes: Iterable[LinkChange]) -> 
     update = "UPDATE link_changes SET state = ?, reason = ?, changed_utc = ? WHERE change_id = ?"
     with transaction(conn):
         for change in changes:
-            state, now = DONE if change.result == DONE else NOT_DONE, utc_now()
+            state, now = DONE if change.stands else NOT_DONE, utc_now()
             conn.execute(update, (state, change.reason or None, now, change.number))
             if state == NOT_DONE:
                 continue
@@ -3532,11 +3557,11 @@ def settle_journal(conn: sqlite3.Connection, settings: ScanSettings) -> None:
     changes = [LinkChange(from_db(p), from_db(o), from_db(n), number=i) for i, p, o, n in rows]
     changes = _within_reach(conn, settings, changes)
     for change in changes:
-        if read_link(change.temporary) == change.new:
+        if read_link(change.temporary) in (change.new, change.old):  # made, or put back
             os.unlink(change.temporary)
         stands = read_link(change.path)
         if stands == change.new:
-            change.result = DONE
+            change.result, change.stands = DONE, True
         else:
             is_old = stands == change.old
             change.reason = "the run was killed" if is_old else "somebody else has changed it"
@@ -3607,9 +3632,9 @@ class Relinker:
         )
         places = look_at_places(self.conn, self.scan, (base, *roots, *allowed))
         state, reason, real_base = places[base]
-        for root in roots:
-            refuse_base(real_base, places[root][2])
-            refuse_base(places[root][2], real_base)  # no better the other way round
+        for real in filter(None, (places[root][2] for root in roots) if real_base else ()):
+            refuse_base(real_base, real)
+            refuse_base(real, real_base)  # no better the other way round
         if state != "scanned":
             raise RefusedError(f"CineSync's base {base}: {reason}")
         for path in (*roots, *allowed):
@@ -3684,11 +3709,11 @@ class Relinker:
         for link in links:
             link.copies = sorted(link.copies, key=functools.partial(_distance, link.work))
         paths = {copy.path for link in links for copy in link.copies[:COPIES_TRIED]}
-        looks = {look[0]: look for look in _look_at(self.conn, self.scan, list(paths), read=True)}
-        self.refused.update(blocked for _, _, _, blocked, _ in looks.values() if blocked)
+        looks = {look.path: look for look in _look_at(self.conn, self.scan, list(paths), read=True)}
+        self.refused.update(look.blocked for look in looks.values() if look.blocked)
         with transaction(self.conn):
             update = "UPDATE cinesync_items SET target_ok = ? WHERE path = ?"
-            seen = [(int(bool(look[4])), to_db(path)) for path, look in looks.items()]
+            seen = [(int(bool(look.file)), to_db(path)) for path, look in looks.items()]
             self.conn.executemany(update, seen)
         for link in links:
             status, why = verdicts.get(link.path, (MISSING, ""))
@@ -3700,10 +3725,11 @@ class Relinker:
                 link.reason = "it points elsewhere since the last scan"
             else:
                 for copy in link.copies[:COPIES_TRIED]:
-                    _, _, why, blocked, file = looks.get(copy.path, ("", 0, "it is gone", "", ""))
-                    link.reason = self.why_not(link, copy, file, blocked or why)
+                    look = looks.get(copy.path, Look(copy.path, 0, "it is gone", "", "", ""))
+                    problem = look.blocked or look.detail
+                    link.reason = self.why_not(link, copy, look.file, problem)
                     if not link.reason:
-                        link.via, link.new = copy.path, file
+                        link.via, link.new = copy.path, look.file
                         break
         return [link for link in links if link.new]
 
@@ -5159,7 +5185,10 @@ class Repair:
         path, goal = action.path, ""
         here = map_path(action.server_path, self.path_map, back=True)
         if here == path:
-            return
+            # Where several links wait for one file, another one may be the broken one.
+            if len(action.paths) == 1 or self.look(here) in (BROKEN, MISSING):
+                return
+            raise HttpError(f"{self.server.name}: {here} is not broken now", 503, retry=True)
         with contextlib.suppress(OSError):
             goal = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
         text = f"by its path_map, {action.server_path} is neither the link nor its target"
