@@ -1314,3 +1314,51 @@ def test_actions_are_listed_cancelled_and_retried(world: World) -> None:
     assert world.call("actions", "retry", 1, 2, 99).code == 3  # what is sent stays sent
     assert world.statuses() == {"sent": 3}
     assert "One (2021)" in world.call("actions").out
+
+
+def test_a_broken_link_does_not_speak_for_a_healthy_one(
+    refresherr: Refresherr, write_config: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Two of our directories are one to the server, and both links wait for its one file."""
+    first, second = tmp_path / "media" / "tv", tmp_path / "media" / "tv2"
+    with FakeSonarr(first, server_root="/tv") as sonarr:
+        file = sonarr.add_file(sonarr.add_series("Show", 2020), "S01/Show S01E01.mkv", [(1, 1)])
+        healed = sonarr.link_of(file)
+        links = [healed, second / healed.relative_to(first)]
+        for number, link in enumerate(links):
+            link.parent.mkdir(parents=True)
+            (tmp_path / "files" / str(number)).mkdir(parents=True)
+            (tmp_path / "files" / str(number) / "other").touch()
+            link.symlink_to(tmp_path / "files" / str(number) / "video.mkv")
+        write_config(
+            f"[scan]\nroots = {first.parent}\n[repair]\nmin_age = 0\n[sonarr tv]\n"
+            f"url = {sonarr.url}\napi_key = {sonarr.api_key}\n"
+            f"path_map =\n    {first} => /tv\n    {second} => /tv\n"
+        )
+        assert refresherr("scan").code == refresherr("ingest").code == refresherr("queue").code == 0
+        (tmp_path / "files" / "0" / "video.mkv").touch()
+        refresherr("dispatch", "--apply", "--no-wait")
+        assert sonarr.changes() == []
+        assert healed.exists()
+
+
+def test_relative_links_are_looked_at_again_like_all_others(
+    refresherr: Refresherr, write_config: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """One emptied torrent folder among living ones is breakage at the second look as well."""
+    for number in range(20):
+        target = tmp_path / "mount" / f"torrent {number}" / "video.mkv"
+        target.parent.mkdir(parents=True)
+        target.touch()
+        link = tmp_path / "media" / f"Film {number} (2001)" / "film.mkv"
+        link.parent.mkdir(parents=True)
+        link.symlink_to(os.path.relpath(target, link.parent))
+    write_config(
+        f"[scan]\nroots = {tmp_path / 'media'}\n[repair]\nmin_age = 0\n"
+        f"[relay]\nbase = http://127.0.0.1:1\nroutes = {tmp_path / 'media'} => radarr_x\n"
+    )
+    assert refresherr("scan").code == 0
+    target.unlink()
+    assert refresherr.scan()["totals"]["broken"] == 1
+    queue = refresherr("queue", "--json")
+    assert (queue.code, len(queue.json["queued"])) == (0, 1)
