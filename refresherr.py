@@ -3170,7 +3170,7 @@ def look_at_places(
 
 PLANNED, DONE, NOT_DONE, UNDONE = "planned", "done", "failed", "undone"  # link_changes.state
 REPLACED, WOULD_REPLACE, NOT_REPLACED, IN_ERROR = "replaced", "would replace", "skipped", "error"
-CHANGES_AT_ONCE = 100  # links that are looked at, changed and verified together
+CHANGES_AT_ONCE = 250  # links that are looked at, changed and verified together
 COPIES_TRIED = 8  # copies of one episode or movie that are looked at
 ROWS_AT_ONCE = 1000  # sent, or written to the database, together
 YOUNG_NS = 2 * 10**9  # a directory changed so lately may change again within the same mtime
