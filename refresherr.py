@@ -4906,6 +4906,8 @@ class Dispatcher:
 
     def run(self, limit: int) -> JsonObject:
         """Send at most `limit` pending actions, ask after those on their way; `dispatch --json`."""
+        # On the disk before a server or a link is changed: in WAL mode a commit is not, by default.
+        self.conn.execute("PRAGMA synchronous=FULL")
         self.left = limit
         settled = settle_repairs(self.conn)
         condition = "status = 'pending' AND coalesce(next_attempt_utc, '') <= ?"
