@@ -28,6 +28,7 @@ The sections, bottom-up; each uses only those above it:
     Dispatch                actions -> servers, step by step, resumable
     Statistics              what the database knows, for people and for Prometheus
     Doctor                  is this installation fit for work?
+    Run                     what the steps of a whole run come to
     Command line            one table of commands, main()
 
 Use as a library: ``import refresherr``; the functions of the Database section keep the promises
@@ -135,6 +136,12 @@ class LockedError(RefresherrError):
     exit_code = EXIT_LOCKED
 
 
+class TimeUpError(RefresherrError):
+    """A run has used up its time; the next one goes on."""
+
+    exit_code = EXIT_PARTIAL
+
+
 # ---------------------------------------------------------------------------------------------
 # Text and time
 # ---------------------------------------------------------------------------------------------
@@ -193,6 +200,14 @@ def format_duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     parts = {"d": hours // 24, "h": hours % 24, "m": minutes, "s": secs}
     return " ".join([f"{count}{unit}" for unit, count in parts.items() if count][:2])
+
+
+def parse_interval(text: str) -> float:
+    """Return seconds, more than 0.  ValueError otherwise."""
+    seconds = parse_duration(text)
+    if not seconds:
+        raise ValueError("must be more than 0")
+    return seconds
 
 
 def parse_percent(text: str) -> float:
@@ -460,7 +475,7 @@ class ScanSettings:
         "Skip paths that contain this; with *, ? or [ it is a glob on the name.",
         "\ncinesync\n@eaDir", "IGNORE_SUBSTR")
     workers: int = setting(0, parse_workers, "Look-ups at once on a slow mount.", "auto")
-    stat_timeout: float = setting(30.0, parse_duration,
+    stat_timeout: float = setting(30.0, parse_interval,
         "A target that has not answered by then is unreachable.", "30s")
     max_new_broken: float = setting(0.20, parse_percent,
         "More of a mount's good links than this gone at once is taken for an outage.", "20%")
@@ -517,6 +532,16 @@ class CinesyncSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """What `run` does of itself."""
+
+    ingest_every: float = setting(86400.0, parse_duration, "Read the servers when the last reading "
+        "is older than this.", "1d")
+    time_limit: float = setting(0.0, parse_duration,
+        "A run begins nothing more after this long; 0 is no limit.", "2h")
+
+
+@dataclasses.dataclass(frozen=True)
 class NotifySettings:
     """Who is told about a run."""
 
@@ -567,6 +592,7 @@ class Config:
     relay: RelaySettings = RelaySettings()
     repair: RepairSettings = RepairSettings()
     cinesync: CinesyncSettings = CinesyncSettings()
+    run: RunSettings = RunSettings()
     notify: NotifySettings = NotifySettings()
     plex: PlexSettings = PlexSettings()
     jellyfin: JellyfinSettings = JellyfinSettings()
@@ -731,8 +757,6 @@ def _check_config(config: Config) -> None:
     for instance in config.instances:
         if not instance.settings.url:
             raise ConfigError(f"config: {instance.name} has no url")
-    if config.scan.stat_timeout <= 0:
-        raise ConfigError("config: [scan] stat_timeout: must be more than 0")
     for root in config.cinesync.roots if config.cinesync.base else ():
         refuse_base(config.cinesync.base, root)
 
@@ -3605,6 +3629,7 @@ class Relinker:
         self.count: Counter[str] = Counter()
         self.refused: Set[str] = set()
         self.problems: List[str] = []
+        self.deadline = math.inf  # of time.monotonic()
 
     def run(self, accept_shrink: bool) -> JsonObject:
         """Index, match and replace; return what `cinesync --json` shows."""
@@ -3697,8 +3722,8 @@ class Relinker:
                     link.result = REPLACED if link.result == DONE else link.result
                     if link.result == IN_ERROR and link.verdict[1]:
                         self.refused.add(link.verdict[1])
-            if self.refused and not ready:
-                break  # an outage: what hangs would cost its time with each part
+            if (self.refused and not ready) or time.monotonic() > self.deadline:
+                break  # in an outage, what hangs would cost its time with each part
         for link in links:
             if link.result == NOT_REPLACED and not link.reason:
                 link.reason = "left for the next run"
@@ -3867,7 +3892,13 @@ def undo_changes(
     """
     if run_id is not None:
         settle_journal(conn, settings)
-    if wanted is None:
+    if wanted is not None:  # a whole run has changed its links as its cinesync
+        row = conn.execute(
+            "SELECT command, summary FROM runs WHERE run_id = ?", (wanted,)
+        ).fetchone()
+        if row and row["command"] == "run":
+            wanted = json.loads(row["summary"] or "{}").get("cinesync", {}).get("run_id", wanted)
+    else:
         wanted = conn.execute(
             "SELECT max(run_id) FROM link_changes JOIN runs USING (run_id) "
             "WHERE state IN ('done', 'undone') AND command <> 'undo'"
@@ -4901,6 +4932,7 @@ class Dispatcher:
         self.applied = applied
         self.wait = wait
         self.left = 0  # so many may still be tried in this run
+        self.deadline = math.inf  # of time.monotonic()
         self.refused = False
         self.problems: List[str] = []
 
@@ -4938,7 +4970,7 @@ class Dispatcher:
         log.error("%s", problem)
         self.problems.append(problem)
         for action in actions:
-            if not action.outcome and self.left > 0:
+            if not action.outcome and self.has_room:
                 action.outcome, action.error = PENDING, redact(problem)
 
     def result(self, actions: List[Action]) -> JsonObject:
@@ -4960,6 +4992,11 @@ class Dispatcher:
 
     # What all actions have in common
 
+    @property
+    def has_room(self) -> bool:
+        """Whether another action may be tried in this run."""
+        return self.left > 0 and time.monotonic() < self.deadline
+
     def is_broken(self, action: Action) -> bool:
         """Look at an action's links this very moment; if none is broken, settle the action."""
         verdicts = recheck_links(self.conn, self.config.scan, action.paths)
@@ -4977,6 +5014,22 @@ class Dispatcher:
         elif OK in states or not action.step:
             words = "the link works again" if OK in states else "there is no such link"
             end_action(self.conn, action, CANCELLED, words, fired=False)
+        return False
+
+    def is_away(self, action: Action) -> bool:
+        """Tell whether what an action's links pointed to cannot be judged now; put it off then.
+
+        For a repair under way: the link is gone, and cannot tell of its mount any more.
+        """
+        for path in action.paths:
+            known = find_link(self.conn, path)
+            target = from_db(known.target) if known else ""
+            goal = os.path.normpath(os.path.join(os.path.dirname(path), target))
+            verdicts = recheck_links(self.conn, self.config.scan, [goal])
+            status, why = verdicts.get(goal, (MISSING, ""))
+            if status == UNREACHABLE:
+                self.put_off(action, why)
+                return True
         return False
 
     def put_off(self, action: Action, reason: str) -> None:
@@ -5025,7 +5078,7 @@ class Dispatcher:
             where, _, query = action.url.partition("?")
             if not address or where != strip_secrets(address):
                 self.stop((), f"no relay is configured at {where}; set base in [relay]")
-            elif self.left > 0 and (not action.path or self.is_broken(action)):
+            elif self.has_room and (not action.path or self.is_broken(action)):
                 self.left -= 1
                 if not self.applied:
                     action.outcome = WOULD_SEND
@@ -5073,7 +5126,7 @@ class Repair:
             raise
         try:
             for action in due:
-                if self.errand.left > 0 and self.attempt(self.prepare, action):
+                if self.errand.has_room and self.attempt(self.prepare, action):
                     ready.append(action)
             ready += (action for action in waiting if self.attempt(self.verify, action))
         except HttpError as exc:
@@ -5121,6 +5174,8 @@ class Repair:
 
     def prepare(self, action: Action) -> bool:
         """Take an action to where only its search is missing; False if it ends before that."""
+        if action.step and self.errand.is_away(action):
+            return False
         if action.step in ("", "found") and not self.find(action):
             return False
         self.errand.left -= 1
@@ -5341,22 +5396,25 @@ class Repair:
             end_action(self.conn, action, FAILED, "its new file is broken as well")
         elif not missing:
             end_action(self.conn, action, REPAIRED)
+        elif action.step != "searching" and time.time() - action.fired < settings.cooldown:
+            pass  # it may come yet
+        elif self.errand.is_away(action):
+            pass  # no moment to download anything
         elif action.step == "searching":
             return True
-        elif time.time() - action.fired >= settings.cooldown:
-            if progress.get("searches", 1) >= settings.max_attempts:
-                count = plural(progress.get("searches", 1), "search").replace("searchs", "searches")
-                end_action(self.conn, action, FAILED, f"{count}, and nothing came of it")
-            elif self.errand.applied:
-                self.errand.note([action], step="restored", missing=missing)
-                return True
-            else:
-                action.outcome = WOULD_SEND
+        elif progress.get("searches", 1) >= settings.max_attempts:
+            count = plural(progress.get("searches", 1), "search").replace("searchs", "searches")
+            end_action(self.conn, action, FAILED, f"{count}, and nothing came of it")
+        elif self.errand.applied:
+            self.errand.note([action], step="restored", missing=missing)
+            return True
+        else:
+            action.outcome = WOULD_SEND
         return False
 
     def follow(self, actions: Sequence[Action]) -> None:
         """Follow the commands to their end, for a while; that they end well repairs nothing yet."""
-        deadline, delay = time.monotonic() + POLL_LIMIT, 0.5
+        deadline, delay = min(time.monotonic() + POLL_LIMIT, self.errand.deadline), 0.5
         waiting = {action.commands[0]["id"]: action.commands[0] for action in actions}
         while waiting and time.monotonic() < deadline:
             time.sleep(delay)
@@ -5393,6 +5451,33 @@ def _all_missing(actions: Iterable[Action]) -> List[int]:
     return sorted({number for action in actions for number in action.progress["missing"]})
 
 
+# STUB BEGIN
+class Note(NamedTuple):
+    title: str
+    text: str
+    level: str
+    result: JsonObject
+
+
+def send_notes(settings: Any, note: Note, timeout: float) -> List[JsonObject]:
+    return []
+
+
+def beat_start(settings: Any, name: str, timeout: float) -> List[JsonObject]:
+    return []
+
+
+def beat_end(
+    settings: Any, name: str, code: int, text: str, s: float, t: float
+) -> List[JsonObject]:
+    return []
+
+
+def refresh_media(name: str, settings: Any, directories: Sequence[str], t: float) -> JsonObject:
+    return {"server": name, "directories": directories, "left": [], "error": None}
+
+
+# STUB END
 # ---------------------------------------------------------------------------------------------
 # Statistics
 # ---------------------------------------------------------------------------------------------
@@ -5688,6 +5773,124 @@ def _examined_mount(point: str, fs_type: str, state: str, reason: str, role: str
 
 
 # ---------------------------------------------------------------------------------------------
+# Run
+# ---------------------------------------------------------------------------------------------
+# What the steps of a whole run come to.  What the next run must know of an applied one stands in
+# its row of `runs` as 'state': {"told": problems, "last_event": id, "left": {server: directories}}.
+
+HIGHLIGHTS = 10  # links named in a message
+SKIP = "skipped"
+TELL_TIMEOUT = 10.0  # seconds for which a notifier may hold up a run
+_GOOD_NEWS = ("relinked", REPAIRED, SENT)
+_CHANGED = ("relinked", "recovered", REPAIRED)  # events after which a media server should look
+
+
+def combine_exit_codes(codes: Sequence[int]) -> int:
+    """Return one exit status for all steps: refused, if one was; failed, if all were."""
+    bad = [code for code in codes if code != EXIT_OK]
+    if EXIT_REFUSED in bad or not bad:
+        return EXIT_REFUSED if bad else EXIT_OK
+    return EXIT_FAILED if len(bad) == len(codes) and EXIT_PARTIAL not in bad else EXIT_PARTIAL
+
+
+def find_stale(conn: sqlite3.Connection, config: Config, now: float) -> List[str]:
+    """Return the servers that were not read, or not without an error, since `ingest_every`."""
+    fresh: Set[str] = set()
+    since = format_time(now - config.run.ingest_every)
+    query = "SELECT summary FROM runs WHERE command = 'ingest' AND started_utc > ?"
+    for (summary,) in conn.execute(query, (since,)):
+        lines = json.loads(summary or "{}").get("instances", ())
+        fresh.update(line["name"] for line in lines if not line["error"])
+    return [instance.name for instance in config.instances if instance.name not in fresh]
+
+
+def find_repairable(conn: sqlite3.Connection, roots: Sequence[str]) -> bool:
+    """Tell whether cinesync has anything to do: a broken link, or a journal to settle."""
+    planned = "SELECT 1 FROM link_changes WHERE state = 'planned' LIMIT 1"
+    broken = "SELECT path FROM symlinks WHERE status <> 'ok' AND status = 'broken'"
+    return conn.execute(planned).fetchone() is not None or any(
+        find_ancestor(from_db(path), roots) for (path,) in conn.execute(broken)
+    )
+
+
+def load_state(conn: sqlite3.Connection) -> JsonObject:
+    """Return the 'state' that the last applied run has left, {} without one."""
+    query = "SELECT summary FROM runs WHERE command = 'run' ORDER BY run_id DESC"
+    summaries = (json.loads(summary or "{}") for (summary,) in conn.execute(query))
+    return next((summary["state"] for summary in summaries if summary.get("state")), {})
+
+
+def last_event(conn: sqlite3.Connection) -> int:
+    """Return the id of the newest event."""
+    return conn.execute("SELECT max(id) FROM events").fetchone()[0] or 0
+
+
+def changed_directories(conn: sqlite3.Connection, after: int) -> List[str]:
+    """Return the directories of links that were changed, or came back, after an event."""
+    marks = ", ".join("?" * len(_CHANGED))
+    query = f"SELECT DISTINCT path FROM events WHERE id > ? AND action IN ({marks})"
+    paths = (from_db(path) for (path,) in conn.execute(query, (after, *_CHANGED)))
+    return sorted({os.path.dirname(path) for path in paths})
+
+
+def name_problems(steps: Mapping[str, JsonObject]) -> Dict[str, str]:
+    """Return {'scan refused': its message} of the steps that did not end well."""
+    return {
+        f"{name} {step['status']}": step.get("message", "")
+        for name, step in steps.items()
+        if step["exit_code"] != EXIT_OK
+    }
+
+
+def still_open(steps: Mapping[str, JsonObject], told: Sequence[str]) -> List[str]:
+    """Return the problems there are now, with those told of steps that were not taken."""
+    skipped = [name for name, step in steps.items() if step["status"] == SKIP]
+    return sorted({*name_problems(steps), *(old for old in told if old.split()[0] in skipped)})
+
+
+def plan_note(
+    conn: sqlite3.Connection, after: int, steps: Mapping[str, JsonObject], told: Sequence[str],
+    when: str,
+) -> Tuple[Note, bool]:  # fmt: skip
+    """Return what there is to tell of a run, and whether it is worth it.
+
+    A problem is told once, and once more when it is over: `told` are those of the last run.
+    """
+    query = "SELECT action, count(*) FROM events WHERE id > ? GROUP BY action"
+    counts = dict(conn.execute(query, (after,)).fetchall())
+    problems = name_problems(steps)
+    new, over = set(problems) - set(told), set(told) - set(still_open(steps, told))
+    is_failure = bool(counts.get(FAILED) or new or over)
+    is_change = is_failure or any(counts.get(name) for name in _GOOD_NEWS)
+    words = [f"{counts[name]:,} {name}" for name in (*_GOOD_NEWS, FAILED) if counts.get(name)]
+    words += [*sorted(problems), *(f"no longer: {problem}" for problem in sorted(over))]
+    lines = [f"{problem}: {text}".rstrip(": ") for problem, text in sorted(problems.items())]
+    totals = steps.get("scan", {}).get("totals")
+    if totals:
+        shown = ", ".join(f"{totals[status]:,} {status}" for status in STATUSES)
+        lines.append(f"{plural(totals['examined'], 'link')}: {shown}")
+    marks = ", ".join("?" * (len(_GOOD_NEWS) + 1))
+    query = f"SELECT action, path FROM events WHERE id > ? AND action IN ({marks}) ORDER BY id"
+    rows = conn.execute(query, (after, *_GOOD_NEWS, FAILED)).fetchall()
+    lines += [f"{action}: {os.path.basename(from_db(path))}" for action, path in rows[:HIGHLIGHTS]]
+    if len(rows) > HIGHLIGHTS:
+        lines.append(f"and {len(rows) - HIGHLIGHTS:,} more")
+    level = "success" if any(counts.get(name) for name in _GOOD_NEWS) else "info"
+    level = "warning" if problems or counts.get(FAILED) else level
+    level = "failure" if any(step["exit_code"] == EXIT_FAILED for step in steps.values()) else level
+    summary = {
+        name: {key: step[key] for key in ("status", "exit_code")} for name, step in steps.items()
+    }
+    note = Note(
+        "Refresherr: " + (", ".join(words) or "nothing has changed"),
+        "\n".join(map(escape_message, lines)),
+        level,
+        {"steps": summary, "counts": counts, "totals": totals or {}},
+    )
+    return note, {"always": True, "failures": is_failure}.get(when, is_change)
+
+
+# ---------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------
 
@@ -5700,6 +5903,8 @@ class Context:
     config: Config
     terminal: Terminal
     config_error: str = ""
+    conn: Optional[sqlite3.Connection] = None  # of the run that this command is a step of
+    deadline: float = math.inf  # of time.monotonic()
 
     @property
     def db_path(self) -> str:
@@ -5721,27 +5926,32 @@ class Context:
     ) -> Iterator[Tuple[sqlite3.Connection, JsonObject]]:
         """Hold the lock and record the run; a preview works on a copy and records nothing."""
         with contextlib.ExitStack() as stack:
+            conn = self.conn
             if preview or self.args.dry_run:
-                yield stack.enter_context(scratch_database(self.db_path)), {}
+                yield conn or stack.enter_context(scratch_database(self.db_path)), {}
                 return
-            stack.enter_context(process_lock(self.db_path, self.args.lock_wait))
-            conn = stack.enter_context(self.database())
+            if conn is None:
+                stack.enter_context(process_lock(self.db_path, self.args.lock_wait))
+                conn = stack.enter_context(self.database())
             yield conn, stack.enter_context(recorded_run(conn, command))
+
+    def progress(self, text: str) -> None:
+        """Show how far a step has come.  TimeUpError if it may go no further."""
+        if time.monotonic() > self.deadline:
+            raise TimeUpError("the time of this run is up; the next one goes on")
+        self.terminal.progress(text)
 
 
 def run_scan(context: Context) -> JsonObject:
     """Walk the roots and record what is found."""
     args, settings = context.args, context.config.scan
-    if args.workers is not None:
-        settings = dataclasses.replace(settings, workers=args.workers)
-    roots = [os.path.abspath(root) for root in args.roots]
     with context.recorded("scan") as (conn, summary):
         for point in args.forget_mount:
             if not forget_mount(conn, os.path.abspath(point)):
                 raise UsageError(f"{point} is not a remembered mount point")
-        job = plan_scan(conn, settings, roots)
+        job = plan_scan(conn, settings)
         limit = math.inf if args.accept_breakage else settings.max_new_broken
-        result = scan_library(conn, job, limit, context.terminal.progress)
+        result = scan_library(conn, job, limit, context.progress)
         if args.exit_code and result["exit_code"] == EXIT_OK and result["totals"]["broken"]:
             result["exit_code"] = EXIT_BROKEN
         failed = [root for root in result["roots"] if root["state"] != "scanned"]
@@ -5811,7 +6021,7 @@ def run_ingest(context: Context) -> JsonObject:
     for name in context.args.instances:
         if name not in known:
             raise UsageError(f"no instance {name!r}; known: {', '.join(known)}")
-    timeout, progress = context.config.repair.timeout, context.terminal.progress
+    timeout, progress = context.config.repair.timeout, context.progress
     with context.recorded("ingest") as (conn, summary):
         lines = [
             ingest_instance(conn, known[name], timeout, progress)
@@ -5860,6 +6070,7 @@ def run_dispatch(context: Context) -> JsonObject:
     args = context.args
     with context.recorded("dispatch", not context.applied) as (conn, summary):
         errand = Dispatcher(conn, context.config, context.applied, not args.no_wait)
+        errand.deadline = context.deadline
         summary.update(errand.run(context.config.repair.max))
     return summary
 
@@ -5872,7 +6083,7 @@ def show_dispatch(terminal: Terminal, result: JsonObject) -> None:
         line = f"{action['status']:<11}{action['id']} {_server_of(action['url'])}: "
         terminal.line(escape(f"{line}{action['related_path']}{said}"))
     if not result["applied"]:
-        terminal.line("nothing was sent; dispatch --apply does it")
+        terminal.line("nothing was sent; --apply does it")
         return
     names = (SENT, REPAIRED, FAILED, RETRY, CANCELLED)
     terminal.line(", ".join(f"{result[name]:,} {name}" for name in names))
@@ -5886,7 +6097,7 @@ def run_cinesync(context: Context) -> JsonObject:
             raise UsageError(f"set {key} in [cinesync] of the config, or use --{flag}")
     with context.recorded("cinesync", not context.applied) as (conn, summary):
         errand = Relinker(conn, context.config, summary.get("run_id"))
-        errand.any_resolution = context.args.any_resolution
+        errand.any_resolution, errand.deadline = context.args.any_resolution, context.deadline
         result = errand.run(context.args.accept_shrink)
         summary.update({key: value for key, value in result.items() if key != "items"})
         summary["reasons"] = {i["path"]: i["reason"] for i in result["items"] if i["reason"]}
@@ -5917,6 +6128,192 @@ def show_relinked(terminal: Terminal, result: JsonObject) -> None:
     terminal.line(", ".join(f"{n:,} {name}" for name, n in sorted(counts.items())) or "no link")
     if not result["applied"]:
         terminal.line("nothing was changed; --apply does it")
+
+
+def run_run(context: Context) -> JsonObject:
+    """Take every step once, or again and again until somebody ends it."""
+    every, count = context.args.every, 0
+    if every is None:
+        return run_once(context)
+    while True:
+        started = time.monotonic()
+        try:
+            result = run_once(context)
+        except UsageError:
+            raise
+        except RefresherrError as exc:  # a lock, a database: the next time it may be free
+            log.error("%s", exc)
+            result = {"exit_code": exc.exit_code, "message": redact(str(exc)), "news": True}
+        count += 1
+        if not context.args.json:
+            show_run(context.terminal, result)
+            context.terminal.out.flush()
+        try:
+            time.sleep(max(0.0, started + every - time.monotonic()))
+        except KeyboardInterrupt:
+            return {"runs": count, "last": result, "news": False}
+
+
+def run_once(context: Context) -> JsonObject:
+    """Take every step; tell the media servers what changed, and people what is new."""
+    import uuid
+
+    config, applied, started = context.config, context.applied, time.monotonic()
+    timeout, name = min(TELL_TIMEOUT, config.repair.timeout), str(uuid.uuid4())
+    if config.run.time_limit:
+        context = dataclasses.replace(context, deadline=started + config.run.time_limit)
+    with context.recorded("run") as (conn, summary):
+        beats = beat_start(config.notify, name, timeout) if applied else []
+        code, text = EXIT_FAILED, "it came to no end"
+        try:
+            state, before = load_state(conn), last_event(conn)
+            steps = take_steps(dataclasses.replace(context, conn=conn))
+            changed = changed_directories(conn, state.get("last_event", before))
+            steps["refresh"] = refresh_all(config, changed, state, steps, applied)
+            code = combine_exit_codes(
+                [s["exit_code"] for s in steps.values() if s["status"] != SKIP]
+            )
+            problems = name_problems(steps)
+            told = state.get("told", [])
+            note, news = plan_note(conn, before, steps, told, config.notify.when)
+            text = f"{note.title}\n{note.text}"
+            sent = send_notes(config.notify, note, timeout) if applied and news else []
+            if applied:
+                unheard = sent and all(line["error"] for line in sent)
+                summary["state"] = {
+                    "told": told if unheard else still_open(steps, told),
+                    "last_event": last_event(conn),
+                    "left": {s["server"]: s["left"] for s in steps["refresh"].get("servers", ())},
+                }
+        except KeyboardInterrupt:
+            code, text = EXIT_INTERRUPTED, "interrupted"
+            raise
+        finally:
+            seconds = time.monotonic() - started
+            beats += beat_end(config.notify, name, code, text, seconds, timeout) if applied else []
+        kept = ("exit_code", "status", "message", "run_id")
+        brief = {name: {k: step[k] for k in kept if k in step} for name, step in steps.items()}
+        summary.update(brief, applied=applied, exit_code=code)
+        result = {"applied": applied, "run_id": summary.get("run_id"), **steps, "notified": sent}
+        result.update(heartbeats=beats, news=news, exit_code=code)
+        result["duration_seconds"] = round(seconds, 3)
+        if problems:
+            result["message"] = summary["message"] = "; ".join(
+                f"{problem}: {text}".rstrip(": ") for problem, text in problems.items()
+            )
+    return result
+
+
+def take_steps(context: Context) -> Dict[str, JsonObject]:
+    """Take one step after the other and return their results; one that fails stops no other."""
+    steps: Dict[str, JsonObject] = {}
+    with contextlib.ExitStack() as stack:
+        for name in STEPS:
+            if name == "cinesync" and not (context.applied or context.args.dry_run):
+                # A preview from here on: what it queues is not to be sent by a later dispatch.
+                scratch = stack.enter_context(scratch_database(context.db_path))
+                args = argparse.Namespace(**{**vars(context.args), "dry_run": True})
+                context = dataclasses.replace(context, conn=scratch, args=args)
+            started = time.monotonic()
+            steps[name] = take_step(name, context, steps)
+            steps[name].setdefault("status", EXIT_WORDS[steps[name]["exit_code"]])
+            steps[name].setdefault("duration_seconds", round(time.monotonic() - started, 3))
+    return steps
+
+
+def take_step(name: str, context: Context, before: Mapping[str, JsonObject]) -> JsonObject:
+    """Take one step, if there is reason to."""
+    config, args, conn = context.config, context.args, context.conn
+    assert conn
+    stale = find_stale(conn, config, time.time())
+    has_server = config.instances or (name != "ingest" and config.relay.base)
+    reasons = {
+        "as asked": getattr(args, f"no_{name}", False),
+        "no server is configured": name in ("ingest", "queue", "dispatch") and not has_server,
+        "all servers were read lately": name == "ingest" and not stale,
+        "the scan failed": name in ("cinesync", "queue", "dispatch")
+        and before["scan"]["exit_code"] == EXIT_FAILED,
+        "not configured": name == "cinesync" and not config.cinesync.base,
+        "nothing is broken": name == "cinesync"
+        and not find_repairable(conn, config.cinesync.roots),
+    }
+    reason = next((words for words, is_so in reasons.items() if is_so), "")
+    if reason:
+        return {"exit_code": EXIT_OK, "status": SKIP, "message": reason}
+    defaults = {"instances": stale, "exit_code": False, "forget_mount": []}
+    args = argparse.Namespace(**{**vars(args), **defaults})
+    try:
+        if time.monotonic() > context.deadline:
+            raise TimeUpError("no time is left for it")
+        step = STEPS[name](dataclasses.replace(context, args=args))
+        return {"exit_code": EXIT_OK, **step}
+    except RefresherrError as exc:
+        if name == "scan" and isinstance(exc, UsageError):
+            raise
+        log.error("%s: %s", name, exc)
+        return {"exit_code": exc.exit_code, "message": redact(str(exc))}
+
+
+def refresh_all(
+    config: Config, changed: Sequence[str], state: JsonObject, steps: Mapping[str, JsonObject],
+    applied: bool,
+) -> JsonObject:  # fmt: skip
+    """Tell every media server about the directories that changed, or were left the last time."""
+    servers = []
+    plans = [i["path"] for i in steps["cinesync"].get("items", ()) if i["result"] == WOULD_REPLACE]
+    changed = [*changed, *map(os.path.dirname, plans)]
+    for name in ("plex", "jellyfin", "emby"):
+        settings = getattr(config, name)
+        directories = sorted({*changed, *state.get("left", {}).get(name, ())})
+        if settings.url and directories:
+            told = {"server": name, "directories": directories, "left": [], "error": None}
+            timeout = config.repair.timeout
+            servers.append(refresh_media(name, settings, directories, timeout) if applied else told)
+    errors = [f"{line['server']}: {line['error']}" for line in servers if line["error"]]
+    for error in errors:
+        log.error("%s", error)
+    if not servers:
+        return {"exit_code": EXIT_OK, "status": SKIP, "message": "nothing to tell"}
+    code = EXIT_PARTIAL if errors else EXIT_OK
+    return {
+        "exit_code": code, "status": EXIT_WORDS[code], "servers": servers,
+        "message": "; ".join(errors),
+    }  # fmt: skip
+
+
+def show_run(terminal: Terminal, result: JsonObject) -> None:
+    """Print what came of each step; with -q only of a run that has something to tell."""
+    if "runs" in result:
+        terminal.line(f"ended after {plural(result['runs'], 'run')}")
+        return
+    if not (result["news"] or result["exit_code"] or log.isEnabledFor(logging.INFO)):
+        return
+    shows = {command.name: command.show for command in COMMANDS}
+    for name in STEPS:
+        step = result.get(name, {})
+        if len(step) > 4:  # more than how it ended: what it did
+            terminal.line(terminal.paint(name, "bold"))
+            shows[name](terminal, step)
+        elif step:
+            terminal.line(
+                escape(f"{terminal.paint(name, 'bold')}: {step['status']}: {step['message']}")
+            )
+    for line in result.get("refresh", {}).get("servers", ()):
+        count = len(line["directories"])
+        words = "told" if result["applied"] else "would be told"
+        noun = "directory" if count == 1 else "directories"
+        terminal.line(f"{line['server']}: {words} about {count:,} {noun}")
+    told = [line["name"] for line in result.get("notified", ()) if not line["error"]]
+    if told:
+        terminal.line(f"notified: {', '.join(told)}")
+    if not result.get("applied", True):
+        terminal.line("a preview: no link and no server was changed; --apply does it")
+
+
+STEPS: Dict[str, Callable[[Context], JsonObject]] = {
+    "scan": run_scan, "ingest": run_ingest, "cinesync": run_cinesync, "queue": run_queue,
+    "dispatch": run_dispatch,
+}  # fmt: skip
 
 
 def run_actions(context: Context) -> JsonObject:
@@ -6136,7 +6533,10 @@ def show_config(terminal: Terminal, result: JsonObject) -> None:
 
 
 def option(*names: str, **details: Any) -> Tuple[Tuple[str, ...], Dict[str, Any]]:
-    """Return one argument of a command, as argparse takes it."""
+    """Return one argument of a command, as argparse takes it.
+
+    One that stands for settings has 'section.key section.key' as its dest.
+    """
     return names, details
 
 
@@ -6156,6 +6556,7 @@ COUNT = argument_type(parse_count)
 DURATION = argument_type(parse_duration)
 WORKERS = argument_type(parse_workers)
 PATH = argument_type(parse_path)
+INTERVAL = argument_type(parse_interval)
 
 
 class Command(NamedTuple):
@@ -6173,12 +6574,31 @@ class Command(NamedTuple):
 # fmt: off
 DRY_RUN = option("-n", "--dry-run", action="store_true", help="change nothing at all")
 APPLY = option("--apply", action="store_true", help="do it; without it, say what would be done")
+SCAN = (
+    option("scan.roots", nargs="*", type=PATH, metavar="ROOT", help="in place of those configured"),
+    option("--workers", type=WORKERS, dest="scan.workers", metavar="N",
+        help="look-ups at once on a slow mount"),
+    option("--accept-breakage", action="store_true", help="confirm a real loss"))
+MIN_AGE = option("--min-age", type=DURATION, dest="repair.min_age", metavar="DURATION",
+    help="broken for so long")
+DISPATCH = (
+    option("--max", type=COUNT, dest="repair.max", metavar="N", help="send no more than N"),
+    option("--timeout", type=DURATION, dest="repair.timeout", metavar="SECONDS",
+        help="for one request"),
+    option("--no-wait", action="store_true", help="do not follow the servers' searches"))
+CINESYNC = (
+    option("--any-resolution", action="store_true", help="SD for HD, or 2160p, will do"),
+    option("--accept-shrink", action="store_true", help="CineSync's library may have shrunk"),
+    option("--base", type=PATH, dest="cinesync.base", metavar="DIR",
+        help="CineSync's own tree of links"),
+    option("--root", type=PATH, action="append", dest="cinesync.roots", metavar="DIR",
+        help="where broken links may be replaced"),
+    option("--allow-target", type=PATH, action="append", dest="cinesync.allowed_targets",
+        metavar="PREFIX", help="where new targets may lie"))
 COMMANDS = (
     Command("scan", "", "walk the roots, judge every symlink, record it",
         "scan /opt/media/tv /opt/media/movies", run_scan, show_scan, (
-        option("roots", nargs="*", metavar="ROOT", help="in place of the configured roots"),
-        option("--workers", type=WORKERS, metavar="N", help="look-ups at once on a slow mount"),
-        option("--accept-breakage", action="store_true", help="confirm a real loss"),
+        *SCAN,
         option("--exit-code", action="store_true", help="exit with 10 if links are broken"),
         option("--forget-mount", action="append", default=[], metavar="DIR",
             help="a mount point that moved, or changed its type, for good"),
@@ -6192,15 +6612,11 @@ COMMANDS = (
         option("instances", nargs="*", metavar="INSTANCE", help="in place of all"), DRY_RUN)),
     Command("queue", "queue-repairs", "turn confirmed broken links into actions",
         "queue --limit 10 --min-age 1h", run_queue, show_queue, (
-        option("--limit", type=COUNT, metavar="N", help="queue no more than N"),
-        option("--min-age", type=DURATION, metavar="DURATION", help="broken for so long"),
-        DRY_RUN)),
+        option("--limit", type=COUNT, dest="repair.limit", metavar="N",
+            help="queue no more than N"),
+        MIN_AGE, DRY_RUN)),
     Command("dispatch", "process-actions", "carry out pending actions",
-        "dispatch --apply --max 5", run_dispatch, show_dispatch, (
-        option("--max", type=COUNT, metavar="N", help="send no more than N"),
-        option("--timeout", type=DURATION, metavar="SECONDS", help="for one request"),
-        option("--no-wait", action="store_true", help="do not follow the servers' searches"),
-        APPLY, DRY_RUN)),
+        "dispatch --apply --max 5", run_dispatch, show_dispatch, (*DISPATCH, APPLY, DRY_RUN)),
     Command("actions", "", "look at and mend the queue",
         "actions retry --failed", run_actions, show_actions, (
         option("action", nargs="?", choices=("list", "retry", "cancel"), default="list"),
@@ -6211,20 +6627,24 @@ COMMANDS = (
         DRY_RUN)),
     Command("cinesync", "cinesync-repair", "relink broken links to CineSync's copies",
         "cinesync --apply --limit 50", run_cinesync, show_relinked, (
-        option("--limit", type=COUNT, metavar="N", help="try no more than N links"),
-        option("--min-age", type=DURATION, metavar="DURATION", help="broken for so long"),
-        option("--any-resolution", action="store_true", help="SD for HD, or 2160p, will do"),
-        option("--accept-shrink", action="store_true", help="CineSync's library may have shrunk"),
-        option("--base", type=PATH, metavar="DIR", help="CineSync's own tree of links"),
-        option("--root", type=PATH, action="append", dest="roots", metavar="DIR",
-            help="where broken links may be replaced"),
-        option("--allow-target", type=PATH, action="append", dest="allowed_targets",
-            metavar="PREFIX", help="where new targets may lie"),
-        APPLY, DRY_RUN)),
+        option("--limit", type=COUNT, dest="cinesync.limit", metavar="N",
+            help="try no more than N links"),
+        MIN_AGE, *CINESYNC, APPLY, DRY_RUN)),
     Command("undo", "", "put links back as they were before a run",
         "undo --apply 42", run_undo, show_relinked, (
         option("run", nargs="?", type=COUNT, metavar="RUN", help="default: the last"),
         option("--path", action="append", default=[], metavar="LINK", help="only this link"),
+        APPLY, DRY_RUN)),
+    Command("run", "", "all of it: scan, ingest, cinesync, queue, dispatch, refresh, notify",
+        "run --apply --every 30m", run_run, show_run, (
+        *SCAN, MIN_AGE, *CINESYNC, *DISPATCH,
+        option("--limit", type=COUNT, dest="cinesync.limit repair.limit", metavar="N",
+            help="relink no more than N links, queue no more than N actions"),
+        option("--no-ingest", action="store_true", help="do not read the servers"),
+        option("--no-cinesync", action="store_true", help="do not relink"),
+        option("--time-limit", type=DURATION, dest="run.time_limit", metavar="DURATION",
+            help="begin nothing more after this long"),
+        option("--every", type=INTERVAL, metavar="DURATION", help="stay, and run so often"),
         APPLY, DRY_RUN)),
     Command("stats", "db-stats", "counts, worst directories, queue, media, database",
         "stats --format prometheus --output /var/lib/node_exporter/refresherr.prom",
@@ -6246,7 +6666,8 @@ COMMANDS = (
 GLOBAL_OPTIONS = (
     option("--config", metavar="FILE", help="the config file"),
     option("--db", metavar="FILE", help="the database file"),
-    option("--data-dir", metavar="DIR", help="where the database lives; default /data"),
+    option("--data-dir", type=PATH, dest="refresherr.data_dir", metavar="DIR",
+        help="where the database lives; default /data"),
     option("--json", action="store_true", help="one JSON object on stdout"),
     option("-v", "--verbose", action="count", default=0, help="say more; -vv with tracebacks"),
     option("-q", "--quiet", action="store_true", help="warnings and errors only"),
@@ -6313,14 +6734,10 @@ def load_context(
 ) -> Context:
     """Read the configuration and return what the command works with."""
     flags: Dict[Tuple[str, str], Any] = {}
-    section = {"queue": "repair", "dispatch": "repair", "cinesync": "cinesync"}.get(args.command)
-    for key in ("limit", "min_age", "max", "timeout", "base", "roots", "allowed_targets"):
-        value = getattr(args, key, None) if section else None
-        if value is not None and section:
-            value = tuple(value) if isinstance(value, list) else value
-            flags["repair" if key == "min_age" else section, key] = value
-    if args.data_dir:
-        flags["refresherr", "data_dir"] = os.path.abspath(os.path.expanduser(args.data_dir))
+    for dest, value in vars(args).items():
+        for section, _, key in (name.partition(".") for name in dest.split()):
+            if key and value not in (None, []):
+                flags[section, key] = tuple(value) if isinstance(value, list) else value
     error = ""
     try:
         file = find_config_file(args.config, environ, sys.argv[0] or ".")
