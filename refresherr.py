@@ -304,6 +304,12 @@ class Terminal:
         self.clear()
         print(text, file=self.out)
 
+    def hint(self, text: str) -> None:
+        """Say to a person who sits there what to do next."""
+        if self._progress:
+            self.clear()
+            print(self.paint(f"-> {text}", "dim"), file=self.err)
+
     def progress(self, text: str, clock: Callable[[], float] = time.monotonic) -> None:
         """Draw a line that replaces itself, ten times a second at the most."""
         if not self._progress or clock() < self._next_draw:
@@ -3069,8 +3075,6 @@ def plan_scan(
 ) -> ScanJob:
     """Return the job for some roots, by default all that are configured."""
     chosen = tuple(dict.fromkeys(roots or settings.roots))
-    if not chosen:
-        raise UsageError("no roots to scan: name a directory, or set roots in [scan] of the config")
     rows = conn.execute("SELECT mount_point, fs_type FROM mounts")
     remembered = {from_db(point): fs_type for point, fs_type in rows}
     names = ("ignore", "mount_checks", "workers", "stat_timeout")
@@ -5935,6 +5939,13 @@ class Context:
                 conn = stack.enter_context(self.database())
             yield conn, stack.enter_context(recorded_run(conn, command))
 
+    def require_roots(self) -> None:
+        """Raise UsageError if there is nothing to scan, before a database is made for that."""
+        if not self.config.scan.roots:
+            raise UsageError(
+                "no roots to scan: name a directory, or set [scan] roots in the config"
+            )
+
     def progress(self, text: str) -> None:
         """Show how far a step has come.  TimeUpError if it may go no further."""
         if time.monotonic() > self.deadline:
@@ -5945,6 +5956,7 @@ class Context:
 def run_scan(context: Context) -> JsonObject:
     """Walk the roots and record what is found."""
     args, settings = context.args, context.config.scan
+    context.require_roots()
     with context.recorded("scan") as (conn, summary):
         for point in args.forget_mount:
             if not forget_mount(conn, os.path.abspath(point)):
@@ -5990,6 +6002,8 @@ def show_scan(terminal: Terminal, result: JsonObject) -> None:
         f"{totals['missing']:,} missing, {totals['ignored']:,} ignored; "
         f"{format_duration(result['duration_seconds'])}"
     )
+    if totals["broken"]:
+        terminal.hint("`broken` lists them, and what can be done")
 
 
 def run_broken(context: Context) -> JsonObject:
@@ -6083,7 +6097,8 @@ def show_dispatch(terminal: Terminal, result: JsonObject) -> None:
         line = f"{action['status']:<11}{action['id']} {_server_of(action['url'])}: "
         terminal.line(escape(f"{line}{action['related_path']}{said}"))
     if not result["applied"]:
-        terminal.line("nothing was sent; --apply does it")
+        is_due = any(action["status"] == WOULD_SEND for action in result["actions"])
+        terminal.line("nothing was sent; --apply does it" if is_due else "nothing is due")
         return
     names = (SENT, REPAIRED, FAILED, RETRY, CANCELLED)
     terminal.line(", ".join(f"{result[name]:,} {name}" for name in names))
@@ -6125,13 +6140,16 @@ def show_relinked(terminal: Terminal, result: JsonObject) -> None:
         terminal.line(terminal.paint(f"    {escape(text)}", "dim"))
     if "message" in result:
         terminal.line(escape_message(result["message"]))
-    terminal.line(", ".join(f"{n:,} {name}" for name, n in sorted(counts.items())) or "no link")
-    if not result["applied"]:
+    words = ", ".join(f"{n:,} {name}" for name, n in sorted(counts.items()))
+    if words or "message" not in result:
+        terminal.line(words or "no link is broken")
+    if any(name.startswith("would") for name in counts):
         terminal.line("nothing was changed; --apply does it")
 
 
 def run_run(context: Context) -> JsonObject:
     """Take every step once, or again and again until somebody ends it."""
+    context.require_roots()
     every, count = context.args.every, 0
     if every is None:
         return run_once(context)
@@ -6295,9 +6313,8 @@ def show_run(terminal: Terminal, result: JsonObject) -> None:
             terminal.line(terminal.paint(name, "bold"))
             shows[name](terminal, step)
         elif step:
-            terminal.line(
-                escape(f"{terminal.paint(name, 'bold')}: {step['status']}: {step['message']}")
-            )
+            said = escape(f"{step['status']}: {step['message']}")
+            terminal.line(f"{terminal.paint(name, 'bold')}: {said}")
     for line in result.get("refresh", {}).get("servers", ()):
         count = len(line["directories"])
         words = "told" if result["applied"] else "would be told"
@@ -6682,6 +6699,18 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that raises in place of exiting."""
 
     def error(self, message: str) -> Any:
+        unknown = re.match(
+            r"argument COMMAND: .*?'(.*?)'|unrecognized arguments: (-[^ =]*)", message
+        )
+        if unknown and unknown[1] is not None:
+            message = f"no command {unknown[1]!r}" + _nearest(
+                unknown[1], [c.name for c in COMMANDS]
+            )
+        elif unknown:
+            options = itertools.chain(GLOBAL_OPTIONS, *(command.options for command in COMMANDS))
+            known = sorted({name for names, _ in options for name in names if name[:2] == "--"})
+            hint = _nearest(unknown[2], known)
+            message += hint if "mean" in hint else ""
         raise UsageError(f"{message}; see: {self.prog} --help")
 
 
@@ -6723,7 +6752,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.command is None:
-        raise UsageError("no command given; see: refresherr --help")
+        raise UsageError("no command given; begin with: refresherr scan DIR; see also: --help")
     args.verbose += getattr(args, "verbose_behind", 0)
     args.dry_run, args.apply = getattr(args, "dry_run", False), getattr(args, "apply", False)
     return args
