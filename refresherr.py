@@ -5455,33 +5455,6 @@ def _all_missing(actions: Iterable[Action]) -> List[int]:
     return sorted({number for action in actions for number in action.progress["missing"]})
 
 
-# STUB BEGIN
-class Note(NamedTuple):
-    title: str
-    text: str
-    level: str
-    result: JsonObject
-
-
-def send_notes(settings: Any, note: Note, timeout: float) -> List[JsonObject]:
-    return []
-
-
-def beat_start(settings: Any, name: str, timeout: float) -> List[JsonObject]:
-    return []
-
-
-def beat_end(
-    settings: Any, name: str, code: int, text: str, s: float, t: float
-) -> List[JsonObject]:
-    return []
-
-
-def refresh_media(name: str, settings: Any, directories: Sequence[str], t: float) -> JsonObject:
-    return {"server": name, "directories": directories, "left": [], "error": None}
-
-
-# STUB END
 # ---------------------------------------------------------------------------------------------
 # Statistics
 # ---------------------------------------------------------------------------------------------
