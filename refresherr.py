@@ -26,6 +26,8 @@ The sections, bottom-up; each uses only those above it:
     Ingest                  the servers' titles and files -> rows, linked to the symlinks
     Queue                   broken links -> actions
     Dispatch                actions -> servers, step by step, resumable
+    Notify                  who is told about a run, and the heartbeats
+    Media servers           Plex, Jellyfin and Emby are told which directories changed
     Statistics              what the database knows, for people and for Prometheus
     Doctor                  is this installation fit for work?
     Run                     what the steps of a whole run come to
@@ -553,20 +555,25 @@ class NotifySettings:
 
     discord: str = secret(parse_url, "Webhook.", "https://...", "DISCORD_WEBHOOK")
     ntfy: str = secret(parse_url, "Topic.", "https://ntfy.sh/topic")
-    ntfy_token: str = secret(parse_key, "Access token.", "...")
-    apprise: str = secret(parse_url, "", "http://apprise:8000/notify/KEY")
-    webhook: str = secret(parse_url, "Gets JSON.", "https://...")
-    healthchecks: str = secret(parse_url, "", "https://hc-ping.com/UUID")
-    uptime_kuma: str = secret(parse_url, "", "https://kuma.example/api/push/TOKEN")
-    when: str = setting("changes", parse_choice("changes", "failures", "always"), "", "changes")
+    ntfy_token: str = secret(parse_key, "Access token, where the topic needs one.", "...")
+    apprise: str = secret(parse_url, "Apprise API, with the key of its configuration.",
+        "http://apprise:8000/notify/KEY")
+    webhook: str = secret(parse_url, "Gets the run's result as JSON.", "https://...")
+    healthchecks: str = secret(parse_url, "Hears of the start and the end of every applied run.",
+        "https://hc-ping.com/UUID")
+    uptime_kuma: str = secret(parse_url, "Push URL; hears of the end of every applied run.",
+        "https://kuma.example/api/push/TOKEN")
+    when: str = setting("changes", parse_choice("changes", "failures", "always"),
+        "changes: a run that changed something, failed or was refused; failures; or always.",
+        "changes")
 
 
 @dataclasses.dataclass(frozen=True)
 class PlexSettings:
     """Plex is told about the directories that changed."""
 
-    url: str = setting("", parse_url, "", "http://plex:32400")
-    token: str = secret(parse_key, "", "...")
+    url: str = setting("", parse_url, "Its address.", "http://plex:32400")
+    token: str = secret(parse_key, "X-Plex-Token, from 'View XML' of any item.", "...")
     path_map: PathMap = setting((), parse_map, _MAP_DOC, "/opt/media => /data")
 
 
@@ -574,8 +581,8 @@ class PlexSettings:
 class JellyfinSettings:
     """Jellyfin or Emby, likewise."""
 
-    url: str = setting("", parse_url, "", "http://{kind}:8096")
-    api_key: str = secret(parse_key, "", "...")
+    url: str = setting("", parse_url, "With the base URL, if one is set.", "http://{kind}:8096")
+    api_key: str = secret(parse_key, "Dashboard > API Keys.", "...")
     path_map: PathMap = setting((), parse_map, _MAP_DOC, "/opt/media => /data")
 # fmt: on
 
@@ -763,6 +770,12 @@ def _check_config(config: Config) -> None:
     for instance in config.instances:
         if not instance.settings.url:
             raise ConfigError(f"config: {instance.name} has no url")
+    for section, key in (("plex", "token"), ("jellyfin", "api_key"), ("emby", "api_key")):
+        server = getattr(config, section)
+        if bool(server.url) != bool(getattr(server, key)):
+            raise ConfigError(f"config: [{section}] needs both url and {key}, or neither")
+    if config.notify.ntfy_token and not config.notify.ntfy:
+        raise ConfigError("config: [notify] has an ntfy_token but no ntfy")
     for root in config.cinesync.roots if config.cinesync.base else ():
         refuse_base(config.cinesync.base, root)
 
@@ -3975,15 +3988,32 @@ class HttpError(RefresherrError):
         self.status, self.retry, self.after = status, retry, after
 
 
+class Call(NamedTuple):
+    """A request; a body of bytes is sent as text, any other as JSON."""
+
+    method: str
+    path: str = ""
+    query: Mapping[str, Any] = {}
+    body: Any = None
+    headers: Mapping[str, str] = {}
+
+
 class Client:
     """Talks to one configured address, named `name` in messages, and to no other.
 
     Redirects are not followed, proxies not used; `headers` carry the key.  `timeout` is for the
     connection and for every wait; a whole answer may take that long too, a list three times.
+    With `hidden` all of the URL but its host is a secret, and its query is sent along.
     """
 
     def __init__(
-        self, name: str, url: str, timeout: float, headers: Mapping[str, str], token: str = ""
+        self,
+        name: str,
+        url: str,
+        timeout: float,
+        headers: Mapping[str, str],
+        token: str = "",
+        hidden: bool = False,
     ) -> None:
         import base64
         import urllib.request as web
@@ -3994,9 +4024,16 @@ class Client:
 
         userinfo = re.match(r"(?i)https?://([^/]*)@", url)
         self.name, self.timeout = name, timeout
-        self.url = strip_secrets(url)
+        self.url = self._address = strip_secrets(url)  # the first is for messages
+        self._query = ""
         self.aborted = False
         secrets = [*headers.values(), token]
+        if hidden:
+            bare = _USERINFO.sub(r"\1", url)
+            self._address, _, self._query = bare.partition("?")
+            scheme, _, host, *parts = re.split(r"[/?&=#]", bare)
+            self.url = f"{scheme}//{host}/***"
+            secrets += parts
         self._headers = {"User-Agent": f"Refresherr/{__version__}", **headers}
         self._headers["Accept"] = "application/json"
         if userinfo:
@@ -4004,8 +4041,9 @@ class Client:
             self._headers["Authorization"] = f"Basic {login}"
             password = userinfo.group(1).partition(":")[2]
             secrets += [login, password, unquote(password)]
-        forms = {form(text) for text in secrets for form in (str, quote, quote_plus)}
-        self._secrets = sorted(filter(None, forms), key=len, reverse=True)
+        forms = {form(text) for text in secrets for form in (str, unquote, quote, quote_plus)}
+        longest_first = sorted(filter(None, forms), key=len, reverse=True)
+        self._secrets = re.compile("|".join(map(re.escape, longest_first)) or "(?!)", re.IGNORECASE)
         self._opener = web.OpenerDirector()  # http and https, and nothing else that urllib knows
         names = ("HTTP", "HTTPS", "Unknown", "HTTPDefaultError")  # without ssl there is no HTTPS
         known = [getattr(web, f"{name}Handler", None) for name in names]
@@ -4017,7 +4055,7 @@ class Client:
 
         Raises HttpError, also where GET and POST are answered with something else than JSON.
         """
-        status, kind, stream = self._exchange(method, path, body, query)
+        status, kind, stream = self._exchange(Call(method, path, query, body))
         content = stream.read()
         if "json" not in kind and (method in ("GET", "POST") or content.strip()):
             raise self._not_json(path, kind)
@@ -4031,7 +4069,7 @@ class Client:
 
     def ask_list(self, path: str, **query: Any) -> Iterator[JsonObject]:
         """Yield the objects of a list, one at a time: memory does not grow with the library."""
-        _, kind, stream = self._exchange("GET", path, None, query, MAX_LIST, 3)
+        _, kind, stream = self._exchange(Call("GET", path, query), MAX_LIST, 3)
         if "json" not in kind:
             raise self._not_json(path, kind)
         try:
@@ -4041,11 +4079,13 @@ class Client:
         except (ValueError, RecursionError):
             raise HttpError(f"{self.name}: the JSON of {path} is damaged", retry=True) from None
 
-    def fetch(self, path: str, **query: Any) -> Any:
-        """Send a GET whose answer need not be JSON; return the JSON, None if it is none."""
+    def send(self, call: Call) -> Tuple[int, Any]:
+        """Send what any 2xx fulfils; return (status, the JSON of the answer, or else its text)."""
+        status, _, stream = self._exchange(call)
+        content = stream.read()
         with contextlib.suppress(ValueError, RecursionError):
-            return json.loads(self._exchange("GET", path, None, query)[2].read())
-        return None
+            return status, json.loads(content)
+        return status, content.decode("utf-8", "replace")
 
     def _not_json(self, path: str, kind: str) -> HttpError:
         kind = self.quote(kind.partition(";")[0]) or "nothing"
@@ -4053,13 +4093,7 @@ class Client:
         return HttpError(f"{text}; is its url right, with the URL base if one is set?", retry=True)
 
     def _exchange(
-        self,
-        method: str,
-        path: str,
-        body: Any,
-        query: Mapping[str, Any],
-        limit: int = MAX_BODY,
-        patience: int = 1,
+        self, call: Call, limit: int = MAX_BODY, patience: int = 1
     ) -> Tuple[int, str, Any]:
         """Return (status, content type, body as a file), all of it read.  Raises HttpError.
 
@@ -4070,7 +4104,7 @@ class Client:
 
         def run() -> None:
             try:
-                outcome.append(self._send(method, path, body, query, limit, deadline))
+                outcome.append(self._send(call, limit, deadline))
             except BaseException as exc:
                 outcome.append(exc)
 
@@ -4086,17 +4120,21 @@ class Client:
         status, kind, stream = result
         return status, kind, stream
 
-    def _send(
-        self, method: str, path: str, body: Any, query: Mapping[str, Any], limit: int, end: float
-    ) -> Tuple[int, str, Any]:
+    def _send(self, call: Call, limit: int, end: float) -> Tuple[int, str, Any]:
         import urllib.error
         import urllib.request
 
-        url = self.url + path + ("?" + urlencode(query, doseq=True) if query else "")
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(url, data, dict(self._headers), method=method)
-        if data is not None:
-            request.add_header("Content-Type", "application/json")
+        # A name that is not UTF-8 goes into a query as its bytes; JSON can only hold a ? for it.
+        query = urlencode(call.query, doseq=True, errors="surrogateescape", quote_via=quote)
+        query = "&".join(filter(None, [self._query, query]))
+        url = self._address + call.path + (query and f"?{query}")
+        headers, data = {**self._headers, **call.headers}, call.body
+        if isinstance(data, bytes):
+            headers["Content-Type"] = "text/plain; charset=utf-8"
+        elif data is not None:
+            headers["Content-Type"] = "application/json"
+            data = json.dumps(data, ensure_ascii=False).encode("utf-8", "replace")
+        request = urllib.request.Request(url, data, headers, method=call.method)
         try:
             with self._opener.open(request, timeout=self.timeout) as answer:
                 kind = answer.headers.get("Content-Type") or ""
@@ -4106,7 +4144,7 @@ class Client:
                 content = b""
                 with contextlib.suppress(Exception):
                     content = self._read(exc.fp, 1 << 16, end).read()
-                raise self._refusal(exc.code, exc.headers, content, path) from None
+                raise self._refusal(exc.code, exc.headers, content, call.path) from None
 
     def _read(self, answer: Any, limit: int, end: float) -> Any:
         import http.client
@@ -4143,7 +4181,9 @@ class Client:
         elif status == 404 and not words:
             said = f": {self.url}{path} is unknown there; is its url right, with the URL base?"
         retry = status >= 500 or status in RETRY_STATUSES
-        after = parse_retry_after(headers.get("Retry-After") or "", time.time())
+        exact = re.search(rb'"retry_after": *([\d.]+)', content)  # Discord's, with a fraction
+        asked = exact.group(1).decode() if exact else headers.get("Retry-After") or ""
+        after = parse_retry_after(asked, time.time())
         return HttpError(f"{self.name}: answered {status}{said}", status, retry, after)
 
     def _explain(self, exc: BaseException) -> BaseException:
@@ -4159,7 +4199,7 @@ class Client:
         if isinstance(reason, (socket.timeout, TimeoutError)):
             text = f"no whole answer within {format_duration(self.timeout)}"
         elif "CERTIFICATE" in str(reason):
-            text, retry = f"its certificate is not trusted ({reason})", False
+            text, retry = f"its certificate is not trusted ({self.quote(reason)})", False
         elif isinstance(reason, ConnectionError) and not getattr(reason, "strerror", None):
             text = "closed the connection without an answer"
         elif isinstance(reason, http.client.IncompleteRead):
@@ -4169,17 +4209,15 @@ class Client:
         elif isinstance(reason, http.client.HTTPException):
             text = f"speaks no HTTP there ({type(reason).__name__})"
         elif isinstance(reason, OSError):
-            text = (reason.strerror or str(reason) or type(reason).__name__).lower()
-            text += "; is it running, and its url right?"
+            words = reason.strerror or str(reason) or type(reason).__name__
+            text = f"{self.quote(words).lower()}; is it running, and its url right?"
         else:
             return exc
-        return HttpError(f"{self.name}: {self.url}: {self.quote(text)}", retry=retry)
+        return HttpError(f"{self.name}: {self.url}: {text}", retry=retry)
 
     def quote(self, words: Any) -> str:
         """Return a server's words as one short line without the secrets that it was sent."""
-        text = " ".join(str(words).split())
-        for secret_text in self._secrets:
-            text = text.replace(secret_text, "***")
+        text = self._secrets.sub("***", " ".join(str(words).split()))
         return redact(text)[:MAX_ERROR]
 
 
@@ -4229,8 +4267,8 @@ def iterate_json(stream: Any) -> Iterator[Any]:
 def read_error(content: bytes) -> str:
     """Return what a server's error says, in one line, whichever of their shapes it has.
 
-    {message}, {error}, {errorMessage}, [{propertyName, errorMessage}], {title, errors}; never the
-    {description}, which holds a stack trace.
+    {message}, {error}, {errorMessage}, {msg}, [{propertyName, errorMessage}], {title, errors};
+    never the {description}, which holds a stack trace.
     """
     try:
         error = json.loads(content)
@@ -4240,7 +4278,7 @@ def read_error(content: bytes) -> str:
     for item in error if isinstance(error, list) else [error]:
         if not isinstance(item, dict):
             continue
-        names = ("message", "errorMessage", "error", "detail", "title")
+        names = ("message", "errorMessage", "error", "detail", "msg", "title")
         parts.append(next((str(item[name]) for name in names if item.get(name)), ""))
         if item.get("propertyName"):
             parts[-1] = f"{item['propertyName']}: {parts[-1]}"
@@ -4254,7 +4292,7 @@ def parse_retry_after(text: str, now: float) -> float:
     import email.utils
 
     with contextlib.suppress(ValueError, TypeError, OverflowError):
-        if text.strip().isdigit():
+        if re.fullmatch(r"\s*[\d.]+\s*", text, re.ASCII):
             return min(86400.0, float(text))
         then = email.utils.parsedate_to_datetime(text).timestamp()
         return min(86400.0, max(0.0, then - now))
@@ -5088,7 +5126,8 @@ class Dispatcher:
                     action.outcome = WOULD_SEND
                     continue
                 try:
-                    _check_relay(client, client.fetch("", **parse_qs(query), token=relay.token))
+                    sent = {**parse_qs(query), "token": relay.token}
+                    _check_relay(client, client.send(Call("GET", "", sent))[1])
                     end_action(self.conn, action, SENT)
                 except HttpError as exc:
                     is_over = exc.status in (0, 401)  # it is down, or does not want us
@@ -5453,6 +5492,214 @@ def find_command(
 
 def _all_missing(actions: Iterable[Action]) -> List[int]:
     return sorted({number for action in actions for number in action.progress["missing"]})
+
+
+# ---------------------------------------------------------------------------------------------
+# Notify
+# ---------------------------------------------------------------------------------------------
+# The address of a notifier is its secret: messages show the host and no more of it.
+
+LONGEST_WAIT = 10.0  # seconds; who asks for more is left alone until the next run
+LEVELS = {  # of a note: its priority and tag at ntfy
+    "info": ("3", "information_source"), "success": ("3", "white_check_mark"),
+    "warning": ("4", "warning"), "failure": ("5", "rotating_light"),
+}  # fmt: skip
+Sleep = Callable[[float], None]
+
+
+class Note(NamedTuple):
+    """What is told of a run: a title of ASCII, escaped lines, a level, JSON; no secret."""
+
+    title: str
+    text: str
+    level: str
+    result: JsonObject
+
+
+def send_notes(
+    settings: NotifySettings, note: Note, timeout: float, sleep: Sleep = time.sleep
+) -> List[JsonObject]:
+    """Tell every configured notifier; return [{"name", "error": None or one line}]."""
+    title, text, level, result = note
+    # In a code block nothing is markdown or a link.  Of 2,000 characters an emoji may be two.
+    block = cut(text.replace("`", "'"), 2 * (1980 - len(title)), "utf-16-le")
+    message = {"content": f"**{title}**\n```\n{block}\n```", "allowed_mentions": {"parse": []}}
+    headers = {"Title": title, "Priority": LEVELS[level][0], "Tags": LEVELS[level][1]}
+    if settings.ntfy_token:
+        headers["Authorization"] = f"Bearer {settings.ntfy_token}"
+    calls = {
+        "discord": Call("POST", body=message),
+        "ntfy": Call("POST", body=cut(text, 4096).encode(), headers=headers),
+        "apprise": Call("POST", body={"title": title, "body": text, "type": level}),
+        "webhook": Call("POST", body={"title": title, "text": text, "level": level, **result}),
+    }
+    return _deliver(settings, calls, timeout, sleep)
+
+
+def beat_start(
+    settings: NotifySettings, run_id: str, timeout: float, sleep: Sleep = time.sleep
+) -> List[JsonObject]:
+    """Tell healthchecks that a run begins; `run_id` is a UUID.  Returns what send_notes does."""
+    calls = {"healthchecks": Call("POST", "/start", {"rid": run_id})}
+    return _deliver(settings, calls, timeout, sleep)
+
+
+def beat_end(
+    settings: NotifySettings,
+    run_id: str,
+    exit_code: int,
+    text: str,
+    seconds: float,
+    timeout: float,
+    sleep: Sleep = time.sleep,
+) -> List[JsonObject]:
+    """Tell healthchecks and Uptime Kuma how a run ended.  Returns what send_notes does."""
+    path, body = f"/{exit_code}" if exit_code else "", cut(text, 10000).encode()
+    state, line = "down" if exit_code else "up", cut(" ".join(text.split()), 250)
+    push = {"status": state, "msg": line, "ping": round(1000 * seconds)}
+    calls = {
+        "healthchecks": Call("POST", path, {"rid": run_id}, body),
+        "uptime_kuma": Call("GET", "", push),
+    }
+    return _deliver(settings, calls, timeout, sleep)
+
+
+def cut(text: str, limit: int, encoding: str = "utf-8") -> str:
+    """Return as much of `text` as fits into `limit` bytes; '...' shows that there was more."""
+    data = text.encode(encoding, "backslashreplace")
+    if len(data) > limit:
+        data = data[: limit - len("...".encode(encoding))]
+        return data.decode(encoding, "ignore") + "..."
+    return data.decode(encoding)
+
+
+def _deliver(
+    settings: NotifySettings, calls: Mapping[str, Call], timeout: float, sleep: Sleep
+) -> List[JsonObject]:
+    told = []
+    for name, call in calls.items():
+        url = getattr(settings, name)
+        if name == "uptime_kuma":
+            url = url.partition("?")[0]  # it is copied with an example of the query behind it
+        if url:
+            client = Client(name, url, timeout, {}, settings.ntfy_token, hidden=True)
+            told.append({"name": name, "error": _send_twice(client, call, sleep)})
+    return told
+
+
+def _send_twice(client: Client, call: Call, sleep: Sleep) -> Optional[str]:
+    """Send a call, and again where a server that is up asks for it; return what went wrong."""
+    try:
+        try:
+            status, answer = client.send(call)
+        except HttpError as exc:
+            if (exc.status != 429 and exc.status < 500) or exc.after > LONGEST_WAIT:
+                raise
+            sleep(exc.after or 1.0)
+            status, answer = client.send(call)
+    except HttpError as exc:
+        return escape_message(str(exc))
+    words = ""
+    if (client.name, status) == ("apprise", 204):
+        words = "it has no configuration of this name"
+    elif isinstance(answer, dict) and answer.get("ok") is False:
+        words = client.quote(read_error(json.dumps(answer).encode())) or "no reason given"
+    elif isinstance(answer, str) and answer.startswith("OK ("):  # healthchecks: '(not found)'
+        words = client.quote(answer)
+    return escape_message(f"{client.name}: answered {status}: {words}") if words else None
+
+
+# ---------------------------------------------------------------------------------------------
+# Media servers
+# ---------------------------------------------------------------------------------------------
+
+MEDIA_LIMIT = 60.0  # seconds for one server
+UPDATES = 100  # directories in one request to Jellyfin or Emby
+MEDIA_KEYS = {
+    "plex": ("X-Plex-Token", "{}"), "jellyfin": ("Authorization", 'MediaBrowser Token="{}"'),
+    "emby": ("X-Emby-Token", "{}"),
+}  # fmt: skip
+Plan = List[Tuple[Call, List[str]]]  # requests, and the paths that each tells of
+
+
+def refresh_media(
+    name: str,
+    settings: Union[PlexSettings, JellyfinSettings],
+    directories: Sequence[str],
+    timeout: float,
+) -> JsonObject:
+    """Tell a media server, by its `name` of MEDIA_KEYS, which directories changed.
+
+    Returns {"server", "directories": those told, "left": those for the next time, "error": None
+    or a line}.  What no library of Plex holds is in neither list.
+    """
+    key = settings.token if isinstance(settings, PlexSettings) else settings.api_key
+    header, form = MEDIA_KEYS[name]
+    client = Client(name, settings.url, timeout, {header: form.format(key)}, key)
+    wanted = {directory: map_path(directory, settings.path_map) for directory in directories}
+    paths = list(dict.fromkeys(wanted.values()))
+    told: Set[str] = set()
+    lost: Set[str] = set()
+    errors = []
+    end = time.monotonic() + MEDIA_LIMIT - timeout  # the last request has its time, too
+    try:
+        if name == "plex":
+            plan = plan_plex(client.ask("GET", "/library/sections"), paths)
+        else:
+            plan = plan_jellyfin(paths)
+        lost.update(set(paths).difference(*(group for _, group in plan)))
+        for call, group in plan:
+            _, answer = client.send(call)
+            if answer and call.body:
+                raise HttpError(f"{name}: {client.url} answers with a page; is its url right?")
+            told.update(group)
+            if time.monotonic() > end:
+                break
+    except HttpError as exc:
+        errors.append(str(exc))
+    left = [directory for directory, path in wanted.items() if path not in told | lost]
+    if left and not errors:
+        errors.append(f"{name}: it is slow; {len(left):,} of {len(wanted):,} directories wait")
+    if lost:
+        more = f" and {len(lost) - 1:,} more" if len(lost) > 1 else ""
+        errors.append(f"plex: no library holds {min(lost)}{more}; correct path_map in [plex]")
+    return {
+        "server": name,
+        "directories": [directory for directory, path in wanted.items() if path in told],
+        "left": left,
+        "error": escape_message("; ".join(errors)) or None,
+    }
+
+
+def plan_plex(answer: Any, paths: Iterable[str]) -> Plan:
+    """Return a call for each path that a library of Plex holds; the deepest one has it."""
+    keys: Dict[str, str] = {}
+    try:
+        for library in answer["MediaContainer"].get("Directory", ()):
+            for place in library.get("Location", ()):
+                keys[place["path"].rstrip("/") or "/"] = quote(library["key"], safe="")
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise HttpError("plex: the JSON of /library/sections is not what it should be") from None
+    homes = [(path, find_ancestor(path, keys)) for path in paths]
+    return [
+        (Call("GET", f"/library/sections/{keys[home]}/refresh", {"path": path}), [path])
+        for path, home in homes
+        if home
+    ]
+
+
+def plan_jellyfin(paths: Sequence[str]) -> Plan:
+    """Return calls that tell Jellyfin or Emby of the paths.
+
+    JSON holds text only: in a name that is not UTF-8, .NET too sees U+FFFD for what is none.
+    """
+    calls = []
+    for start in range(0, len(paths), UPDATES):
+        chunk = list(paths[start : start + UPDATES])
+        names = [os.fsencode(path).decode("utf-8", "replace") for path in chunk]
+        updates = [{"Path": name, "UpdateType": "Modified"} for name in names]
+        calls.append((Call("POST", "/Library/Media/Updated", body={"Updates": updates}), chunk))
+    return calls
 
 
 # ---------------------------------------------------------------------------------------------
