@@ -6067,9 +6067,13 @@ def name_problems(steps: Mapping[str, JsonObject]) -> Dict[str, str]:
 
 
 def still_open(steps: Mapping[str, JsonObject], told: Sequence[str]) -> List[str]:
-    """Return the problems there are now, with those told of steps that were not taken."""
-    skipped = [name for name, step in steps.items() if step["status"] == SKIP]
-    return sorted({*name_problems(steps), *(old for old in told if old.split()[0] in skipped)})
+    """Return the problems there are now, with those told of steps that had nothing to do."""
+    idle = [
+        name
+        for name, step in steps.items()
+        if step["status"] == SKIP or step["exit_code"] == EXIT_OK and step.get("actions") == []
+    ]
+    return sorted({*name_problems(steps), *(old for old in told if old.split()[0] in idle)})
 
 
 def plan_note(

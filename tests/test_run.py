@@ -254,8 +254,8 @@ def start_repairs(stage: Stage) -> List[Path]:
 
 @pytest.mark.parametrize("how", ["unmounted", "emptied", "a sentinel"])
 def test_an_outage_changes_nothing_and_is_told_once(stage: Stage, mount: Bind, how: str) -> None:
-    waiting = stage.link_of(stage.movie(stage.movies, "Amber River"))
-    stage.copy("Amber River")
+    waiting = stage.link_of(stage.movie(stage.movies, "Winter Choir"))
+    stage.copy("Winter Choir")
     links = start_repairs(stage)
     stage.sections["repair"]["limit"] = "25"
     if how == "a sentinel":
@@ -288,7 +288,7 @@ def test_an_outage_changes_nothing_and_is_told_once(stage: Stage, mount: Bind, h
     stage.told()
     result = stage.run()  # nobody has to do anything
     assert result["exit_code"] == 0, result
-    assert result["cinesync"]["replaced"] == 1 and os.path.exists(waiting)
+    assert result["cinesync"]["replaced"] == 1 and os.path.exists(waiting), result["cinesync"]
     assert sorted(stage.movies.searches[-1]["movieIds"]) and stage.statuses() == {"sent": 5}
     assert not any(link.is_symlink() for link in links)
     (note,) = stage.told()
@@ -367,7 +367,7 @@ def test_a_run_is_undone_by_its_own_number(stage: Stage) -> None:
 
 def test_who_does_not_answer_changes_no_result(stage: Stage) -> None:
     stage.sections["repair"]["timeout"] = "1s"
-    stage.ears.script(path_regex="/hook|/beat", kind="silent")
+    stage.ears.script(path_regex="/hook|/beat", kind="hang", times=9)
     stage.movie(stage.movies, "Iron Garden")
     result = stage.run()
     assert result["exit_code"] == 0 and result["dispatch"]["sent"] == 1
