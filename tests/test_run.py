@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -151,6 +152,7 @@ def test_a_preview_is_complete_and_changes_nothing(stage: Stage) -> None:
     link = stage.link_of(stage.movie(stage.movies, "Amber River"))
     stage.movie(stage.movies, "Iron Garden")
     stage.copy("Amber River")
+    stage.sections["notify"]["when"] = "always"
     before = target_of(link)
     for _ in range(2):
         result = stage.do("run")
@@ -195,6 +197,21 @@ def test_a_step_that_fails_stops_no_other_and_is_told_once(stage: Stage) -> None
     assert result["exit_code"] == 0 and result["ingest"]["status"] == "ok"
     (note,) = stage.told()
     assert "no longer: ingest error" in note["title"]
+
+
+def test_a_step_with_nothing_to_do_ends_no_problem(stage: Stage) -> None:
+    shutil.rmtree(stage.base / "Movies")
+    stage.movie(stage.movies, "Iron Garden")
+    result = stage.run("--max", 0)
+    assert result["cinesync"]["exit_code"] == 4
+    assert [note["title"] for note in stage.told()] == ["Refresherr: cinesync refused"]
+    assert stage.run()["dispatch"]["sent"] == 1
+    assert [note["title"] for note in stage.told()] == ["Refresherr: 1 sent, cinesync refused"]
+    result = stage.run()
+    assert result["cinesync"]["status"] == "skipped" and stage.told() == []
+    stage.movie(stage.movies, "Hollow Station")
+    stage.sections["repair"]["min_age"] = "1h"
+    assert stage.run()["cinesync"]["exit_code"] == 4 and stage.told() == []
 
 
 class Bind:
@@ -307,6 +324,13 @@ def test_what_the_guard_holds_is_told_once(stage: Stage) -> None:
         assert result["exit_code"] == 4 and result["scan"]["guard"]["held_back"] == 15
         assert len(stage.told()) == count
     assert not stage.changes() and all(link.is_symlink() for link in links)
+    for link in links[:15]:
+        stage.heal(link)
+    assert stage.run()["exit_code"] == 0
+    assert [note["title"] for note in stage.told()] == ["Refresherr: no longer: scan refused"]
+    for link in links[:15]:
+        stage.spoil(link)
+    assert stage.run()["exit_code"] == 4
     result = stage.run("--accept-breakage", "--max", 2)
     assert result["exit_code"] == 0 and result["dispatch"]["sent"] == 2
 
@@ -445,6 +469,7 @@ def test_a_run_has_its_time(stage: Stage) -> None:
     stage.movies.script(path_regex="/system/status", delay=1.0, times=1)  # while it ingests
     result = stage.run("--time-limit", "1s")
     assert result["exit_code"] == 3 and result["scan"]["exit_code"] == 0
+    assert result["ingest"]["exit_code"] == 3  # in the middle of it
     assert result["dispatch"]["exit_code"] == 3 and not stage.changes()
     assert stage.run()["dispatch"]["sent"] == 1
 
