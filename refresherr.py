@@ -5841,8 +5841,12 @@ def next_step(
     if link.status == MISSING:
         return "nothing to do: the link itself is gone"
     name = owner.instance if owner else "the relay" if plan_relay(config.relay, path) else ""
+    if not name and not (config.instances or config.relay.base):
+        return (
+            "replace the file, or have a server do it: [sonarr NAME], [radarr NAME] in the config"
+        )
     if not name:
-        return "replace the file, or remove the link"
+        return "no server owns it; replace the file, or remove the link"
     since = parse_time(link.broken_since) or 0.0
     reason = why_not(config.repair, since, attempts, time.time())
     if reason == "too_recent":
@@ -6296,8 +6300,11 @@ def show_queue(terminal: Terminal, result: JsonObject) -> None:
     for action in result["queued"]:
         where = _server_of(action["url"])
         terminal.line(escape(f"queued {action['id']} for {where}: {action['related_path']}"))
+    words = {"no_route": "that no server owns", "too_recent": "broken for less than min_age"}
     skipped = [
-        f"{count:,} {key.replace('_', ' ')}" for key, count in result["skipped"].items() if count
+        f"{count:,} {words.get(key) or key.replace('_', ' ')}"
+        for key, count in result["skipped"].items()
+        if count
     ]
     rest = f"; skipped: {', '.join(skipped)}" if skipped else ""
     terminal.line(f"{plural(len(result['queued']), 'action')} queued{rest}")
@@ -6320,12 +6327,11 @@ def show_dispatch(terminal: Terminal, result: JsonObject) -> None:
         said = f": {action['error']}" if action["error"] and not is_told else ""
         line = f"{action['status']:<11}{action['id']} {_server_of(action['url'])}: "
         terminal.line(escape(f"{line}{action['related_path']}{said}"))
-    if not result["applied"]:
-        is_due = any(action["status"] == WOULD_SEND for action in result["actions"])
-        terminal.line("nothing was sent; --apply does it" if is_due else "nothing is due")
-        return
     names = (SENT, REPAIRED, FAILED, RETRY, CANCELLED)
-    terminal.line(", ".join(f"{result[name]:,} {name}" for name in names))
+    summary = ", ".join(f"{result[name]:,} {name}" for name in names if result[name])
+    if any(action["status"] == WOULD_SEND for action in result["actions"]):
+        summary = "nothing was sent; --apply does it"
+    terminal.line(summary or "nothing is due")
 
 
 def run_cinesync(context: Context) -> JsonObject:
