@@ -6075,7 +6075,7 @@ def still_open(steps: Mapping[str, JsonObject], told: Sequence[str]) -> List[str
     idle = [
         name
         for name, step in steps.items()
-        if step["status"] == SKIP or step["exit_code"] == EXIT_OK and step.get("actions") == []
+        if step["status"] == SKIP or (step["exit_code"] == EXIT_OK and step.get("actions") == [])
     ]
     return sorted({*name_problems(steps), *(old for old in told if old.split()[0] in idle)})
 
