@@ -6206,6 +6206,11 @@ def run_scan(context: Context) -> JsonObject:
             result["message"] = "; ".join(reasons) or "a directory of targets is suddenly empty"
         elif result["exit_code"] == EXIT_FAILED:
             result["message"] = f"no root could be scanned: {failed[0]['reason']}"
+        elif result["exit_code"] == EXIT_PARTIAL:
+            parts = [f"{root['path']}: {root['reason']}" for root in failed]
+            unreachable = result["totals"][UNREACHABLE]
+            parts += [f"{plural(unreachable, 'link')} cannot be judged"] if unreachable else []
+            result["message"] = "; ".join(parts) or "some directories could not be read"
         summary.update(result)
         settle_repairs(conn)
     return result
@@ -6292,6 +6297,9 @@ def run_queue(context: Context) -> JsonObject:
     """Turn confirmed broken links into actions."""
     with context.recorded("queue") as (conn, summary):
         summary.update(queue_repairs(conn, context.config))
+        if summary["exit_code"] == EXIT_REFUSED:
+            count = plural(summary["skipped"]["unreachable"], "link")
+            summary["message"] = f"{count} cannot be judged now, and are not queued"
     return summary
 
 
@@ -6317,6 +6325,9 @@ def run_dispatch(context: Context) -> JsonObject:
         errand = Dispatcher(conn, context.config, context.applied, not args.no_wait)
         errand.deadline = context.deadline
         summary.update(errand.run(context.config.repair.max))
+        errors = [action["error"] for action in summary["actions"] if action["error"]]
+        if summary["exit_code"] != EXIT_OK and errors:
+            summary.setdefault("message", "; ".join(dict.fromkeys(errors)))
     return summary
 
 
