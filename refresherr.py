@@ -1738,6 +1738,17 @@ class Place:
         return (EMPTY, f"{self.probe} is mounted but empty") if empty else (HEALTHY, "")
 
 
+def why_closed(directory: str) -> str:
+    """Return why we could not replace links in a directory, '' if we could."""
+    info, user = os.stat(directory), os.geteuid()
+    if os.statvfs(directory).f_flag & os.ST_RDONLY:
+        return "the file system is read-only"
+    sticky = info.st_mode & stat.S_ISVTX and user not in (0, info.st_uid)
+    if os.access(directory, os.W_OK | os.X_OK) and not sticky:
+        return ""
+    return f"it belongs to user {info.st_uid}, this is user {user}"
+
+
 def is_empty(directory: str) -> bool:
     """Tell whether a directory holds nothing.  OSError if it cannot be read."""
     with os.scandir(directory) as entries:
@@ -1910,11 +1921,11 @@ class Surveyor:
     def open_roots(self) -> None:
         """Look at every root, hang-safe, and put the good ones on the pile; overlaps once."""
         looks = [functools.partial(self.examine_root, root) for root in self.job.roots]
-        real = {}
+        real, closed = {}, {}
         for number, answer in enumerate(self.ask_all(looks)):
             state, reason, path = answer or (ERROR, f"did not answer within {self.limit}", "")
             if state == "scanned":
-                real[number] = path
+                real[number], closed[number] = path, reason
             else:
                 self.send(("root", number, state, reason, path, False))
         for place in self.everywhere():
@@ -1924,7 +1935,7 @@ class Surveyor:
         for number, path in real.items():
             holding = [other for other, above in real.items() if is_under(path, above)]
             outer = [o for o in holding if real[o] != path or o < number]
-            self.send(("root", number, "scanned", "", path, bool(outer)))
+            self.send(("root", number, "scanned", closed[number], path, bool(outer)))
             if not outer:
                 self.walks.append((self.job.roots[number].rstrip("/"), number))
             for other in outer:
@@ -1978,11 +1989,11 @@ class Surveyor:
         try:
             if not stat.S_ISDIR(os.stat(root).st_mode):
                 return ERROR, "is not a directory", path
+            return "scanned", why_closed(root) if self.job.look_only else "", path
         except FileNotFoundError:
             return "missing", "does not exist", path
         except OSError as exc:
             return ERROR, exc.strerror or "cannot be read", path
-        return "scanned", "", path
 
     def look_again(self) -> None:
         """Judge anew what was gone at first sight: a mount may have been away for a moment.
@@ -3145,9 +3156,16 @@ def _look_at(
 
 
 def look_at_places(
-    conn: sqlite3.Connection, settings: ScanSettings, directories: Iterable[str]
+    conn: sqlite3.Connection,
+    settings: ScanSettings,
+    directories: Iterable[str],
+    mounts: Optional[List[Any]] = None,
 ) -> Dict[str, Tuple[str, str, str]]:
-    """Return {directory: (state, reason, real path)}, as a scan sees its roots."""
+    """Return {directory: (state, reason, real path)}, as a scan sees its roots.
+
+    The reason of one that is 'scanned' is why we could not replace links in it.  `mounts` gets
+    what there is to say of mounts.
+    """
     places: Dict[str, Tuple[str, str, str]] = {}
     job = dataclasses.replace(plan_scan(conn, settings, list(directories)), look_only=True)
     worker = Worker(job)
@@ -3155,6 +3173,8 @@ def look_at_places(
         for message in worker.messages():
             if message[0] == "root":
                 places[job.roots[message[1]]] = (message[2], message[3], message[4])
+            elif message[0] == "done" and mounts is not None:
+                mounts += message[1]
     finally:
         worker.close()
     return places
@@ -5588,14 +5608,20 @@ def _label(text: str) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
+SAMPLE = 20  # files of a server, and directories of links, that are tried
+
+
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What the doctor says of one thing; `state` is 'ok', 'warning' or 'failed'."""
+    """What the doctor says of one thing; `state` is 'ok', 'warning' or 'failed', and `line` what
+    the advice says to write somewhere.
+    """
 
     name: str
     state: str
     detail: str
     advice: str = ""
+    line: str = ""
 
 
 def examine_runtime() -> List[Finding]:
@@ -5615,16 +5641,18 @@ def examine_database(conn: sqlite3.Connection) -> List[Finding]:
     path = database_path(conn)
     damage = conn.execute("PRAGMA quick_check(1)").fetchone()[0]
     mode = conn.execute("PRAGMA journal_mode").fetchone()[0]
-    free = shutil.disk_usage(os.path.dirname(path)).free
     detail = f"{path}, schema version {schema_version(conn)}, journal {mode}"
     damaged = Finding("database", "failed", f"{path}: {damage}", _START_ANEW)
     result = [Finding("database", "ok", detail) if damage == "ok" else damaged]
     if mode != "wal":
-        advice = "a local disk would be faster"
+        advice = "a local disk would be faster: data_dir in [refresherr]"
         result.append(Finding("journal", "warning", f"journal mode {mode}", advice))
-    if free < max(100 << 20, 2 * os.path.getsize(path)):
-        detail = f"{free >> 20} MiB are free beside it"
-        result.append(Finding("space", "warning", detail, "free some space"))
+    folder = os.path.dirname(path)
+    free, wanted = shutil.disk_usage(folder).free, max(100 << 20, 2 * os.path.getsize(path))
+    if free < wanted:
+        detail = f"{free >> 20} MiB are free in {folder}"
+        advice = f"free {wanted >> 20} MiB, or move it to another disk: data_dir in [refresherr]"
+        result.append(Finding("space", "warning", detail, advice))
     return result
 
 
@@ -5636,45 +5664,73 @@ def examine_config(config: Config, error: str) -> List[Finding]:
     return [source, *(Finding("config", "warning", text) for text in config.warnings)]
 
 
+def examine_time(conn: sqlite3.Connection, now: float, cron_line: str) -> List[Finding]:
+    """Look at the clock, and whether anything starts a scan every day."""
+    select = """SELECT max(CASE WHEN command IN ('scan', 'run') THEN started_utc END),
+        max(started_utc), max(finished_utc), (SELECT max(ts) FROM events) FROM runs"""
+    last, *times = [parse_time(value) or 0.0 for value in conn.execute(select).fetchone()]
+    clock = Finding("clock", "ok", format_time(now))
+    if format_time(now) < "2024" or max(times) > now + 60:
+        detail = f"it says {format_time(now)}, the database {format_time(max(times))}"
+        advice = "set the clock; until then ages and cooldowns are wrong"
+        clock = Finding("clock", "warning", detail, advice)
+    ago = f"the last scan began {format_duration(max(0.0, now - last))} ago"
+    if last > now - 86400:
+        return [clock, Finding("schedule", "ok", ago)]
+    advice = "have cron do it; the line for `crontab -e`:"
+    return [
+        clock,
+        Finding("schedule", "warning", ago if last else "no scan yet", advice, cron_line),
+    ]
+
+
 def examine_library(config: Config, conn: sqlite3.Connection) -> List[Finding]:
-    """Look at roots and mounts, by the scan's own hang-safe means."""
-    if not config.scan.roots:
-        return [Finding("roots", "warning", "none configured", "set roots in [scan]")]
-    job = plan_scan(conn, config.scan)
+    """Look at directories, permissions and mounts, by the scan's own hang-safe means."""
+    roles: Dict[str, str] = {}
     findings = []
-    worker = Worker(dataclasses.replace(job, look_only=True))
+    keys = [("scan", "roots")]
+    if config.cinesync.base:
+        keys += [("cinesync", key) for key in ("base", "roots", "allowed_targets")]
+    for section, key in keys:
+        value = getattr(getattr(config, section), key)
+        if not value:
+            advice = f"set {key} in [{section}]"
+            findings.append(Finding(f"{section} {key}", "warning", "none configured", advice))
+        for path in (value,) if isinstance(value, str) else value:
+            roles.setdefault(path, f"{section} {key}")
+    if not roles:
+        return findings
+    changing = config.cinesync.base or config.instances  # or no link is ever touched
+    folders = sample_folders(conn, roles) if changing else []
+    mounts: List[Any] = []
     try:
-        for message in worker.messages():
-            if message[0] == "root":
-                name = f"root {job.roots[message[1]]}"
-                good = Finding(name, "ok", "can be read")
-                bad = Finding(name, "failed", message[3], "mount it, or correct [scan] roots")
-                findings.append(good if message[2] == "scanned" else bad)
-            elif message[0] == "done":
-                findings += [_examined_mount(*place) for place in message[1]]
-    finally:
-        worker.close()
-    return findings
+        looks = look_at_places(conn, config.scan, [*roles, *folders], mounts)
+    except RefresherrError as exc:
+        return [*findings, Finding("library", "failed", str(exc))]
+    for path, role in roles.items():
+        state, reason, _ = looks[path]
+        bad = Finding(f"{role} {path}", "failed", reason, "mount it, or correct the config")
+        findings.append(Finding(bad.name, "ok", "can be read") if state == "scanned" else bad)
+    findings += [_examined_mount(*mount) for mount in mounts]
+    folders = [folder for folder in folders if looks[folder][0] != "missing"]
+    closed = [f"{folder}: {looks[folder][1]}" for folder in folders if looks[folder][1]]
+    good = Finding("permissions", "ok", f"links can be replaced ({len(folders)} places tried)")
+    detail = f"links cannot be replaced in {len(closed)} of {len(folders)} places; {closed[:1]}"
+    advice = "run as the user they belong to, or let this one write there"
+    bad = Finding("permissions", "warning", detail, advice)
+    return [*findings, bad if closed else good] if folders else findings
 
 
-def examine_servers(config: Config) -> List[Finding]:
-    """Ask every Sonarr and Radarr for its name, version and root folders, with our key."""
-    findings = []
-    for instance in config.instances:
-        server = Server(instance, config.repair.timeout)
-        try:
-            detail = f"{server.kind.app} {server.connect()} at {redact(instance.settings.url)}"
-            findings.append(Finding(instance.name, "ok", detail))
-            for folder in server.get_list("/rootfolder"):
-                if folder.get("accessible") is False:
-                    detail = f"{instance.name} cannot reach its root folder {dig(folder, 'path')}"
-                    advice = "mount it there; until then nothing of it is repaired"
-                    findings.append(Finding("root folder", "failed", detail, advice))
-        except HttpError as exc:
-            advice = f"correct [{instance.name.replace('_', ' ', 1)}], or start the server"
-            detail = str(exc).partition(": ")[2]  # without the name
-            findings.append(Finding(instance.name, "failed", detail, advice))
-    return findings
+def sample_folders(conn: sqlite3.Connection, roots: Iterable[str]) -> List[str]:
+    """Return some directories below `roots` that hold links, those of broken ones first."""
+    count = conn.execute("SELECT count(*) FROM symlinks").fetchone()[0]
+    rows = conn.execute(
+        "SELECT path FROM symlinks WHERE status = 'broken' OR status <> 'missing' AND "
+        "rowid % ? = 0 ORDER BY status <> 'broken', path",
+        (count // 500 + 1,),
+    )
+    paths = (path for path in (from_db(row[0]) for row in rows) if find_ancestor(path, roots))
+    return list(dict.fromkeys(map(os.path.dirname, paths)))[:SAMPLE]
 
 
 def _examined_mount(point: str, fs_type: str, state: str, reason: str, role: str) -> Finding:
@@ -5685,6 +5741,167 @@ def _examined_mount(point: str, fs_type: str, state: str, reason: str, role: str
     if role == "remembered":
         advice += f", or, if it moved for good, `scan --forget-mount {point}`"
     return Finding(name, "failed", reason, advice)
+
+
+def examine_servers(config: Config, conn: sqlite3.Connection) -> List[Finding]:
+    """Ask every Sonarr and Radarr for its name, version and root folders, with our key, and
+    whether its files are links of ours.
+    """
+    findings = []
+    known = "SELECT 1 FROM symlinks WHERE status <> 'missing' LIMIT 1"
+    scanned = conn.execute(known).fetchone() is not None
+    if config.instances and not scanned:
+        advice = "`scan` first; then this shows whether the servers' paths are right"
+        findings.append(Finding("links", "warning", "none scanned yet", advice))
+    for instance in config.instances:
+        server = Server(instance, config.repair.timeout)
+        try:
+            detail = f"{server.kind.app} {server.connect()} at {redact(instance.settings.url)}"
+            findings.append(Finding(instance.name, "ok", detail))
+            folders = []
+            for folder in server.get_list("/rootfolder"):
+                folders.append(str(dig(folder, "path")).rstrip("/") or "/")
+                if folder.get("accessible") is False:
+                    detail = f"{instance.name} cannot reach its root folder {dig(folder, 'path')}"
+                    advice = "mount it there; until then nothing of it is repaired"
+                    findings.append(Finding("root folder", "failed", detail, advice))
+            findings += examine_files(conn, server, folders) if scanned else []
+        except HttpError as exc:
+            findings.append(_no_answer(instance.name, exc))
+    return findings
+
+
+def _no_answer(name: str, exc: HttpError) -> Finding:
+    detail = str(exc).partition(": ")[2]  # without the name
+    advice = f"correct [{name.replace('_', ' ', 1)}], or start the server"
+    return Finding(name, "failed", detail, advice)
+
+
+def examine_files(
+    conn: sqlite3.Connection, server: Server, folders: Sequence[str]
+) -> List[Finding]:
+    """Look whether some files of a server are links of ours; if none is, propose a path_map."""
+    paths = sample_files(server)
+    count, fitting = compare_files(conn, paths, server.path_map, folders)
+    tried = plural(len(paths), "file")
+    if count or not paths:
+        detail = f"{count} of {tried} tried are links of the last scan"
+        return [Finding(f"paths of {server.name}", "ok", detail)]
+    fits = compare_files(conn, paths, fitting, folders)[0] > 0
+    detail = f"none of {tried} tried is a known link, such as {paths[0]}"
+    return [_strange_paths(server.name, detail, fitting if fits else ())]
+
+
+def sample_files(server: Server) -> List[str]:
+    """Return the paths of some files from all over a server's library, with 8 requests at most."""
+
+    def spread(items: Iterable[JsonObject], place: str, count: int) -> List[Any]:
+        found = list(filter(None, (dig(item, place) for item in items)))
+        return found[:: -(-len(found) // count) or 1]
+
+    if server.kind.item == "movie":
+        return list(map(str, spread(server.get_list("/movie"), "movieFile.path", SAMPLE)))
+    series = (s for s in server.get_list("/series") if dig(s, "statistics.episodeFileCount"))
+    lists = (server.get_list(server.kind.file, seriesId=s) for s in spread(series, "id", 7))
+    return [str(path) for files in lists for path in spread(files, "path", 3)]
+
+
+def compare_files(
+    conn: sqlite3.Connection, paths: Sequence[str], path_map: PathMap, folders: Sequence[str]
+) -> Tuple[int, PathMap]:
+    """Return how many of a server's files are scanned links or what these point to, as in
+    `find_owner`, and the path_map of its root folders by which the most would be.
+    """
+    wanted: Dict[str, List[Tuple[str, str]]] = {}  # by the name of the file
+    for path in paths:
+        folder = find_ancestor(path, folders) or path
+        wanted.setdefault(os.path.basename(path), []).append((path, folder))
+    found: Set[str] = set()
+    votes: Dict[Tuple[str, str], Set[str]] = defaultdict(set)
+    rows = conn.execute("SELECT path, last_target FROM symlinks WHERE status <> 'missing'")
+    for link, target in (map(from_db, row) for row in rows):
+        for name in (link, target):
+            for path, folder in wanted.get(os.path.basename(name), ()):
+                place = os.path.normpath(os.path.join(os.path.dirname(link), name))
+                found.update([path] if map_path(place, path_map) == path else [])
+                tail = path[len(folder.rstrip("/")) :]
+                if tail and place.endswith(tail):
+                    votes[folder, place[: -len(tail)] or "/"].add(path)
+    best = dict(sorted(votes, key=lambda pair: (len(votes[pair]), pair)))  # the last one stays
+    return len(found), tuple({here: folder for folder, here in best.items()}.items())
+
+
+def _strange_paths(name: str, detail: str, fitting: PathMap) -> Finding:
+    """Return the finding for a server whose paths are not ours; `fitting` was seen to help."""
+    section = f"[{name.replace('_', ' ', 1)}]"
+    text = ", ".join(f"{here} => {there}" for here, there in fitting)
+    with contextlib.suppress(ValueError):
+        if fitting and text.isprintable() and parse_map(text) == fitting:
+            advice = f"write into {section}:"
+            return Finding(f"paths of {name}", "failed", detail, advice, f"path_map = {text}")
+    advice = f"scan its library; if it calls that something else, set path_map in {section}"
+    return Finding(f"paths of {name}", "warning", detail, advice)
+
+
+def examine_relay(config: Config) -> List[Finding]:
+    """Look whether the relay is there.
+
+    It has no call for that; one without /find, a term and the token cannot start a search.
+    """
+    base = re.sub("/find$", "", config.relay.base)
+    client = Client("relay", base, config.repair.timeout, {}, config.relay.token)
+    try:
+        _ = base and client.fetch("")
+    except HttpError as exc:
+        if not exc.status or exc.status >= 500:
+            return [_no_answer("relay", exc)]
+    if base and not config.relay.routes:
+        return [Finding("relay", "warning", "no routes lead to it", "set routes in [relay]")]
+    good = Finding("relay", "ok", f"answers at {client.url}; its token was not tried")
+    return [good] if base else []
+
+
+_MEDIA_SERVERS = {  # the header that carries the key, and how; who tells the version, and where
+    "plex": ("X-Plex-Token", "{}", "/identity", "MediaContainer.version"),
+    "jellyfin": ("Authorization", 'MediaBrowser Token="{}"', "/System/Info", "Version"),
+    "emby": ("X-Emby-Token", "{}", "/System/Info", "Version"),
+}
+
+
+def examine_media_servers(config: Config) -> List[Finding]:
+    """Ask Plex, Jellyfin and Emby for their versions, with our keys, and Plex for its folders."""
+    findings = []
+    for name, (header, form, page, version) in _MEDIA_SERVERS.items():
+        settings = getattr(config, name)
+        key = settings.token if name == "plex" else settings.api_key
+        client = Client(name, settings.url, config.repair.timeout, {header: form.format(key)}, key)
+        try:
+            found = settings.url and dig(client.ask("GET", page), version)
+            if found:
+                detail = f"{name.capitalize()} {client.quote(found)} at {client.url}"
+                findings.append(Finding(name, "ok", detail))
+            elif settings.url:
+                raise HttpError(f"{name}: {client.url} is something else")
+            if found and name == "plex":
+                findings += examine_folders(config, client.ask("GET", "/library/sections"))
+        except HttpError as exc:
+            findings.append(_no_answer(name, exc))
+    return findings
+
+
+def examine_folders(config: Config, answer: Any) -> List[Finding]:
+    """Look whether a root of ours is, holds or lies in a folder of Plex; if not, propose a map."""
+    places: List[str] = []
+    with contextlib.suppress(KeyError, TypeError):
+        sections = answer["MediaContainer"]["Directory"]
+        places += [str(folder["path"]) for section in sections for folder in section["Location"]]
+    roots = config.scan.roots
+    for there in (map_path(root, config.plex.path_map) for root in roots):
+        if any(is_under(there, place) or is_under(place, there) for place in places):
+            return []
+    pairs = {r: p for r in roots for p in places if os.path.basename(r) == os.path.basename(p)}
+    detail = f"none of its folders is of [scan] roots: {', '.join(places)}"
+    return [_strange_paths("plex", detail, tuple(pairs.items()))] if places and roots else []
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6027,21 +6244,35 @@ def format_bar(value: int, whole: int, width: int = 30) -> str:
 
 
 def run_doctor(context: Context) -> JsonObject:
-    """Look at everything a scan depends on."""
-    findings = examine_runtime() + examine_config(context.config, context.config_error)
+    """Look at everything a scan and a repair depend on."""
+    config = context.config
+    findings = examine_runtime() + examine_config(config, context.config_error)
     serious = bool(context.config_error)
     try:
         with context.database() as conn:
             database = examine_database(conn)
             serious = serious or any(finding.state == "failed" for finding in database)
-            findings += database + examine_library(context.config, conn)
-        findings += examine_servers(context.config)
+            findings += database + examine_time(conn, time.time(), format_cron_line(context))
+            findings += examine_library(config, conn) + examine_servers(config, conn)
     except DatabaseError as exc:
         serious = True
         findings.append(Finding("database", "failed", str(exc)))
+    findings += examine_relay(config) + examine_media_servers(config)
     failed = any(finding.state == "failed" for finding in findings)
     code = EXIT_FAILED if serious else EXIT_PARTIAL if failed else EXIT_OK
     return {"findings": [dataclasses.asdict(finding) for finding in findings], "exit_code": code}
+
+
+def format_cron_line(context: Context) -> str:
+    """Return a crontab's line for `run --apply`; there, % is a newline unless escaped."""
+    import shlex
+
+    words = [sys.executable, os.path.abspath(sys.argv[0]), "-q"]
+    words += ["--config", os.path.abspath(context.config.file)] if context.config.file else []
+    if context.args.db or context.args.data_dir or not context.config.file:
+        words += ["--db", context.db_path]
+    line = " ".join(map(shlex.quote, [*words, "run", "--apply"])).replace("%", "\\%")
+    return f"*/30 * * * * {line}"
 
 
 def show_doctor(terminal: Terminal, result: JsonObject) -> None:
@@ -6052,6 +6283,10 @@ def show_doctor(terminal: Terminal, result: JsonObject) -> None:
         terminal.line(state + escape_message(f"{finding['name']}: {finding['detail']}"))
         if finding["advice"]:
             terminal.line(f"        -> {escape_message(finding['advice'])}")
+        if finding["line"]:
+            terminal.line(f"        {escape_message(finding['line'])}")
+    count = Counter(finding["state"] for finding in result["findings"])
+    terminal.line(", ".join(f"{count[state]} {state}" for state in styles))
 
 
 def run_db(context: Context) -> JsonObject:
@@ -6232,7 +6467,7 @@ COMMANDS = (
         option("--top", type=COUNT, default=10, metavar="N", help="so many directories"),
         option("--format", choices=("text", "json", "prometheus"), default="text"),
         option("--output", metavar="FILE", help="write there, whole or not at all"))),
-    Command("doctor", "", "check interpreter, database, mounts, roots and config",
+    Command("doctor", "", "check all that a scan and a repair depend on",
         "doctor --config /etc/refresherr.ini", run_doctor, show_doctor, ()),
     Command("db", "", "look after the database",
         "db backup /backup/symlinks.db", run_db, show_db, (
