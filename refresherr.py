@@ -3156,15 +3156,11 @@ def _look_at(
 
 
 def look_at_places(
-    conn: sqlite3.Connection,
-    settings: ScanSettings,
-    directories: Iterable[str],
-    mounts: Optional[List[Any]] = None,
-) -> Dict[str, Tuple[str, str, str]]:
-    """Return {directory: (state, reason, real path)}, as a scan sees its roots.
+    conn: sqlite3.Connection, settings: ScanSettings, directories: Iterable[str]
+) -> Tuple[Dict[str, Tuple[str, str, str]], List[Any]]:
+    """Return {directory: (state, reason, real path)}, as a scan sees its roots, and the mounts.
 
-    The reason of one that is 'scanned' is why we could not replace links in it.  `mounts` gets
-    what there is to say of mounts.
+    The reason of one that is 'scanned' is why we could not replace links in it.
     """
     places: Dict[str, Tuple[str, str, str]] = {}
     job = dataclasses.replace(plan_scan(conn, settings, list(directories)), look_only=True)
@@ -3173,11 +3169,9 @@ def look_at_places(
         for message in worker.messages():
             if message[0] == "root":
                 places[job.roots[message[1]]] = (message[2], message[3], message[4])
-            elif message[0] == "done" and mounts is not None:
-                mounts += message[1]
+        return places, message[1]
     finally:
         worker.close()
-    return places
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3594,7 +3588,7 @@ def _within_reach(
 ) -> List[LinkChange]:
     """Return the changes whose directories answer, or are not there; the others say why not."""
     folders = {change.path: os.path.dirname(change.path) for change in changes}
-    places = look_at_places(conn, settings, folders.values()) if folders else {}
+    places = look_at_places(conn, settings, folders.values())[0] if folders else {}
     for change in changes:
         state, reason, _ = places[folders[change.path]]
         change.reason = "" if state in ("scanned", "missing") else reason
@@ -3650,7 +3644,7 @@ class Relinker:
             self.settings.roots,
             self.settings.allowed_targets,
         )
-        places = look_at_places(self.conn, self.scan, (base, *roots, *allowed))
+        places, _ = look_at_places(self.conn, self.scan, (base, *roots, *allowed))
         state, reason, real_base = places[base]
         for real in filter(None, (places[root][2] for root in roots) if real_base else ()):
             refuse_base(real_base, real)
@@ -5645,14 +5639,12 @@ def examine_database(conn: sqlite3.Connection) -> List[Finding]:
     damaged = Finding("database", "failed", f"{path}: {damage}", _START_ANEW)
     result = [Finding("database", "ok", detail) if damage == "ok" else damaged]
     if mode != "wal":
-        advice = "a local disk would be faster: data_dir in [refresherr]"
+        advice = "a local disk would be faster"
         result.append(Finding("journal", "warning", f"journal mode {mode}", advice))
-    folder = os.path.dirname(path)
-    free, wanted = shutil.disk_usage(folder).free, max(100 << 20, 2 * os.path.getsize(path))
-    if free < wanted:
-        detail = f"{free >> 20} MiB are free in {folder}"
-        advice = f"free {wanted >> 20} MiB, or move it to another disk: data_dir in [refresherr]"
-        result.append(Finding("space", "warning", detail, advice))
+    free, wanted = shutil.disk_usage(os.path.dirname(path)).free, 2 * os.path.getsize(path)
+    if free < max(100 << 20, wanted):
+        advice = f"free {max(100 << 20, wanted) >> 20} MiB, or move data_dir to another disk"
+        result.append(Finding("space", "warning", f"{free >> 20} MiB are free beside it", advice))
     return result
 
 
@@ -5669,56 +5661,47 @@ def examine_time(conn: sqlite3.Connection, now: float, cron_line: str) -> List[F
     select = """SELECT max(CASE WHEN command IN ('scan', 'run') THEN started_utc END),
         max(started_utc), max(finished_utc), (SELECT max(ts) FROM events) FROM runs"""
     last, *times = [parse_time(value) or 0.0 for value in conn.execute(select).fetchone()]
-    clock = Finding("clock", "ok", format_time(now))
-    if format_time(now) < "2024" or max(times) > now + 60:
-        detail = f"it says {format_time(now)}, the database {format_time(max(times))}"
-        advice = "set the clock; until then ages and cooldowns are wrong"
-        clock = Finding("clock", "warning", detail, advice)
-    ago = f"the last scan began {format_duration(max(0.0, now - last))} ago"
+    state, detail, advice = "ok", format_time(now), ""
+    if detail < "2024" or max(times) > now + 60:
+        detail += f", but the database knows of {format_time(max(times))}"
+        state, advice = "warning", "set it; until then ages and cooldowns are wrong"
+    clock = Finding("clock", state, detail, advice)
+    ago = f"the last scan began {format_duration(max(0.0, now - last))} ago" if last else "no scan"
     if last > now - 86400:
         return [clock, Finding("schedule", "ok", ago)]
     advice = "have cron do it; the line for `crontab -e`:"
-    return [
-        clock,
-        Finding("schedule", "warning", ago if last else "no scan yet", advice, cron_line),
-    ]
+    return [clock, Finding("schedule", "warning", ago, advice, cron_line)]
 
 
 def examine_library(config: Config, conn: sqlite3.Connection) -> List[Finding]:
     """Look at directories, permissions and mounts, by the scan's own hang-safe means."""
-    roles: Dict[str, str] = {}
-    findings = []
-    keys = [("scan", "roots")]
-    if config.cinesync.base:
-        keys += [("cinesync", key) for key in ("base", "roots", "allowed_targets")]
-    for section, key in keys:
-        value = getattr(getattr(config, section), key)
-        if not value:
-            advice = f"set {key} in [{section}]"
-            findings.append(Finding(f"{section} {key}", "warning", "none configured", advice))
-        for path in (value,) if isinstance(value, str) else value:
-            roles.setdefault(path, f"{section} {key}")
+    copies, findings = config.cinesync, []
+    roles = dict.fromkeys(config.scan.roots, "root")
+    if copies.base:
+        places = (copies.base, *copies.roots, *copies.allowed_targets)
+        roles = {**dict.fromkeys(places, "cinesync"), **roles}
+    if not config.scan.roots:
+        findings.append(Finding("roots", "warning", "none configured", "set roots in [scan]"))
     if not roles:
         return findings
-    changing = config.cinesync.base or config.instances  # or no link is ever touched
-    folders = sample_folders(conn, roles) if changing else []
-    mounts: List[Any] = []
-    try:
-        looks = look_at_places(conn, config.scan, [*roles, *folders], mounts)
-    except RefresherrError as exc:
-        return [*findings, Finding("library", "failed", str(exc))]
+    # Where nothing ever changes a link, permissions do not matter.
+    folders = sample_folders(conn, roles) if copies.base or config.instances else []
+    looks, mounts = look_at_places(conn, config.scan, [*roles, *folders])
     for path, role in roles.items():
         state, reason, _ = looks[path]
         bad = Finding(f"{role} {path}", "failed", reason, "mount it, or correct the config")
         findings.append(Finding(bad.name, "ok", "can be read") if state == "scanned" else bad)
     findings += [_examined_mount(*mount) for mount in mounts]
-    folders = [folder for folder in folders if looks[folder][0] != "missing"]
-    closed = [f"{folder}: {looks[folder][1]}" for folder in folders if looks[folder][1]]
-    good = Finding("permissions", "ok", f"links can be replaced ({len(folders)} places tried)")
-    detail = f"links cannot be replaced in {len(closed)} of {len(folders)} places; {closed[:1]}"
-    advice = "run as the user they belong to, or let this one write there"
-    bad = Finding("permissions", "warning", detail, advice)
-    return [*findings, bad if closed else good] if folders else findings
+    there = {folder: looks[folder][1] for folder in folders if looks[folder][0] != "missing"}
+    closed = [f"{folder}: {reason}" for folder, reason in there.items() if reason]
+    if closed:
+        detail = f"links cannot be replaced in {len(closed)} of {len(there)} places: {closed[0]}"
+        advice = "run it as the user they belong to, or let this one write there"
+        findings.append(Finding("permissions", "warning", detail, advice))
+    elif there:
+        detail = f"links can be replaced ({len(there)} places tried)"
+        findings.append(Finding("permissions", "ok", detail))
+    return findings
 
 
 def sample_folders(conn: sqlite3.Connection, roots: Iterable[str]) -> List[str]:
@@ -5744,15 +5727,8 @@ def _examined_mount(point: str, fs_type: str, state: str, reason: str, role: str
 
 
 def examine_servers(config: Config, conn: sqlite3.Connection) -> List[Finding]:
-    """Ask every Sonarr and Radarr for its name, version and root folders, with our key, and
-    whether its files are links of ours.
-    """
+    """Ask every Sonarr and Radarr for version, root folders and some files, with our key."""
     findings = []
-    known = "SELECT 1 FROM symlinks WHERE status <> 'missing' LIMIT 1"
-    scanned = conn.execute(known).fetchone() is not None
-    if config.instances and not scanned:
-        advice = "`scan` first; then this shows whether the servers' paths are right"
-        findings.append(Finding("links", "warning", "none scanned yet", advice))
     for instance in config.instances:
         server = Server(instance, config.repair.timeout)
         try:
@@ -5765,7 +5741,7 @@ def examine_servers(config: Config, conn: sqlite3.Connection) -> List[Finding]:
                     detail = f"{instance.name} cannot reach its root folder {dig(folder, 'path')}"
                     advice = "mount it there; until then nothing of it is repaired"
                     findings.append(Finding("root folder", "failed", detail, advice))
-            findings += examine_files(conn, server, folders) if scanned else []
+            findings.append(examine_files(conn, server, folders))
         except HttpError as exc:
             findings.append(_no_answer(instance.name, exc))
     return findings
@@ -5777,19 +5753,18 @@ def _no_answer(name: str, exc: HttpError) -> Finding:
     return Finding(name, "failed", detail, advice)
 
 
-def examine_files(
-    conn: sqlite3.Connection, server: Server, folders: Sequence[str]
-) -> List[Finding]:
+def examine_files(conn: sqlite3.Connection, server: Server, folders: Sequence[str]) -> Finding:
     """Look whether some files of a server are links of ours; if none is, propose a path_map."""
+    name = f"paths of {server.name}"
+    if not conn.execute("SELECT count(*) FROM symlinks WHERE status <> 'missing'").fetchone()[0]:
+        return Finding(name, "warning", "no links are known yet", "`scan`, then look again")
     paths = sample_files(server)
     count, fitting = compare_files(conn, paths, server.path_map, folders)
-    tried = plural(len(paths), "file")
     if count or not paths:
-        detail = f"{count} of {tried} tried are links of the last scan"
-        return [Finding(f"paths of {server.name}", "ok", detail)]
-    fits = compare_files(conn, paths, fitting, folders)[0] > 0
-    detail = f"none of {tried} tried is a known link, such as {paths[0]}"
-    return [_strange_paths(server.name, detail, fitting if fits else ())]
+        return Finding(name, "ok", f"{count} of {plural(len(paths), 'file')} tried are known links")
+    if not compare_files(conn, paths, fitting, folders)[0]:
+        fitting = ()
+    return _strange_paths(server.name, f"no file is a known link; one is {paths[0]}", fitting)
 
 
 def sample_files(server: Server) -> List[str]:
@@ -5827,8 +5802,11 @@ def compare_files(
                 tail = path[len(folder.rstrip("/")) :]
                 if tail and place.endswith(tail):
                     votes[folder, place[: -len(tail)] or "/"].add(path)
-    best = dict(sorted(votes, key=lambda pair: (len(votes[pair]), pair)))  # the last one stays
-    return len(found), tuple({here: folder for folder, here in best.items()}.items())
+    best: Dict[str, str] = {}
+    for folder, here in sorted(votes, key=lambda pair: -len(votes[pair])):  # links before targets
+        if here not in best.values():
+            best.setdefault(folder, here)
+    return len(found), tuple((here, folder) for folder, here in best.items())
 
 
 def _strange_paths(name: str, detail: str, fitting: PathMap) -> Finding:
@@ -5844,10 +5822,7 @@ def _strange_paths(name: str, detail: str, fitting: PathMap) -> Finding:
 
 
 def examine_relay(config: Config) -> List[Finding]:
-    """Look whether the relay is there.
-
-    It has no call for that; one without /find, a term and the token cannot start a search.
-    """
+    """Look whether the relay is there; without /find, term and token that starts no search."""
     base = re.sub("/find$", "", config.relay.base)
     client = Client("relay", base, config.repair.timeout, {}, config.relay.token)
     try:
@@ -5855,8 +5830,6 @@ def examine_relay(config: Config) -> List[Finding]:
     except HttpError as exc:
         if not exc.status or exc.status >= 500:
             return [_no_answer("relay", exc)]
-    if base and not config.relay.routes:
-        return [Finding("relay", "warning", "no routes lead to it", "set routes in [relay]")]
     good = Finding("relay", "ok", f"answers at {client.url}; its token was not tried")
     return [good] if base else []
 
@@ -5873,16 +5846,17 @@ def examine_media_servers(config: Config) -> List[Finding]:
     findings = []
     for name, (header, form, page, version) in _MEDIA_SERVERS.items():
         settings = getattr(config, name)
+        if not settings.url:
+            continue
         key = settings.token if name == "plex" else settings.api_key
         client = Client(name, settings.url, config.repair.timeout, {header: form.format(key)}, key)
         try:
-            found = settings.url and dig(client.ask("GET", page), version)
-            if found:
-                detail = f"{name.capitalize()} {client.quote(found)} at {client.url}"
-                findings.append(Finding(name, "ok", detail))
-            elif settings.url:
+            found = dig(client.ask("GET", page), version)
+            if not found:
                 raise HttpError(f"{name}: {client.url} is something else")
-            if found and name == "plex":
+            detail = f"{name.capitalize()} {client.quote(found)} at {client.url}"
+            findings.append(Finding(name, "ok", detail))
+            if name == "plex":
                 findings += examine_folders(config, client.ask("GET", "/library/sections"))
         except HttpError as exc:
             findings.append(_no_answer(name, exc))
@@ -6254,9 +6228,10 @@ def run_doctor(context: Context) -> JsonObject:
             serious = serious or any(finding.state == "failed" for finding in database)
             findings += database + examine_time(conn, time.time(), format_cron_line(context))
             findings += examine_library(config, conn) + examine_servers(config, conn)
-    except DatabaseError as exc:
-        serious = True
-        findings.append(Finding("database", "failed", str(exc)))
+    except RefresherrError as exc:  # the other one is that of a worker which came to grief
+        name = "database" if isinstance(exc, DatabaseError) else "library"
+        serious = serious or name == "database"
+        findings.append(Finding(name, "failed", str(exc)))
     findings += examine_relay(config) + examine_media_servers(config)
     failed = any(finding.state == "failed" for finding in findings)
     code = EXIT_FAILED if serious else EXIT_PARTIAL if failed else EXIT_OK
