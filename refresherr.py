@@ -5436,6 +5436,7 @@ def collect_stats(conn: sqlite3.Connection, settings: RepairSettings, top: int =
         "repairs": count_repairs(conn, settings),
         "last_scan": _last_run(conn, "scan", ("totals", "changes", "guard")),
         "last_cinesync": _last_run(conn, "cinesync", ("replaced", "skipped", "errors")),
+        "runs": _summarise_runs(conn),
         "database": {
             "path": path,
             "size_bytes": sum(map(os.path.getsize, files)),
@@ -5459,6 +5460,20 @@ def _last_run(conn: sqlite3.Connection, command: str, parts: Sequence[str]) -> J
         "duration_seconds": summary.get("duration_seconds"),
         **{part: summary.get(part, {}) for part in parts},
     }
+
+
+def _summarise_runs(conn: sqlite3.Connection) -> Dict[str, JsonObject]:
+    """Return for each command how its last run ended, and when one last did its work."""
+    runs: Dict[str, JsonObject] = {}
+    for command, code, finished in conn.execute(
+        "SELECT command, exit_code, finished_utc FROM runs WHERE finished_utc NOT NULL "
+        "AND exit_code NOT NULL ORDER BY run_id"
+    ):
+        run = runs.setdefault(command, {"succeeded": None})
+        run.update(finished=finished, exit_code=code)
+        if code in (EXIT_OK, EXIT_PARTIAL, EXIT_BROKEN):
+            run["succeeded"] = finished
+    return runs
 
 
 def count_repairs(conn: sqlite3.Connection, settings: RepairSettings) -> JsonObject:
@@ -5582,11 +5597,20 @@ def format_prometheus(stats: JsonObject) -> str:
     add("media", "Rows mirrored from Sonarr and Radarr.", stats["media"].items(), "kind")
     add("broken_in_directory", "Broken symlinks in the worst directories.", worst, "directory")
     add("database_bytes", "Size of the database.", [("", stats["database"]["size_bytes"])])
+    codes = [(name, run["exit_code"]) for name, run in sorted(stats["runs"].items())]
+    add("last_run_exit_code", "Exit status of each command's last run.", codes, "command")
+    for metric, key, text in (
+        ("run", "finished", "When each command's last run ended."),
+        ("success", "succeeded", "When each command last ended with status 0, 3 or 10."),
+    ):
+        times = {name: parse_time(run[key]) for name, run in sorted(stats["runs"].items())}
+        samples = [(name, int(ended)) for name, ended in times.items() if ended]
+        add(f"last_{metric}_timestamp_seconds", text, samples, "command")
     if last.get("finished"):
         ended = int(parse_time(last["finished"]) or 0)
         tripped = int(bool(last["guard"].get("tripped")))
         add("last_scan_timestamp_seconds", "When the last scan ended.", [("", ended)])
-        add("last_scan_exit_code", "Its exit status.", [("", last["exit_code"])])
+        add("last_scan_exit_code", "Exit status of the last scan.", [("", last["exit_code"])])
         add("guard_tripped", "Whether the mass-breakage guard held links back.", [("", tripped)])
     return "\n".join(lines) + "\n"
 
