@@ -150,6 +150,18 @@ def test_a_clock_that_was_never_set(refresherr: Refresherr, library: Library) ->
     conn.close()
 
 
+def test_times_that_are_none(refresherr: Refresherr) -> None:
+    refresherr("stats")
+    conn = sqlite3.connect(str(refresherr.db_path))
+    for ts in ("yesterday", -(10**18), 10**18):
+        with conn:
+            conn.execute("DELETE FROM events")
+            conn.execute("INSERT INTO events (ts) VALUES (?)", (ts,))
+        state = examine(refresherr).of("clock")["state"]
+        assert state == ("warning" if ts == 10**18 else "ok")
+    conn.close()
+
+
 @pytest.mark.parametrize(("age", "state"), [(0, "ok"), (MONTH, "warning"), (None, "warning")])
 def test_the_schedule(
     refresherr: Refresherr, library: Library, age: Optional[int], state: str
