@@ -1781,6 +1781,17 @@ class Place:
         return (EMPTY, f"{self.probe} is mounted but empty") if empty else (HEALTHY, "")
 
 
+def why_closed(directory: str) -> str:
+    """Return why we could not replace links in a directory, '' if we could."""
+    info, user = os.stat(directory), os.geteuid()
+    if os.statvfs(directory).f_flag & os.ST_RDONLY:
+        return "the file system is read-only"
+    sticky = info.st_mode & stat.S_ISVTX and user not in (0, info.st_uid)
+    if os.access(directory, os.W_OK | os.X_OK) and not sticky:
+        return ""
+    return f"it belongs to user {info.st_uid}, this is user {user}"
+
+
 def is_empty(directory: str) -> bool:
     """Tell whether a directory holds nothing.  OSError if it cannot be read."""
     with os.scandir(directory) as entries:
@@ -1953,11 +1964,11 @@ class Surveyor:
     def open_roots(self) -> None:
         """Look at every root, hang-safe, and put the good ones on the pile; overlaps once."""
         looks = [functools.partial(self.examine_root, root) for root in self.job.roots]
-        real = {}
+        real, closed = {}, {}
         for number, answer in enumerate(self.ask_all(looks)):
             state, reason, path = answer or (ERROR, f"did not answer within {self.limit}", "")
             if state == "scanned":
-                real[number] = path
+                real[number], closed[number] = path, reason
             else:
                 self.send(("root", number, state, reason, path, False))
         for place in self.everywhere():
@@ -1967,7 +1978,7 @@ class Surveyor:
         for number, path in real.items():
             holding = [other for other, above in real.items() if is_under(path, above)]
             outer = [o for o in holding if real[o] != path or o < number]
-            self.send(("root", number, "scanned", "", path, bool(outer)))
+            self.send(("root", number, "scanned", closed[number], path, bool(outer)))
             if not outer:
                 self.walks.append((self.job.roots[number].rstrip("/"), number))
             for other in outer:
@@ -2021,11 +2032,11 @@ class Surveyor:
         try:
             if not stat.S_ISDIR(os.stat(root).st_mode):
                 return ERROR, "is not a directory", path
+            return "scanned", why_closed(root) if self.job.look_only else "", path
         except FileNotFoundError:
             return "missing", "does not exist", path
         except OSError as exc:
             return ERROR, exc.strerror or "cannot be read", path
-        return "scanned", "", path
 
     def look_again(self) -> None:
         """Judge anew what was gone at first sight: a mount may have been away for a moment.
@@ -3187,8 +3198,11 @@ def _look_at(
 
 def look_at_places(
     conn: sqlite3.Connection, settings: ScanSettings, directories: Iterable[str]
-) -> Dict[str, Tuple[str, str, str]]:
-    """Return {directory: (state, reason, real path)}, as a scan sees its roots."""
+) -> Tuple[Dict[str, Tuple[str, str, str]], List[Any]]:
+    """Return {directory: (state, reason, real path)}, as a scan sees its roots, and the mounts.
+
+    The reason of one that is 'scanned' is why we could not replace links in it.
+    """
     places: Dict[str, Tuple[str, str, str]] = {}
     job = dataclasses.replace(plan_scan(conn, settings, list(directories)), look_only=True)
     worker = Worker(job)
@@ -3196,9 +3210,9 @@ def look_at_places(
         for message in worker.messages():
             if message[0] == "root":
                 places[job.roots[message[1]]] = (message[2], message[3], message[4])
+        return places, message[1]
     finally:
         worker.close()
-    return places
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3615,7 +3629,7 @@ def _within_reach(
 ) -> List[LinkChange]:
     """Return the changes whose directories answer, or are not there; the others say why not."""
     folders = {change.path: os.path.dirname(change.path) for change in changes}
-    places = look_at_places(conn, settings, folders.values()) if folders else {}
+    places = look_at_places(conn, settings, folders.values())[0] if folders else {}
     for change in changes:
         state, reason, _ = places[folders[change.path]]
         change.reason = "" if state in ("scanned", "missing") else reason
@@ -3672,7 +3686,7 @@ class Relinker:
             self.settings.roots,
             self.settings.allowed_targets,
         )
-        places = look_at_places(self.conn, self.scan, (base, *roots, *allowed))
+        places, _ = look_at_places(self.conn, self.scan, (base, *roots, *allowed))
         state, reason, real_base = places[base]
         for real in filter(None, (places[root][2] for root in roots) if real_base else ()):
             refuse_base(real_base, real)
@@ -5731,6 +5745,7 @@ def collect_stats(conn: sqlite3.Connection, settings: RepairSettings, top: int =
         "repairs": count_repairs(conn, settings),
         "last_scan": _last_run(conn, "scan", ("totals", "changes", "guard")),
         "last_cinesync": _last_run(conn, "cinesync", ("replaced", "skipped", "errors")),
+        "runs": _summarise_runs(conn),
         "database": {
             "path": path,
             "size_bytes": sum(map(os.path.getsize, files)),
@@ -5754,6 +5769,20 @@ def _last_run(conn: sqlite3.Connection, command: str, parts: Sequence[str]) -> J
         "duration_seconds": summary.get("duration_seconds"),
         **{part: summary.get(part, {}) for part in parts},
     }
+
+
+def _summarise_runs(conn: sqlite3.Connection) -> Dict[str, JsonObject]:
+    """Return for each command how its last run ended, and when one last did its work."""
+    runs: Dict[str, JsonObject] = {}
+    for command, code, finished in conn.execute(
+        "SELECT command, exit_code, finished_utc FROM runs WHERE finished_utc NOT NULL "
+        "AND exit_code NOT NULL ORDER BY run_id"
+    ):
+        run = runs.setdefault(command, {"succeeded": None})
+        run.update(finished=finished, exit_code=code)
+        if code in (EXIT_OK, EXIT_PARTIAL, EXIT_BROKEN):
+            run["succeeded"] = finished
+    return runs
 
 
 def count_repairs(conn: sqlite3.Connection, settings: RepairSettings) -> JsonObject:
@@ -5881,11 +5910,20 @@ def format_prometheus(stats: JsonObject) -> str:
     add("media", "Rows mirrored from Sonarr and Radarr.", stats["media"].items(), "kind")
     add("broken_in_directory", "Broken symlinks in the worst directories.", worst, "directory")
     add("database_bytes", "Size of the database.", [("", stats["database"]["size_bytes"])])
+    codes = [(name, run["exit_code"]) for name, run in sorted(stats["runs"].items())]
+    add("last_run_exit_code", "Exit status of each command's last run.", codes, "command")
+    for metric, key, text in (
+        ("run", "finished", "When each command's last run ended."),
+        ("success", "succeeded", "When each command last ended with status 0, 3 or 10."),
+    ):
+        times = {name: parse_time(run[key]) for name, run in sorted(stats["runs"].items())}
+        samples = [(name, int(ended)) for name, ended in times.items() if ended]
+        add(f"last_{metric}_timestamp_seconds", text, samples, "command")
     if last.get("finished"):
         ended = int(parse_time(last["finished"]) or 0)
         tripped = int(bool(last["guard"].get("tripped")))
         add("last_scan_timestamp_seconds", "When the last scan ended.", [("", ended)])
-        add("last_scan_exit_code", "Its exit status.", [("", last["exit_code"])])
+        add("last_scan_exit_code", "Exit status of the last scan.", [("", last["exit_code"])])
         add("guard_tripped", "Whether the mass-breakage guard held links back.", [("", tripped)])
     return "\n".join(lines) + "\n"
 
@@ -5901,14 +5939,20 @@ def _label(text: str) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
+SAMPLE = 20  # files of a server, and directories of links, that are tried
+
+
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What the doctor says of one thing; `state` is 'ok', 'warning' or 'failed'."""
+    """What the doctor says of one thing; `state` is 'ok', 'warning' or 'failed', and `line` what
+    the advice says to write somewhere.
+    """
 
     name: str
     state: str
     detail: str
     advice: str = ""
+    line: str = ""
 
 
 def examine_runtime() -> List[Finding]:
@@ -5928,16 +5972,16 @@ def examine_database(conn: sqlite3.Connection) -> List[Finding]:
     path = database_path(conn)
     damage = conn.execute("PRAGMA quick_check(1)").fetchone()[0]
     mode = conn.execute("PRAGMA journal_mode").fetchone()[0]
-    free = shutil.disk_usage(os.path.dirname(path)).free
     detail = f"{path}, schema version {schema_version(conn)}, journal {mode}"
     damaged = Finding("database", "failed", f"{path}: {damage}", _START_ANEW)
     result = [Finding("database", "ok", detail) if damage == "ok" else damaged]
     if mode != "wal":
         advice = "a local disk would be faster"
         result.append(Finding("journal", "warning", f"journal mode {mode}", advice))
-    if free < max(100 << 20, 2 * os.path.getsize(path)):
-        detail = f"{free >> 20} MiB are free beside it"
-        result.append(Finding("space", "warning", detail, "free some space"))
+    free, wanted = shutil.disk_usage(os.path.dirname(path)).free, 2 * os.path.getsize(path)
+    if free < max(100 << 20, wanted):
+        advice = f"free {max(100 << 20, wanted) >> 20} MiB, or move data_dir to another disk"
+        result.append(Finding("space", "warning", f"{free >> 20} MiB are free beside it", advice))
     return result
 
 
@@ -5949,45 +5993,65 @@ def examine_config(config: Config, error: str) -> List[Finding]:
     return [source, *(Finding("config", "warning", text) for text in config.warnings)]
 
 
+def examine_time(conn: sqlite3.Connection, now: float, cron_line: str) -> List[Finding]:
+    """Look at the clock, and whether anything starts a scan every day."""
+    select = """SELECT max(CASE WHEN command IN ('scan', 'run') THEN started_utc END),
+        max(started_utc), max(finished_utc), (SELECT max(ts) FROM events) FROM runs"""
+    last, *times = [parse_time(value) or 0.0 for value in conn.execute(select).fetchone()]
+    state, detail, advice = "ok", format_time(now), ""
+    newest = min(max(times), 2.5e11)  # as far as a datetime goes
+    if detail < "2024" or newest > now + 60:
+        detail += f", but the database knows of {format_time(newest)}"
+        state, advice = "warning", "set it; until then ages and cooldowns are wrong"
+    clock = Finding("clock", state, detail, advice)
+    ago = f"the last scan began {format_duration(max(0.0, now - last))} ago" if last else "no scan"
+    if last > now - 86400:
+        return [clock, Finding("schedule", "ok", ago)]
+    advice = "have cron do it; the line for `crontab -e`:"
+    return [clock, Finding("schedule", "warning", ago, advice, cron_line)]
+
+
 def examine_library(config: Config, conn: sqlite3.Connection) -> List[Finding]:
-    """Look at roots and mounts, by the scan's own hang-safe means."""
+    """Look at directories, permissions and mounts, by the scan's own hang-safe means."""
+    copies, findings = config.cinesync, []
+    roles = dict.fromkeys(config.scan.roots, "root")
+    if copies.base:
+        places = (copies.base, *copies.roots, *copies.allowed_targets)
+        roles = {**dict.fromkeys(places, "cinesync"), **roles}
     if not config.scan.roots:
-        return [Finding("roots", "warning", "none configured", "set roots in [scan]")]
-    job = plan_scan(conn, config.scan)
-    findings = []
-    worker = Worker(dataclasses.replace(job, look_only=True))
-    try:
-        for message in worker.messages():
-            if message[0] == "root":
-                name = f"root {job.roots[message[1]]}"
-                good = Finding(name, "ok", "can be read")
-                bad = Finding(name, "failed", message[3], "mount it, or correct [scan] roots")
-                findings.append(good if message[2] == "scanned" else bad)
-            elif message[0] == "done":
-                findings += [_examined_mount(*place) for place in message[1]]
-    finally:
-        worker.close()
+        findings.append(Finding("roots", "warning", "none configured", "set roots in [scan]"))
+    if not roles:
+        return findings
+    # Where nothing ever changes a link, permissions do not matter.
+    folders = sample_folders(conn, roles) if copies.base or config.instances else []
+    looks, mounts = look_at_places(conn, config.scan, [*roles, *folders])
+    for path, role in roles.items():
+        state, reason, _ = looks[path]
+        bad = Finding(f"{role} {path}", "failed", reason, "mount it, or correct the config")
+        findings.append(Finding(bad.name, "ok", "can be read") if state == "scanned" else bad)
+    findings += [_examined_mount(*mount) for mount in mounts]
+    there = {folder: looks[folder][1] for folder in folders if looks[folder][0] != "missing"}
+    closed = [f"{folder}: {reason}" for folder, reason in there.items() if reason]
+    if closed:
+        detail = f"links cannot be replaced in {len(closed)} of {len(there)} places: {closed[0]}"
+        advice = "run it as the user they belong to, or let this one write there"
+        findings.append(Finding("permissions", "warning", detail, advice))
+    elif there:
+        detail = f"links can be replaced ({len(there)} places tried)"
+        findings.append(Finding("permissions", "ok", detail))
     return findings
 
 
-def examine_servers(config: Config) -> List[Finding]:
-    """Ask every Sonarr and Radarr for its name, version and root folders, with our key."""
-    findings = []
-    for instance in config.instances:
-        server = Server(instance, config.repair.timeout)
-        try:
-            detail = f"{server.kind.app} {server.connect()} at {redact(instance.settings.url)}"
-            findings.append(Finding(instance.name, "ok", detail))
-            for folder in server.get_list("/rootfolder"):
-                if folder.get("accessible") is False:
-                    detail = f"{instance.name} cannot reach its root folder {dig(folder, 'path')}"
-                    advice = "mount it there; until then nothing of it is repaired"
-                    findings.append(Finding("root folder", "failed", detail, advice))
-        except HttpError as exc:
-            advice = f"correct [{instance.name.replace('_', ' ', 1)}], or start the server"
-            detail = str(exc).partition(": ")[2]  # without the name
-            findings.append(Finding(instance.name, "failed", detail, advice))
-    return findings
+def sample_folders(conn: sqlite3.Connection, roots: Iterable[str]) -> List[str]:
+    """Return some directories below `roots` that hold links, those of broken ones first."""
+    count = conn.execute("SELECT count(*) FROM symlinks").fetchone()[0]
+    rows = conn.execute(
+        "SELECT path FROM symlinks WHERE status = 'broken' OR status <> 'missing' AND "
+        "rowid % ? = 0 ORDER BY status <> 'broken', path",
+        (count // 500 + 1,),
+    )
+    paths = (path for path in (from_db(row[0]) for row in rows) if find_ancestor(path, roots))
+    return list(dict.fromkeys(map(os.path.dirname, paths)))[:SAMPLE]
 
 
 def _examined_mount(point: str, fs_type: str, state: str, reason: str, role: str) -> Finding:
@@ -5998,6 +6062,158 @@ def _examined_mount(point: str, fs_type: str, state: str, reason: str, role: str
     if role == "remembered":
         advice += f", or, if it moved for good, `scan --forget-mount {point}`"
     return Finding(name, "failed", reason, advice)
+
+
+def examine_servers(config: Config, conn: sqlite3.Connection) -> List[Finding]:
+    """Ask every Sonarr and Radarr for version, root folders and some files, with our key."""
+    findings = []
+    for instance in config.instances:
+        server = Server(instance, config.repair.timeout)
+        try:
+            detail = f"{server.kind.app} {server.connect()} at {redact(instance.settings.url)}"
+            findings.append(Finding(instance.name, "ok", detail))
+            folders = []
+            for folder in server.get_list("/rootfolder"):
+                folders.append(str(dig(folder, "path")).rstrip("/") or "/")
+                if folder.get("accessible") is False:
+                    detail = f"{instance.name} cannot reach its root folder {dig(folder, 'path')}"
+                    advice = "mount it there; until then nothing of it is repaired"
+                    findings.append(Finding("root folder", "failed", detail, advice))
+            findings.append(examine_files(conn, server, folders))
+        except HttpError as exc:
+            findings.append(_no_answer(instance.name, exc))
+    return findings
+
+
+def _no_answer(name: str, exc: HttpError) -> Finding:
+    detail = str(exc).partition(": ")[2]  # without the name
+    advice = f"correct [{name.replace('_', ' ', 1)}], or start the server"
+    return Finding(name, "failed", detail, advice)
+
+
+def examine_files(conn: sqlite3.Connection, server: Server, folders: Sequence[str]) -> Finding:
+    """Look whether some files of a server are links of ours; if none is, propose a path_map."""
+    name = f"paths of {server.name}"
+    if not conn.execute("SELECT count(*) FROM symlinks WHERE status <> 'missing'").fetchone()[0]:
+        return Finding(name, "warning", "no links are known yet", "`scan`, then look again")
+    paths = sample_files(server)
+    count, fitting = compare_files(conn, paths, server.path_map, folders)
+    if count or not paths:
+        return Finding(name, "ok", f"{count} of {plural(len(paths), 'file')} tried are known links")
+    if not compare_files(conn, paths, fitting, folders)[0]:
+        fitting = ()
+    return _strange_paths(server.name, f"no file is a known link; one is {paths[0]}", fitting)
+
+
+def sample_files(server: Server) -> List[str]:
+    """Return the paths of some files from all over a server's library, with 8 requests at most."""
+
+    def spread(items: Iterable[JsonObject], place: str, count: int) -> List[Any]:
+        found = list(filter(None, (dig(item, place) for item in items)))
+        return found[:: -(-len(found) // count) or 1]
+
+    if server.kind.item == "movie":
+        return list(map(str, spread(server.get_list("/movie"), "movieFile.path", SAMPLE)))
+    series = (s for s in server.get_list("/series") if dig(s, "statistics.episodeFileCount"))
+    lists = (server.get_list(server.kind.file, seriesId=s) for s in spread(series, "id", 7))
+    return [str(path) for files in lists for path in spread(files, "path", 3)]
+
+
+def compare_files(
+    conn: sqlite3.Connection, paths: Sequence[str], path_map: PathMap, folders: Sequence[str]
+) -> Tuple[int, PathMap]:
+    """Return how many of a server's files are scanned links or what these point to, as in
+    `find_owner`, and the path_map of its root folders by which the most would be.
+    """
+    wanted: Dict[str, List[Tuple[str, str]]] = {}  # by the name of the file
+    for path in paths:
+        folder = find_ancestor(path, folders) or path
+        wanted.setdefault(os.path.basename(path), []).append((path, folder))
+    found: Set[str] = set()
+    votes: Dict[Tuple[str, str], Set[str]] = defaultdict(set)
+    rows = conn.execute("SELECT path, last_target FROM symlinks WHERE status <> 'missing'")
+    for link, target in (map(from_db, row) for row in rows):
+        for name in (link, target):
+            for path, folder in wanted.get(os.path.basename(name), ()):
+                place = os.path.normpath(os.path.join(os.path.dirname(link), name))
+                found.update([path] if map_path(place, path_map) == path else [])
+                tail = path[len(folder.rstrip("/")) :]
+                if tail and place.endswith(tail):
+                    votes[folder, place[: -len(tail)] or "/"].add(path)
+    best: Dict[str, str] = {}
+    for folder, here in sorted(votes, key=lambda pair: -len(votes[pair])):  # links before targets
+        if here not in best.values():
+            best.setdefault(folder, here)
+    return len(found), tuple((here, folder) for folder, here in best.items())
+
+
+def _strange_paths(name: str, detail: str, fitting: PathMap) -> Finding:
+    """Return the finding for a server whose paths are not ours; `fitting` was seen to help."""
+    section = f"[{name.replace('_', ' ', 1)}]"
+    text = ", ".join(f"{here} => {there}" for here, there in fitting)
+    with contextlib.suppress(ValueError):
+        if fitting and text.isprintable() and parse_map(text) == fitting:
+            advice = f"write into {section}:"
+            return Finding(f"paths of {name}", "failed", detail, advice, f"path_map = {text}")
+    advice = f"scan its library; if it calls that something else, set path_map in {section}"
+    return Finding(f"paths of {name}", "warning", detail, advice)
+
+
+def examine_relay(config: Config) -> List[Finding]:
+    """Look whether the relay is there; without /find, term and token that starts no search."""
+    base = re.sub("/find$", "", config.relay.base)
+    client = Client("relay", base, config.repair.timeout, {}, config.relay.token)
+    try:
+        _ = base and client.fetch("")
+    except HttpError as exc:
+        if not exc.status or exc.status >= 500:
+            return [_no_answer("relay", exc)]
+    good = Finding("relay", "ok", f"answers at {client.url}; its token was not tried")
+    return [good] if base else []
+
+
+_MEDIA_SERVERS = {  # the header that carries the key, and how; who tells the version, and where
+    "plex": ("X-Plex-Token", "{}", "/identity", "MediaContainer.version"),
+    "jellyfin": ("Authorization", 'MediaBrowser Token="{}"', "/System/Info", "Version"),
+    "emby": ("X-Emby-Token", "{}", "/System/Info", "Version"),
+}
+
+
+def examine_media_servers(config: Config) -> List[Finding]:
+    """Ask Plex, Jellyfin and Emby for their versions, with our keys, and Plex for its folders."""
+    findings = []
+    for name, (header, form, page, version) in _MEDIA_SERVERS.items():
+        settings = getattr(config, name)
+        if not settings.url:
+            continue
+        key = settings.token if name == "plex" else settings.api_key
+        client = Client(name, settings.url, config.repair.timeout, {header: form.format(key)}, key)
+        try:
+            found = dig(client.ask("GET", page), version)
+            if not found:
+                raise HttpError(f"{name}: {client.url} is something else")
+            detail = f"{name.capitalize()} {client.quote(found)} at {client.url}"
+            findings.append(Finding(name, "ok", detail))
+            if name == "plex":
+                findings += examine_folders(config, client.ask("GET", "/library/sections"))
+        except HttpError as exc:
+            findings.append(_no_answer(name, exc))
+    return findings
+
+
+def examine_folders(config: Config, answer: Any) -> List[Finding]:
+    """Look whether a root of ours is, holds or lies in a folder of Plex; if not, propose a map."""
+    places: List[str] = []
+    with contextlib.suppress(KeyError, TypeError):
+        sections = answer["MediaContainer"]["Directory"]
+        places += [str(folder["path"]) for section in sections for folder in section["Location"]]
+    roots = config.scan.roots
+    for there in (map_path(root, config.plex.path_map) for root in roots):
+        if any(is_under(there, place) or is_under(place, there) for place in places):
+            return []
+    pairs = {r: p for r in roots for p in places if os.path.basename(r) == os.path.basename(p)}
+    detail = f"none of its folders is of [scan] roots: {', '.join(places)}"
+    return [_strange_paths("plex", detail, tuple(pairs.items()))] if places and roots else []
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6682,21 +6898,36 @@ def format_bar(value: int, whole: int, width: int = 30) -> str:
 
 
 def run_doctor(context: Context) -> JsonObject:
-    """Look at everything a scan depends on."""
-    findings = examine_runtime() + examine_config(context.config, context.config_error)
+    """Look at everything a scan and a repair depend on."""
+    config = context.config
+    findings = examine_runtime() + examine_config(config, context.config_error)
     serious = bool(context.config_error)
     try:
         with context.database() as conn:
             database = examine_database(conn)
             serious = serious or any(finding.state == "failed" for finding in database)
-            findings += database + examine_library(context.config, conn)
-        findings += examine_servers(context.config)
-    except DatabaseError as exc:
-        serious = True
-        findings.append(Finding("database", "failed", str(exc)))
+            findings += database + examine_time(conn, time.time(), format_cron_line(context))
+            findings += examine_library(config, conn) + examine_servers(config, conn)
+    except RefresherrError as exc:  # the other one is that of a worker which came to grief
+        name = "database" if isinstance(exc, DatabaseError) else "library"
+        serious = serious or name == "database"
+        findings.append(Finding(name, "failed", str(exc)))
+    findings += examine_relay(config) + examine_media_servers(config)
     failed = any(finding.state == "failed" for finding in findings)
     code = EXIT_FAILED if serious else EXIT_PARTIAL if failed else EXIT_OK
     return {"findings": [dataclasses.asdict(finding) for finding in findings], "exit_code": code}
+
+
+def format_cron_line(context: Context) -> str:
+    """Return a crontab's line for `run --apply`; there, % is a newline unless escaped."""
+    import shlex
+
+    words = [sys.executable, os.path.abspath(sys.argv[0]), "-q"]
+    words += ["--config", os.path.abspath(context.config.file)] if context.config.file else []
+    if context.args.db or context.args.data_dir or not context.config.file:
+        words += ["--db", context.db_path]
+    line = " ".join(map(shlex.quote, [*words, "run", "--apply"])).replace("%", "\\%")
+    return f"*/30 * * * * {line}"
 
 
 def show_doctor(terminal: Terminal, result: JsonObject) -> None:
@@ -6707,6 +6938,10 @@ def show_doctor(terminal: Terminal, result: JsonObject) -> None:
         terminal.line(state + escape_message(f"{finding['name']}: {finding['detail']}"))
         if finding["advice"]:
             terminal.line(f"        -> {escape_message(finding['advice'])}")
+        if finding["line"]:
+            terminal.line(f"        {escape_message(finding['line'])}")
+    count = Counter(finding["state"] for finding in result["findings"])
+    terminal.line(", ".join(f"{count[state]} {state}" for state in styles))
 
 
 def run_db(context: Context) -> JsonObject:
@@ -6910,7 +7145,7 @@ COMMANDS = (
         option("--top", type=COUNT, default=10, metavar="N", help="so many directories"),
         option("--format", choices=("text", "json", "prometheus"), default="text"),
         option("--output", metavar="FILE", help="write there, whole or not at all"))),
-    Command("doctor", "", "check interpreter, database, mounts, roots and config",
+    Command("doctor", "", "check all that a scan and a repair depend on",
         "doctor --config /etc/refresherr.ini", run_doctor, show_doctor, ()),
     Command("db", "", "look after the database",
         "db backup /backup/symlinks.db", run_db, show_db, (

@@ -613,54 +613,6 @@ def test_output_that_cannot_be_written(refresherr: Refresherr, tmp_path: Path) -
     assert not list(tmp_path.rglob("*.tmp*"))
 
 
-# --- doctor ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "code", "named"),
-    [
-        ("[scan]\nroots = {root}\n", 0, "{root}"),
-        ("", 0, "roots"),
-        ("[scan]\nroots = {root}, {root}/absent\n", 3, "{root}/absent"),
-        ("[scan]\nroots = {root}\nmount_checks = {root}/no-mount\n", 3, "{root}/no-mount"),
-        ("[scann]\nroots = {root}\n", 1, "scann"),
-        ("[scan]\nstat_timeout = soon\n", 1, "stat_timeout"),
-    ],
-)
-def test_doctor(
-    refresherr: Refresherr,
-    library: Library,
-    write_config: Callable[[str], Path],
-    text: str,
-    code: int,
-    named: str,
-) -> None:
-    library.season("Show", 1)
-    write_config(text.replace("{root}", str(library.root)))
-    named = named.replace("{root}", str(library.root))
-    result = refresherr("doctor")
-    assert result.code == code, result
-    assert named in result.out
-    assert "Traceback" not in result.err
-    answer = refresherr("doctor", "--json").json
-    assert answer["exit_code"] == code
-    states = {finding["state"] for finding in answer["findings"]}
-    assert ("failed" in states) is (code != 0)
-    accused = [str(f) for f in answer["findings"] if f["state"] == "failed"]
-    assert code == 0 or [line for line in accused if named in line]
-    texts = " ".join(map(str, answer["findings"]))
-    for word in (".".join(map(str, sys.version_info[:2])), str(refresherr.db_path)):
-        assert word in texts
-
-
-def test_doctor_with_a_database_that_cannot_be_opened(refresherr: Refresherr) -> None:
-    refresherr.db_path.mkdir(parents=True)
-    result = refresherr("doctor")
-    assert result.code == 1
-    assert str(refresherr.db_path) in result.out
-    assert "Traceback" not in result.out + result.err
-
-
 # --- Pipes and signals -----------------------------------------------------------------------
 
 
