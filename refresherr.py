@@ -5633,23 +5633,26 @@ MEDIA_KEYS = {
     "plex": ("X-Plex-Token", "{}"), "jellyfin": ("Authorization", 'MediaBrowser Token="{}"'),
     "emby": ("X-Emby-Token", "{}"),
 }  # fmt: skip
+MediaSettings = Union[PlexSettings, JellyfinSettings]
 Plan = List[Tuple[Call, List[str]]]  # requests, and the paths that each tells of
 
 
+def media_client(name: str, settings: MediaSettings, timeout: float) -> Client:
+    """Return a client that shows a media server our key."""
+    key = settings.token if isinstance(settings, PlexSettings) else settings.api_key
+    header, form = MEDIA_KEYS[name]
+    return Client(name, settings.url, timeout, {header: form.format(key)}, key)
+
+
 def refresh_media(
-    name: str,
-    settings: Union[PlexSettings, JellyfinSettings],
-    directories: Sequence[str],
-    timeout: float,
+    name: str, settings: MediaSettings, directories: Sequence[str], timeout: float
 ) -> JsonObject:
     """Tell a media server, by its `name` of MEDIA_KEYS, which directories changed.
 
     Returns {"server", "directories": those told, "left": those for the next time, "error": None
     or a line}.  What no library of Plex holds is in neither list.
     """
-    key = settings.token if isinstance(settings, PlexSettings) else settings.api_key
-    header, form = MEDIA_KEYS[name]
-    client = Client(name, settings.url, timeout, {header: form.format(key)}, key)
+    client = media_client(name, settings, timeout)
     wanted = {directory: map_path(directory, settings.path_map) for directory in directories}
     paths = list(dict.fromkeys(wanted.values()))
     told: Set[str] = set()
@@ -6164,7 +6167,7 @@ def examine_relay(config: Config) -> List[Finding]:
     base = re.sub("/find$", "", config.relay.base)
     client = Client("relay", base, config.repair.timeout, {}, config.relay.token)
     try:
-        _ = base and client.fetch("")
+        _ = base and client.send(Call("GET"))
     except HttpError as exc:
         if not exc.status or exc.status >= 500:
             return [_no_answer("relay", exc)]
@@ -6172,22 +6175,20 @@ def examine_relay(config: Config) -> List[Finding]:
     return [good] if base else []
 
 
-_MEDIA_SERVERS = {  # the header that carries the key, and how; who tells the version, and where
-    "plex": ("X-Plex-Token", "{}", "/identity", "MediaContainer.version"),
-    "jellyfin": ("Authorization", 'MediaBrowser Token="{}"', "/System/Info", "Version"),
-    "emby": ("X-Emby-Token", "{}", "/System/Info", "Version"),
-}
+_VERSIONS = {  # who tells it, and where in the JSON
+    "plex": ("/identity", "MediaContainer.version"),
+    "jellyfin": ("/System/Info", "Version"), "emby": ("/System/Info", "Version"),
+}  # fmt: skip
 
 
 def examine_media_servers(config: Config) -> List[Finding]:
     """Ask Plex, Jellyfin and Emby for their versions, with our keys, and Plex for its folders."""
     findings = []
-    for name, (header, form, page, version) in _MEDIA_SERVERS.items():
+    for name, (page, version) in _VERSIONS.items():
         settings = getattr(config, name)
         if not settings.url:
             continue
-        key = settings.token if name == "plex" else settings.api_key
-        client = Client(name, settings.url, config.repair.timeout, {header: form.format(key)}, key)
+        client = media_client(name, settings, config.repair.timeout)
         try:
             found = dig(client.ask("GET", page), version)
             if not found:
@@ -6924,7 +6925,7 @@ def format_cron_line(context: Context) -> str:
 
     words = [sys.executable, os.path.abspath(sys.argv[0]), "-q"]
     words += ["--config", os.path.abspath(context.config.file)] if context.config.file else []
-    if context.args.db or context.args.data_dir or not context.config.file:
+    if context.args.db or getattr(context.args, "refresherr.data_dir") or not context.config.file:
         words += ["--db", context.db_path]
     line = " ".join(map(shlex.quote, [*words, "run", "--apply"])).replace("%", "\\%")
     return f"*/30 * * * * {line}"
