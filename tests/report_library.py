@@ -1,0 +1,185 @@
+"""A made-up library's database, written by SQL: its links, scans, events, repairs and changes.
+
+python3 tests/report_library.py makes tests/report.png of its report, for the README.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Iterator, List, NamedTuple, Optional, Tuple
+
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+
+import refresherr as program  # noqa: E402
+
+TITLES = (
+    "Harbour of Nine Lamps (2019)", "The Quiet Meridian (2021)", "Salt and Cedar (2016)",
+    "Copperwick Lane (2018)", "Orbit of the Wren (2022)", "Marrow Hill Radio (2020)",
+    "A Ledger of Small Rains (2017)", "Ferrymen of Oule (2023)", "Thirteen Winters Inn (2015)",
+    "The Beekeeper's Atlas (2024)", "Lowtide Detectives (2014)", "Velvet Semaphore (2012)",
+)  # fmt: skip
+TV, FILMS = "/media/tv", "/media/movies"
+MOUNT = "/mnt/remote/realdebrid/shows"
+CONFIG = f"""
+[scan]
+roots = {TV}, {FILMS}
+[sonarr tv]
+url = http://127.0.0.1:9
+api_key = 0123456789abcdef0123456789abcdef
+roots = {TV}
+path_map = /media => /data
+[radarr main]
+url = http://127.0.0.1:9
+api_key = fedcba9876543210fedcba9876543210
+roots = {FILMS}
+"""
+DAY = 86400
+
+
+class Link(NamedTuple):
+    """A row of `symlinks`, and which of an hour's scans saw it break."""
+
+    path: str
+    target: str
+    status: str
+    broken_since: Optional[float]
+
+
+def make_links(links: int, broken: int, now: float) -> Iterator[Link]:
+    """Yield links: seasons of ten, every fifth of them a film; the last `broken` ones broken."""
+    chance = random.Random(1)
+    for number in range(links):
+        title = TITLES[number // 60 % len(TITLES)]
+        copy = number // (60 * len(TITLES))
+        name = title.replace(" (", f" {copy + 1} (") if copy else title
+        if number % 5 == 4:
+            path = f"{FILMS}/{name[:-6]}{number} ({1950 + number % 70})/film.1080p.mkv"
+        else:
+            season, episode = number // 10 % 6 + 1, number % 10 + 1
+            episode_name = f"{name[:-7]} - S{season:02d}E{episode:02d} - WEBDL-1080p.mkv"
+            path = f"{TV}/{name}/Season {season:02d}/{episode_name}"
+        target = f"{MOUNT}/{name[:-7].replace(' ', '.')}.1080p.WEB-DL.x265-GRP/{number:06d}.mkv"
+        status, since = program.OK, None
+        if number % (links // broken if broken else links + 1) == 3:
+            status, since = program.BROKEN, now - chance.expovariate(1 / 4) * DAY
+        yield Link(path, target, status, since)
+
+
+def make_scans(conn: Any, runs: int, ok: int, broken: int, now: float) -> None:
+    """Write hourly scans, the last one just now, with the ups and downs of a real library."""
+    chance, rows = random.Random(2), []
+    level = float(broken)
+    for age in range(runs):  # backwards
+        found = broken if age == 0 else round(level)
+        level = max(0.0, level * chance.uniform(0.93, 1.07) + chance.choice((-2, -1, 0, 0, 1, 2)))
+        away = 380 if runs > 400 and 0 < age - runs // 3 < runs // 60 else 0
+        roots = [
+            {"path": TV, "state": "scanned", "broken": found, "unreachable": away},
+            {"path": FILMS, "state": "scanned", "broken": 0, "unreachable": 0},
+        ]
+        totals = {"ok": ok, "broken": found, "unreachable": away, "missing": 0}
+        summary = {"roots": roots, "totals": totals, "duration_seconds": 7.4, "guard": {}}
+        when = program.format_time(now - 900 - age * 3600)
+        rows.append((when, when, 4 if away else 0, json.dumps(summary)))
+    conn.executemany(
+        "INSERT INTO runs (command, started_utc, finished_utc, exit_code, summary) "
+        "VALUES ('scan', ?, ?, ?, ?)",
+        reversed(rows),
+    )
+
+
+def make_events(conn: Any, links: List[Link], now: float) -> None:
+    """Write seventy days of links that broke and were healed."""
+    chance, rows = random.Random(3), []
+    for day in range(70):
+        sizes = [("newly_broken", chance.choice((2, 3, 5, 8, 21)))]
+        sizes += [("relinked", chance.choice((2, 4, 9))), ("recovered", chance.randrange(3))]
+        sizes += [("repaired", chance.choice((0, 1, 3)))]
+        for action, size in sizes:
+            for link in chance.sample(links, size):
+                rows.append((int(now - day * DAY), link.path, action))
+    conn.executemany("INSERT INTO events (ts, path, action) VALUES (?, ?, ?)", rows)
+
+
+def make_repairs(conn: Any, links: List[Link], now: float) -> None:
+    """Write actions of all states, a link that a repair lost, and a CineSync run."""
+    outcomes: Tuple[Tuple[str, Optional[str]], ...] = (
+        ("repaired", None), ("repaired", None), ("sent", None), ("repaired", None),
+        ("failed", "no release was found in 3 searches"), ("pending", None), ("cancelled", None),
+    )  # fmt: skip
+    for number, link in enumerate(links[:21]):
+        server = "radarr_main" if link.path.startswith(FILMS) else "sonarr_tv"
+        status, error = outcomes[number % len(outcomes)]
+        when = program.format_time(now - (21 - number) * 5000)
+        conn.execute(
+            "INSERT INTO actions (url, status, reason, related_path, created_utc, fired_utc, "
+            "last_error, progress) VALUES (?, ?, 'broken link', ?, ?, ?, ?, ?)",
+            (f"arr://{server}/repair?path=x", status, link.path, when, when, error, "{}"),
+        )
+    lost = "UPDATE symlinks SET status = 'missing', last_status = 'missing' WHERE path = ?"
+    conn.execute(lost, (links[4].path,))
+    when = program.format_time(now - 3000)
+    run = "INSERT INTO runs (command, started_utc, exit_code, summary) VALUES ('cinesync', ?, 0, ?)"
+    number = conn.execute(run, (when, '{"replaced": 6}')).lastrowid
+    for link in links[30:36]:
+        copy = link.target.replace("GRP/", "ALT/")
+        conn.execute(
+            "INSERT INTO link_changes (run_id, path, old_target, new_target, state, changed_utc) "
+            "VALUES (?, ?, ?, ?, 'done', ?)",
+            (number, link.path, link.target, copy, when),
+        )
+
+
+def make_library(
+    data_dir: Path, links: int, broken: int, runs: int, now: Optional[float] = None
+) -> List[Link]:
+    """Write a database at its usual place below `data_dir`; return the links in it."""
+    now = now or time.time()
+    made = list(make_links(links, broken, now))
+    with closing(program.open_database(str(data_dir / "symlinks.db"))) as conn:
+        conn.execute("BEGIN")
+        seen = program.format_time(now - 900)
+        conn.executemany(
+            "INSERT INTO symlinks (path, last_target, status, last_status, first_seen_utc, "
+            "last_seen_utc, broken_since_utc) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (
+                (p, t, s, s, seen, seen, since and program.format_time(since))
+                for p, t, s, since in made
+            ),
+        )
+        gone = [link for link in made if link.status == program.BROKEN]
+        make_scans(conn, runs, links - len(gone), len(gone), now)
+        if len(gone) > 36:
+            make_events(conn, made, now)
+            make_repairs(conn, gone, now)
+        conn.execute("COMMIT")
+    return made
+
+
+def make_picture(file: Path) -> None:
+    """Write a picture of the top of the report."""
+    from browser import Browser
+    from conftest import Refresherr
+
+    with tempfile.TemporaryDirectory() as name:
+        refresherr = Refresherr(Path(name))
+        make_library(refresherr.data_dir, 6212, 48, 2000)
+        config = Path(name) / "refresherr.ini"
+        config.write_text(CONFIG)
+        config.chmod(0o600)
+        assert refresherr("--config", config, "report", "-q").code == 0
+        with Browser(Path(name) / "browser") as browser:
+            browser.resize(1000, 1240)
+            browser.open(refresherr.data_dir / "report.html")
+            file.write_bytes(browser.screenshot())
+
+
+if __name__ == "__main__":
+    make_picture(TESTS / "report.png")
