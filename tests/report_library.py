@@ -12,7 +12,7 @@ import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
@@ -44,7 +44,7 @@ DAY = 86400
 
 
 class Link(NamedTuple):
-    """A row of `symlinks`, and which of an hour's scans saw it break."""
+    """A row of `symlinks`."""
 
     path: str
     target: str
@@ -52,24 +52,34 @@ class Link(NamedTuple):
     broken_since: Optional[float]
 
 
-def make_links(links: int, broken: int, now: float) -> Iterator[Link]:
-    """Yield links: seasons of ten, every fifth of them a film; the last `broken` ones broken."""
+def choose_broken(links: int, broken: int) -> Dict[int, float]:
+    """Return {number of a broken link: days ago}; what shares a torrent goes at the same time."""
     chance = random.Random(1)
+    chosen: Dict[int, float] = {}
+    while len(chosen) < broken:
+        first, age = chance.randrange(links), chance.expovariate(1 / 4)
+        size = min(chance.choice((1, 1, 1, 2, 5, 10)), broken - len(chosen))
+        chosen.update({n: age for n in range(first, min(first + size, links)) if n not in chosen})
+    return chosen
+
+
+def make_links(links: int, broken: int, now: float) -> Iterator[Link]:
+    """Yield links: shows of six seasons of ten, and every tenth link a film."""
+    gone = choose_broken(links, broken)
     for number in range(links):
-        title = TITLES[number // 60 % len(TITLES)]
+        title, year = TITLES[number // 60 % len(TITLES)].rsplit(" ", 1)
         copy = number // (60 * len(TITLES))
-        name = title.replace(" (", f" {copy + 1} (") if copy else title
-        if number % 5 == 4:
-            path = f"{FILMS}/{name[:-6]}{number} ({1950 + number % 70})/film.1080p.mkv"
+        title += f" {copy + 1}" if copy else ""
+        if number % 10 == 9:
+            title = f"{title}, Part {number}"
+            path = f"{FILMS}/{title} {year}/{title} {year} Bluray-1080p.mkv"
         else:
             season, episode = number // 10 % 6 + 1, number % 10 + 1
-            episode_name = f"{name[:-7]} - S{season:02d}E{episode:02d} - WEBDL-1080p.mkv"
-            path = f"{TV}/{name}/Season {season:02d}/{episode_name}"
-        target = f"{MOUNT}/{name[:-7].replace(' ', '.')}.1080p.WEB-DL.x265-GRP/{number:06d}.mkv"
-        status, since = program.OK, None
-        if number % (links // broken if broken else links + 1) == 3:
-            status, since = program.BROKEN, now - chance.expovariate(1 / 4) * DAY
-        yield Link(path, target, status, since)
+            name = f"{title} - S{season:02d}E{episode:02d} - WEBDL-1080p.mkv"
+            path = f"{TV}/{title} {year}/Season {season:02d}/{name}"
+        target = f"{MOUNT}/{title.replace(' ', '.')}.1080p.WEB-DL.x265-GRP/{number:06d}.mkv"
+        since = now - gone[number] * DAY if number in gone else None
+        yield Link(path, target, program.BROKEN if since else program.OK, since)
 
 
 def make_scans(conn: Any, runs: int, ok: int, broken: int, now: float) -> None:
@@ -108,23 +118,23 @@ def make_events(conn: Any, links: List[Link], now: float) -> None:
     conn.executemany("INSERT INTO events (ts, path, action) VALUES (?, ?, ?)", rows)
 
 
-def make_repairs(conn: Any, links: List[Link], now: float) -> None:
-    """Write actions of all states, a link that a repair lost, and a CineSync run."""
+def make_repairs(conn: Any, links: List[Link], lost: Link, now: float) -> None:
+    """Write actions of all states, one of them the last that `lost` got, and a CineSync run."""
     outcomes: Tuple[Tuple[str, Optional[str]], ...] = (
         ("repaired", None), ("repaired", None), ("sent", None), ("repaired", None),
         ("failed", "no release was found in 3 searches"), ("pending", None), ("cancelled", None),
     )  # fmt: skip
-    for number, link in enumerate(links[:21]):
+    for number, link in enumerate([*links[:20], lost]):
         server = "radarr_main" if link.path.startswith(FILMS) else "sonarr_tv"
-        status, error = outcomes[number % len(outcomes)]
+        status, error = outcomes[4 if link is lost else number % len(outcomes)]
         when = program.format_time(now - (21 - number) * 5000)
         conn.execute(
             "INSERT INTO actions (url, status, reason, related_path, created_utc, fired_utc, "
             "last_error, progress) VALUES (?, ?, 'broken link', ?, ?, ?, ?, ?)",
             (f"arr://{server}/repair?path=x", status, link.path, when, when, error, "{}"),
         )
-    lost = "UPDATE symlinks SET status = 'missing', last_status = 'missing' WHERE path = ?"
-    conn.execute(lost, (links[4].path,))
+    update = "UPDATE symlinks SET status = 'missing', last_status = 'missing' WHERE path = ?"
+    conn.execute(update, (lost.path,))
     when = program.format_time(now - 3000)
     run = "INSERT INTO runs (command, started_utc, exit_code, summary) VALUES ('cinesync', ?, 0, ?)"
     number = conn.execute(run, (when, '{"replaced": 6}')).lastrowid
@@ -137,8 +147,17 @@ def make_repairs(conn: Any, links: List[Link], now: float) -> None:
         )
 
 
+def make_files(conn: Any, links: List[Link]) -> None:
+    """Write what Sonarr has told of some links."""
+    conn.executemany(
+        "INSERT INTO episode_files (instance, sonarr_series_id, sonarr_file_id, original_path) "
+        "VALUES ('sonarr_tv', 1, ?, ?)",
+        enumerate(link.path.replace("/media", "/data", 1) for link in links),
+    )
+
+
 def make_library(
-    data_dir: Path, links: int, broken: int, runs: int, now: Optional[float] = None
+    data_dir: Path, links: int, broken: int, runs: int, files: int = 0, now: float = 0.0
 ) -> List[Link]:
     """Write a database at its usual place below `data_dir`; return the links in it."""
     now = now or time.time()
@@ -154,11 +173,12 @@ def make_library(
                 for p, t, s, since in made
             ),
         )
+        make_files(conn, made[:files])
         gone = [link for link in made if link.status == program.BROKEN]
         make_scans(conn, runs, links - len(gone), len(gone), now)
         if len(gone) > 36:
             make_events(conn, made, now)
-            make_repairs(conn, gone, now)
+            make_repairs(conn, gone, next(link for link in made if not link.broken_since), now)
         conn.execute("COMMIT")
     return made
 
