@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import sqlite3
 import sys
 import tempfile
 import time
@@ -17,13 +18,17 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
+from conftest import Library, Refresherr  # noqa: E402
+
 import refresherr as program  # noqa: E402
 
-TITLES = (
-    "Harbour of Nine Lamps (2019)", "The Quiet Meridian (2021)", "Salt and Cedar (2016)",
-    "Copperwick Lane (2018)", "Orbit of the Wren (2022)", "Marrow Hill Radio (2020)",
-    "A Ledger of Small Rains (2017)", "Ferrymen of Oule (2023)", "Thirteen Winters Inn (2015)",
-    "The Beekeeper's Atlas (2024)", "Lowtide Detectives (2014)", "Velvet Semaphore (2012)",
+FORMS = (
+    "{} Lane", "The {} Letters", "Nights in {}", "{} & Sons", "A Year of {}", "{} Radio",
+    "Beyond {}", "The {} Detectives", "House of {}",
+)  # fmt: skip
+PLACES = (
+    "Ninelamps", "Copperwick", "Marrowhill", "Oule", "Saltcedar", "Lowtide", "Wrenfield",
+    "Velvet Hollow", "Thirteen Winters", "Ferrymoor", "Ashmeridian", "Smallrain",
 )  # fmt: skip
 TV, FILMS = "/media/tv", "/media/movies"
 MOUNT = "/mnt/remote/realdebrid/shows"
@@ -41,6 +46,15 @@ api_key = fedcba9876543210fedcba9876543210
 roots = {FILMS}
 """
 DAY = 86400
+SECRET = "s3cr3t-0a1b2c"
+HOSTILE = (
+    "<script>window.pwned = 1<|script>.mkv", "<img src=x onerror='window.pwned = 1'>.mkv",
+    "\" onmouseover=\"window.pwned = 1\" x=\".mkv", "' autofocus onfocus='window.pwned = 1'.mkv",
+    "<|td><|table><svg onload=window.pwned=1>.mkv", "]]><!-- -- > <title>.mkv",
+    "$body ${style}.mkv", "&lt;b&gt;&#60;i&#62;.mkv", "rtl \u202egnp\u200f \u2066.mkv",
+    "new\nline\r\t\x1b[31m\x07.mkv", "not utf-8 \udcff\udcfe.mkv",
+    "c1 \x9b \u2028 \ufeff.mkv", "fine \U0001f600 \u00fc.mkv",
+)  # fmt: skip
 
 
 class Link(NamedTuple):
@@ -67,16 +81,17 @@ def make_links(links: int, broken: int, now: float) -> Iterator[Link]:
     """Yield links: shows of six seasons of ten, and every tenth link a film."""
     gone = choose_broken(links, broken)
     for number in range(links):
-        title, year = TITLES[number // 60 % len(TITLES)].rsplit(" ", 1)
-        copy = number // (60 * len(TITLES))
-        title += f" {copy + 1}" if copy else ""
+        show = number // 60
+        title = FORMS[show % len(FORMS)].format(PLACES[show % len(PLACES) - show // 36 % 3])
+        year = 1990 + show % 35
+        title += f" {show // 108 + 1}" if show >= 108 else ""
         if number % 10 == 9:
-            title = f"{title}, Part {number}"
-            path = f"{FILMS}/{title} {year}/{title} {year} Bluray-1080p.mkv"
+            title = f"{title}, Part {number % 60 // 10 + 1}"
+            path = f"{FILMS}/{title} ({year})/{title} ({year}) Bluray-1080p.mkv"
         else:
             season, episode = number // 10 % 6 + 1, number % 10 + 1
             name = f"{title} - S{season:02d}E{episode:02d} - WEBDL-1080p.mkv"
-            path = f"{TV}/{title} {year}/Season {season:02d}/{name}"
+            path = f"{TV}/{title} ({year})/Season {season:02d}/{name}"
         target = f"{MOUNT}/{title.replace(' ', '.')}.1080p.WEB-DL.x265-GRP/{number:06d}.mkv"
         since = now - gone[number] * DAY if number in gone else None
         yield Link(path, target, program.BROKEN if since else program.OK, since)
@@ -183,10 +198,42 @@ def make_library(
     return made
 
 
+def make_hostile(refresherr: Refresherr, library: Library) -> None:
+    """Scan real links with hostile names, and write such names wherever else names come from.
+
+    There a | is a slash, which no name on the disk can hold.
+    """
+    names = [name.replace("|", "\u2215") for name in HOSTILE]
+    for name in names:
+        library.link(f"{name}/{name}", f"gone/{name}", exists=False)
+    (library.mount / "gone" / "neighbour").write_text("so that the folder is not empty")
+    result = refresherr.scan("--accept-breakage", library.root)
+    assert result["totals"]["broken"] == len(names)
+    url = f"http://me:{SECRET}@relay/find?type=<script>pwned</script>&token={SECRET}"
+    with closing(sqlite3.connect(str(refresherr.db_path))) as conn, conn:
+        texts = [name.replace("|", "/") for name in HOSTILE]
+        for text in map(program.to_db, texts):
+            status = text if isinstance(text, str) else "odd"  # no byte string was ever one
+            conn.execute(
+                "INSERT INTO actions (url, status, reason, related_path, created_utc, last_error) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
+                (url, status, text, text, text, f"no answer from {url}"),
+            )
+            conn.execute(
+                "INSERT INTO link_changes (run_id, path, old_target, new_target, state, "
+                "changed_utc, reason) VALUES (77, ?, ?, ?, ?, '1e300', ?)",
+                (text, text, text, text, text),
+            )
+        conn.execute("INSERT INTO runs VALUES (77, ?, ?, '', 0, '')", (texts[0], texts[0]))
+        roots = [{"path": texts[0], "state": "scanned", "broken": 1, "unreachable": 0}]
+        message = f"{' '.join(texts[:9])} {url}"
+        summary = json.dumps({"message": message, "roots": roots})
+        conn.execute("INSERT INTO runs VALUES (78, 'scan', 'now', '', 4, ?)", (summary,))
+
+
 def make_picture(file: Path) -> None:
     """Write a picture of the top of the report."""
-    from browser import Browser
-    from conftest import Refresherr
+    from browser import Browser, shrink_png
 
     with tempfile.TemporaryDirectory() as name:
         refresherr = Refresherr(Path(name))
@@ -195,10 +242,12 @@ def make_picture(file: Path) -> None:
         config.write_text(CONFIG)
         config.chmod(0o600)
         assert refresherr("--config", config, "report", "-q").code == 0
+        page = refresherr.data_dir / "report.html"
+        page.write_text(page.read_text().replace(str(refresherr.data_dir), "/data"))
         with Browser(Path(name) / "browser") as browser:
-            browser.resize(1000, 1240)
-            browser.open(refresherr.data_dir / "report.html")
-            file.write_bytes(browser.screenshot())
+            browser.resize(1000, 1560)
+            browser.open(page)
+            file.write_bytes(shrink_png(browser.screenshot()))
 
 
 if __name__ == "__main__":
