@@ -5649,7 +5649,7 @@ border:1px solid var(--line);border-radius:10px}
 grid-template-columns:repeat(auto-fit,minmax(min(22rem,100%),1fr))}
 dl{grid-template-columns:repeat(auto-fit,minmax(8.5rem,1fr))}
 dd{margin:0;font-size:1.75rem;font-weight:650;line-height:1.3}dd small{font-size:.5em}
-.state{font-weight:600;white-space:nowrap}.ok,.repaired,.done{color:var(--ok);fill:var(--ok)}
+.state{font-weight:600}.ok,.repaired,.done{color:var(--ok);fill:var(--ok)}
 .broken,.failed{color:var(--broken);fill:var(--broken)}.unreachable,.partial,.refused{color:var(--unreachable);fill:var(--unreachable)}
 .missing,.cancelled,.undone{color:var(--dim);fill:var(--dim)}
 .ok::before{content:"\\2713\\a0"}.broken::before{content:"\\d7\\a0"}
@@ -5664,8 +5664,10 @@ table{width:100%;border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.45rem .6rem .45rem 0;text-align:left;vertical-align:top}
 th{color:var(--dim);font-weight:500;font-size:.85em;overflow-wrap:normal}
 tbody tr{border-top:1px solid var(--line)}.numbers :not(:first-child){text-align:right}
-.cards{table-layout:fixed}.cards th{width:14%}.cards th:last-child{width:auto}
-#links th:nth-child(2){width:38%}
+.cards,.cards :is(thead,tbody){display:block}
+.cards tr{display:grid;grid-template-columns:14% 14% 14% 1fr}
+#links tr{grid-template-columns:14% 38% 14% 14% 1fr;
+content-visibility:auto;contain-intrinsic-size:auto 5rem}
 input{width:100%;padding:.55rem .8rem;font:inherit;color:inherit;background:var(--page);
 border:1px solid var(--dim);border-radius:8px}
 :focus-visible{outline:2px solid var(--accent)}code{color:var(--accent)}
