@@ -5732,16 +5732,12 @@ def _count_beneath(conn: sqlite3.Connection, root: str) -> Dict[str, int]:
     return {status: counts.get(status, 0) for status in STATUSES}
 
 
-Point = Tuple[float, int, int]  # a scan's Unix time, and how many were broken and unreachable then
-
-
-def trace_scans(conn: sqlite3.Connection, roots: Sequence[str]) -> List[Point]:
-    """Return some `REPORT_POINTS` scans: of each stretch the worst, and the last of all.
-
-    A root that a scan left out stands as it was found before.
+def trace_scans(conn: sqlite3.Connection, roots: Sequence[str]) -> List[Tuple[float, int, int]]:
+    """Return (Unix time, broken, unreachable) of some `REPORT_POINTS` scans: the worst of each
+    stretch, and the last of all.  A root that a scan left out stands as it was found before.
     """
     known: Dict[str, Tuple[int, int]] = {}
-    points: List[Point] = []
+    points = []
     for started, summary in conn.execute(
         "SELECT started_utc, summary FROM runs WHERE command = 'scan' AND summary <> '' "
         "ORDER BY run_id"
@@ -5811,7 +5807,7 @@ def _moment(value: Any) -> str:
 
 
 def _age(value: Any, now: float) -> str:
-    return format_duration(max(0.0, now - (parse_time(value) or now)))
+    return format_duration(max(0.0, now - (parse_time(value) or now))) + " ago"
 
 
 def _state(word: Optional[str]) -> str:
@@ -5838,7 +5834,7 @@ def _format_head(report: JsonObject) -> str:
     told = "Nothing has been scanned yet."
     if scan:
         age = _age(scan["started"], report["now"])
-        told = f"Last scan {_moment(scan['started'])} UTC, {age} ago: {_state(scan['status'])}."
+        told = f"Last scan {_moment(scan['started'])} UTC, {age}: {_state(scan['status'])}."
     if report["message"]:
         told += f'<p class="alert">{_text(report["message"])}</p>'
     cards = (
@@ -5880,8 +5876,7 @@ def _chart(title: str, top: str, said: str, view: str, shapes: str, ends: Sequen
 
 
 def _chart_scans(report: JsonObject) -> str:
-    points: List[Point] = report["scans"]
-    title = "Broken links over time"
+    points, title = report["scans"], "Broken links over time"
     if not points:
         return _section(title, "<p>There has been no scan.</p>")
     start, end = points[0][0], points[-1][0]

@@ -167,7 +167,7 @@ def make_files(conn: Any, links: List[Link]) -> None:
     conn.executemany(
         "INSERT INTO episode_files (instance, sonarr_series_id, sonarr_file_id, original_path) "
         "VALUES ('sonarr_tv', 1, ?, ?)",
-        enumerate(link.path.replace("/media", "/data", 1) for link in links),
+        enumerate(link.path.replace("/media", "/data", 1) for link in links if TV in link.path),
     )
 
 

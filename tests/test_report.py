@@ -104,7 +104,7 @@ def test_it_shows_what_the_commands_say(made_up: Refresherr) -> None:
         state, _, since, owner, step = page.links[link["path"] + link["target"]]
         assert (state, owner, step) == ("broken", link["instance"], link["next"])
         assert since.startswith(link["since"][:16].replace("T", " "))
-        assert re.search(r"\d\d:\d\d(\d+d )?(\d+h ?)?(\d+m ?)?(\d+s)?$", since), since
+        assert re.search(r"\d\d:\d\d(\d+d )?(\d+h ?)?(\d+m ?)?(\d+s )?ago$", since), since
     state, _, _, _, step = page.links[lost["path"] + lost["target"]]
     assert (state, step[:15]) == ("missing", "needs attention")
     assert "Last scan " in page.text
