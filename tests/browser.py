@@ -19,7 +19,7 @@ from typing import Any, Dict, List, Tuple
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-PATIENCE = 60.0  # seconds for any one answer; nothing here waits without an end
+PATIENCE = 30.0  # seconds for any one answer; nothing here waits without an end
 FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
     "--remote-debugging-pipe", "--no-first-run", "--disable-background-networking",

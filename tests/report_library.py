@@ -133,15 +133,15 @@ def make_events(conn: Any, links: List[Link], now: float) -> None:
     conn.executemany("INSERT INTO events (ts, path, action) VALUES (?, ?, ?)", rows)
 
 
-def make_repairs(conn: Any, links: List[Link], lost: Link, now: float) -> None:
-    """Write actions of all states, one of them the last that `lost` got, and a CineSync run."""
+def make_repairs(conn: Any, links: List[Link], lost: Link, replaced: Link, now: float) -> None:
+    """Write actions of all states, two that took their links away, and a CineSync run."""
     outcomes: Tuple[Tuple[str, Optional[str]], ...] = (
         ("repaired", None), ("repaired", None), ("sent", None), ("repaired", None),
         ("failed", "no release was found in 3 searches"), ("pending", None), ("cancelled", None),
     )  # fmt: skip
-    for number, link in enumerate([*links[:20], lost]):
+    for number, link in enumerate([*links[:19], lost, replaced]):
         server = "radarr_main" if link.path.startswith(FILMS) else "sonarr_tv"
-        status, error = outcomes[4 if link is lost else number % len(outcomes)]
+        status, error = outcomes[{lost: 4, replaced: 0}.get(link, number % len(outcomes))]
         when = program.format_time(now - (21 - number) * 5000)
         conn.execute(
             "INSERT INTO actions (url, status, reason, related_path, created_utc, fired_utc, "
@@ -149,7 +149,7 @@ def make_repairs(conn: Any, links: List[Link], lost: Link, now: float) -> None:
             (f"arr://{server}/repair?path=x", status, link.path, when, when, error, "{}"),
         )
     update = "UPDATE symlinks SET status = 'missing', last_status = 'missing' WHERE path = ?"
-    conn.execute(update, (lost.path,))
+    conn.executemany(update, [(lost.path,), (replaced.path,)])
     when = program.format_time(now - 3000)
     run = "INSERT INTO runs (command, started_utc, exit_code, summary) VALUES ('cinesync', ?, 0, ?)"
     number = conn.execute(run, (when, '{"replaced": 6}')).lastrowid
@@ -193,7 +193,7 @@ def make_library(
         make_scans(conn, runs, links - len(gone), len(gone), now)
         if len(gone) > 36:
             make_events(conn, made, now)
-            make_repairs(conn, gone, next(link for link in made if not link.broken_since), now)
+            make_repairs(conn, gone, *[link for link in made if not link.broken_since][:2], now)
         conn.execute("COMMIT")
     return made
 
