@@ -29,6 +29,7 @@ The sections, bottom-up; each uses only those above it:
     Notify                  who is told about a run, and the heartbeats
     Media servers           Plex, Jellyfin and Emby are told which directories changed
     Statistics              what the database knows, for people and for Prometheus
+    Report                  the same as one HTML page with charts
     Doctor                  is this installation fit for work?
     Run                     what the steps of a whole run come to
     Command line            one table of commands, main()
@@ -1125,7 +1126,9 @@ CREATE TABLE link_changes (change_id INTEGER PRIMARY KEY, run_id INTEGER NOT NUL
     changed_utc TEXT NOT NULL, reason TEXT);
 CREATE INDEX ix_link_changes_run ON link_changes(run_id);
 CREATE INDEX ix_symlinks_not_ok ON symlinks(status, path) WHERE status <> 'ok';
-CREATE INDEX ix_events_ts ON events(ts)
+CREATE INDEX ix_events_ts ON events(ts);
+CREATE INDEX ix_movie_files_path ON movie_files(original_path, instance);
+CREATE INDEX ix_episode_files_path ON episode_files(original_path, instance)
 """
 _V3_COLUMNS = {
     "symlinks": ("broken_since_utc TEXT", "error TEXT"),
@@ -5827,27 +5830,51 @@ def list_links(
     """Return what `broken --json` shows: the links of a status, and how many there are."""
     select = "FROM symlinks WHERE status <> 'ok' AND status = ?"
     count = conn.execute(f"SELECT count(*) {select}", (status,)).fetchone()[0]
-    paths = conn.execute(
+    rows = conn.execute(
         f"SELECT path {select} ORDER BY path LIMIT ?", (status, -1 if limit is None else limit)
-    ).fetchall()
+    )
+    return describe_links(conn, config, [from_db(path) for (path,) in rows]), count
+
+
+def list_attention(
+    conn: sqlite3.Connection, config: Config, limit: int
+) -> Tuple[List[JsonObject], int]:
+    """Return the links that need attention, at most `limit`, and how many there are: the broken
+    ones, those that a repair took away and did not bring back, and the unreachable ones.
+    """
+    links, count = list_links(conn, config, BROKEN, limit)
     history = load_history(conn)
+    lost = [
+        path
+        for path, link in sorted(find_links(conn, list(history)).items())
+        if link.status == MISSING and needs_attention(config.repair, link, history[path])
+    ]
+    links += describe_links(conn, config, lost[: limit - len(links)])
+    unreachable, more = list_links(conn, config, UNREACHABLE, limit - len(links))
+    return links + unreachable, count + len(lost) + more
+
+
+def describe_links(
+    conn: sqlite3.Connection, config: Config, paths: Sequence[str]
+) -> List[JsonObject]:
+    """Return links as `broken --json` shows them."""
+    known, history = find_links(conn, paths), load_history(conn)
     reasons = _last_run(conn, "cinesync", ("reasons",)).get("reasons") or {}
     links = []
-    for (name,) in paths:
-        path = from_db(name)
-        link = find_link(conn, path)
-        assert link
+    for path in paths:
+        link = known[path]
         target = from_db(link.target)
         owner = find_owner(conn, config.instances, path, target)
         step = next_step(config, path, link, history.get(path, ()), owner)
-        if status == BROKEN and config.cinesync.base and find_ancestor(path, config.cinesync.roots):
+        is_relinkable = config.cinesync.base and find_ancestor(path, config.cinesync.roots)
+        if link.status == BROKEN and is_relinkable:
             looks = "cinesync looks for a copy of it; else"
             step = f"{f'cinesync: {reasons[path]};' if path in reasons else looks} {step}"
         links.append(
             {
                 "path": path,
                 "target": target,
-                "status": status,
+                "status": link.status,
                 "since": link.broken_since,
                 **parse_media(path)._asdict(),
                 "instance": owner.instance if owner else None,
@@ -5856,7 +5883,7 @@ def list_links(
                 "next": step,
             }
         )
-    return links, count
+    return links
 
 
 def next_step(
@@ -5935,6 +5962,386 @@ def _label(text: str) -> str:
     """Return a Prometheus label value: UTF-8, with backslash, quote and newline escaped."""
     text = text.encode("utf-8", "backslashreplace").decode()
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+# ---------------------------------------------------------------------------------------------
+# Report
+# ---------------------------------------------------------------------------------------------
+
+# What is foreign passes through `_text` on its way into the page, and the page's own policy allows
+# no script and no style but these two, by their hash.
+REPORT_ROWS, REPORT_POINTS, REPORT_DAYS = 5000, 200, 60
+_HEALED = {"recovered": "came back by themselves", "relinked": "relinked", "repaired": "repaired"}
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src '$script_hash';
+ style-src '$style_hash'; img-src data:; base-uri 'none'; form-action 'none'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>Refresherr report</title>
+<style>$style</style>
+<body>
+$body
+<script>$script</script>
+"""
+_STYLE = """
+:root{--page:#f5f6f8;--card:#fff;--ink:#1b2028;--dim:#5a6372;--line:#dfe3e9;--accent:#3450b8;
+--ok:#1a7440;--broken:#b3261e;--unreachable:#855300}
+@media screen and (prefers-color-scheme:dark){:root{--page:#12151a;--card:#1b1f26;--ink:#e7eaf0;
+--dim:#a0a9b8;--line:#323944;--accent:#9db2ff;--ok:#56c88e;--broken:#ff8a80;--unreachable:#e8b04a}}
+*{box-sizing:border-box}[hidden]{display:none!important}
+body{margin:0 auto;padding:1.5rem 1rem;max-width:72rem;background:var(--page);color:var(--ink);
+font:15px/1.5 system-ui,"Segoe UI",Roboto,"Noto Sans",sans-serif;overflow-wrap:anywhere}
+h1{margin:0;font-size:1.6rem;line-height:1.25}h2{margin:0 0 .75rem;font-size:1.05rem}
+p,figure{margin:.5rem 0}
+small,.dim{color:var(--dim)}small{display:block;font-size:.85em;font-weight:400}
+section,dl div{margin-top:1rem;padding:1rem 1.2rem;background:var(--card);
+border:1px solid var(--line);border-radius:10px}
+.row,dl{display:grid;gap:0 1rem;margin:0;
+grid-template-columns:repeat(auto-fit,minmax(min(22rem,100%),1fr))}
+dl{grid-template-columns:repeat(auto-fit,minmax(8.5rem,1fr))}
+dd{margin:0;font-size:1.75rem;font-weight:650;line-height:1.3}dd small{font-size:.5em}
+.state{font-weight:600}.ok,.repaired,.done{color:var(--ok);fill:var(--ok)}
+.broken,.failed{color:var(--broken);fill:var(--broken)}.unreachable,.partial,.refused{color:var(--unreachable);fill:var(--unreachable)}
+.missing,.cancelled,.undone{color:var(--dim);fill:var(--dim)}
+.ok::before{content:"\\2713\\a0"}.broken::before{content:"\\d7\\a0"}
+.unreachable::before{content:"?\\a0"}.missing::before{content:"\\2013\\a0"}
+.alert{padding:.7rem 1rem;border-left:4px solid var(--unreachable);background:var(--card)}
+svg{display:block;width:100%;height:150px;margin:.3rem 0}
+.bar{height:14px}path{fill:none;stroke:var(--broken);stroke-width:2;vector-effect:non-scaling-stroke}
+.area{fill:var(--broken);fill-opacity:.12;stroke:none}
+.dashed{stroke:var(--unreachable);stroke-dasharray:5 4}.axis{stroke:var(--dim);stroke-width:1}
+.ends{display:flex;justify-content:space-between}
+table{width:100%;border-collapse:collapse;font-variant-numeric:tabular-nums}
+th,td{padding:.45rem .6rem .45rem 0;text-align:left;vertical-align:top}
+th{color:var(--dim);font-weight:500;font-size:.85em;overflow-wrap:normal}
+tbody tr{border-top:1px solid var(--line)}.numbers :not(:first-child){text-align:right}
+.cards,.cards :is(thead,tbody){display:block}
+.cards tr{display:grid;grid-template-columns:14% 14% 14% 1fr}
+#links tr{grid-template-columns:14% 38% 14% 14% 1fr;
+content-visibility:auto;contain-intrinsic-size:auto 5rem}
+input{width:100%;padding:.55rem .8rem;font:inherit;color:inherit;background:var(--page);
+border:1px solid var(--dim);border-radius:8px}
+:focus-visible{outline:2px solid var(--accent)}code{color:var(--accent)}
+@media screen and (max-width:760px){.cards thead,.cards td:empty{display:none}
+.cards tr,.cards td{display:block}.cards td{padding:.1rem 0}.cards tr{padding:.5rem 0}}
+@media print{body{padding:0;font-size:11px}#search{display:none}tr,figure{break-inside:avoid}
+svg{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
+"""
+_SCRIPT = """
+"use strict";
+const box = document.getElementById("q"), told = document.getElementById("told");
+const rows = Array.from(document.querySelectorAll("#links tbody tr"));
+let texts;
+function show() {
+  texts = texts || rows.map(row => row.textContent.toLowerCase());
+  const words = box.value.toLowerCase().split(/\\s+/);
+  rows.forEach((row, i) => { row.hidden = !words.every(word => texts[i].includes(word)); });
+  told.textContent = rows.filter(row => !row.hidden).length + " of " + rows.length;
+}
+function read() {
+  box.value = new URLSearchParams(location.hash.slice(1)).get("q") || "";
+  show();
+}
+box.parentNode.hidden = false;
+box.addEventListener("input", () => {
+  history.replaceState(null, "", "#" + new URLSearchParams({q: box.value}));
+  show();
+});
+addEventListener("hashchange", read);
+if (location.hash) read();
+"""
+
+
+def collect_report(conn: sqlite3.Connection, config: Config, now: float) -> JsonObject:
+    """Return what the report shows: the statistics, and what has become of links over time."""
+    scan = _last_run(conn, "scan", ("message", "roots"))
+    roots = config.scan.roots or tuple(root["path"] for root in scan.get("roots") or ())
+    broken = conn.execute("SELECT path FROM symlinks WHERE status <> 'ok' AND status = 'broken'")
+    links, count = list_attention(conn, config, REPORT_ROWS)
+    changes = """SELECT change_id, run_id, path, old_target, new_target, state, reason, command,
+        changed_utc FROM link_changes LEFT JOIN runs USING (run_id) ORDER BY 1 DESC LIMIT 200"""
+    actions = "SELECT * FROM actions ORDER BY id DESC LIMIT 50"
+    return {
+        **collect_stats(conn, config.repair),
+        "now": now,
+        "message": scan.get("message") or "",
+        "roots": {root: _count_beneath(conn, root) for root in roots},
+        "scans": trace_scans(conn, roots),
+        "days": count_days(conn, int(now) // 86400 - REPORT_DAYS + 1),
+        "shows": Counter(parse_media(from_db(path)).name for (path,) in broken).most_common(10),
+        "changes": conn.execute(changes).fetchall(),
+        "last_actions": conn.execute(actions).fetchall(),
+        "links": links,
+        "count": count,
+    }
+
+
+def _count_beneath(conn: sqlite3.Connection, root: str) -> Dict[str, int]:
+    condition, values = beneath(root)
+    query = f"SELECT status, count(*) FROM symlinks WHERE {condition} GROUP BY 1"
+    counts = dict(conn.execute(query, values).fetchall())
+    return {status: counts.get(status, 0) for status in STATUSES}
+
+
+def trace_scans(conn: sqlite3.Connection, roots: Sequence[str]) -> List[Tuple[float, int, int]]:
+    """Return (Unix time, broken, unreachable) of some `REPORT_POINTS` scans: the worst of each
+    stretch, and the last of all.  A root that a scan left out stands as it was found before.
+    """
+    known: Dict[str, Tuple[int, int]] = {}
+    points = []
+    for started, summary in conn.execute(
+        "SELECT started_utc, summary FROM runs WHERE command = 'scan' AND summary <> '' "
+        "ORDER BY run_id"
+    ):
+        for root in json.loads(summary).get("roots", ()):
+            if root["state"] == "scanned" and root["path"] in roots:
+                known[root["path"]] = root[BROKEN], root[UNREACHABLE]
+        if known:
+            broken, unreachable = map(sum, zip(*known.values()))
+            points.append((parse_time(started) or 0.0, broken, unreachable))
+    points.sort()
+    step = len(points) // REPORT_POINTS + 1
+    parts = [points[start : start + step] for start in range(0, len(points), step)]
+    return [max(part, key=lambda point: point[1] + point[2]) for part in parts] + points[-1:]
+
+
+def count_days(conn: sqlite3.Connection, first: int) -> Dict[int, Counter[str]]:
+    """Return how many links broke and healed each day, from day `first` since 1970 on."""
+    days: Dict[int, Counter[str]] = {first + number: Counter() for number in range(REPORT_DAYS)}
+    # A relinked link has recovered, too: it counts once, as what comes last in the alphabet.
+    for day, action, count in conn.execute(
+        "SELECT day, what, count(*) FROM (SELECT ts / 86400 AS day, max(action) AS what "
+        "FROM events WHERE ts >= ? AND ts < ? "
+        "AND action IN ('newly_broken', 'recovered', 'relinked', 'repaired') "
+        "GROUP BY ts / 86400, path, action = 'newly_broken') GROUP BY day, what",
+        (first * 86400, (first + REPORT_DAYS) * 86400),
+    ):
+        days[day][action] = count
+    return days
+
+
+def format_report(report: JsonObject) -> str:
+    """Return the report as one self-contained page."""
+    import base64
+    import hashlib
+    from string import Template
+
+    def fingerprint(text: str) -> str:
+        return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+    rows = ((_format_head,), (_format_roots,), (_chart_scans, _chart_days),
+        (_format_shows, _format_servers), (_format_links,), (_format_changes,), (_format_actions,)
+    )  # fmt: skip
+    parts = ("".join(format_part(report) for format_part in row) for row in rows)
+    return Template(_PAGE).substitute(
+        script_hash=fingerprint(_SCRIPT),
+        style_hash=fingerprint(_STYLE),
+        style=_STYLE,
+        script=_SCRIPT if report["links"] else "",  # nothing to search
+        body="\n".join(f'<div class="row">{part}</div>' for part in parts if part),
+    )
+
+
+def _text(value: Union[str, bytes, None]) -> str:
+    """Return foreign text for HTML, between tags or quotes: escaped, no secret in it."""
+    import html
+
+    return html.escape(escape_message(from_db(value)))
+
+
+def _moment(value: Any) -> str:
+    """Return a time of the database as '2026-11-22 13:29', or what stands in its place."""
+    moment = parse_time(value)
+    with contextlib.suppress(ValueError, OverflowError, OSError):  # a year beyond 9999
+        return format_time(moment)[:16].replace("T", " ") if moment is not None else ""
+    return _text(str(value))
+
+
+def _age(value: Any, now: float) -> str:
+    return format_duration(max(0.0, now - (parse_time(value) or now))) + " ago"
+
+
+def _state(word: Optional[str]) -> str:
+    return f'<span class="state {_text(word)}">{_text(word)}</span>'
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section>\n<h2>{title}</h2>\n{body}\n</section>"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], attributes: str) -> str:
+    """Return a table of cells that are HTML already."""
+    top = '</th><th scope="col">'.join(heads)
+    body = "\n".join("<tr><td>" + "</td><td>".join(row) + "</td></tr>" for row in rows)
+    return (
+        f'<table {attributes}><thead><tr><th scope="col">{top}</th></tr></thead>'
+        f"<tbody>\n{body}\n</tbody></table>"
+    )
+
+
+def _format_head(report: JsonObject) -> str:
+    links, scan, database = report["symlinks"], report["last_scan"], report["database"]
+    bad = " and ".join(f"{links[s]:,} {s}" for s in (BROKEN, UNREACHABLE) if links[s])
+    told = "Nothing has been scanned yet."
+    if scan:
+        age = _age(scan["started"], report["now"])
+        told = f"Last scan {_moment(scan['started'])} UTC, {age}: {_state(scan['status'])}."
+    if report["message"]:
+        told += f'<p class="alert">{_text(report["message"])}</p>'
+    cards = (
+        f"<div><dt>{_state(status)}</dt><dd>{links[status]:,}"
+        f"<small>{links[status] / (links['total'] or 1):.1%}</small></dd></div>"
+        for status in STATUSES
+    )
+    place = f"{_text(database['path'])}, {database['size_bytes'] / 1048576:.1f} MiB"
+    made = f"Made {_moment(report['now'])} UTC by Refresherr {__version__} from {place}."
+    title = f"{bad or 'None broken'} of {plural(links['total'], 'link')}"
+    top = f"<h1>{title}</h1>\n<p>{told}</p>\n<small>{made}</small>"
+    return f"<header>{top}\n<dl>{''.join(cards)}</dl></header>"
+
+
+def _format_roots(report: JsonObject) -> str:
+    """Return a stacked bar for each root; what is not 0 has one percent beside its share."""
+    bars = ""
+    for root, numbers in report["roots"].items():
+        words = ", ".join(f"{number:,} {status}" for status, number in numbers.items())
+        bars += f'<p>{_text(root)}<svg class="bar" role="img" aria-label="{words}" '
+        bars += 'viewBox="0 0 100 1" preserveAspectRatio="none">'
+        present = {status: number for status, number in numbers.items() if number}
+        left = 0.0
+        for status, number in present.items():
+            width = 1 + (100 - len(present)) * number / sum(present.values())
+            bars += f'<rect class="{status}" x="{left:.2f}" width="{width - 0.3:.2f}" height="1"/>'
+            left += width
+        bars += f"</svg><small>{words}</small></p>\n"
+    return _section("Health of each root", bars) if bars else ""
+
+
+def _chart(title: str, top: str, said: str, view: str, shapes: str, ends: Sequence[float]) -> str:
+    """Return a chart; `said` tells what it shows, `ends` are the times at both sides."""
+    dates = "".join(f"<span>{_moment(end)[:10]}</span>" for end in ends)
+    head = f'<svg role="img" viewBox="{view}" preserveAspectRatio="none"><title>{title}</title>'
+    plot = f"<small>{top}</small>{head}<desc>{said}</desc>{shapes}</svg>"
+    below = f'<small class="ends">{dates}</small><figcaption><small>{said}</small></figcaption>'
+    return _section(title, f"<figure>{plot}{below}</figure>")
+
+
+def _chart_scans(report: JsonObject) -> str:
+    points, title = report["scans"], "Broken links over time"
+    if not points:
+        return _section(title, "<p>There has been no scan.</p>")
+    start, end = points[0][0], points[-1][0]
+    top, span = max(1, *(max(point[1:]) for point in points)), max(1.0, end - start)
+
+    def trace(column: int) -> str:
+        steps = (f"H{point[0] - start:.0f}V{top - point[column]}" for point in points)
+        return f"M0 {top - points[0][column]}{''.join(steps)}H{span:.0f}"
+
+    shapes = f'<path class="area" d="{trace(1)}V{top}H0Z"/><path d="{trace(1)}"/>'
+    worst = max(points, key=operator.itemgetter(1))
+    said = f"Now {points[-1][1]:,} broken; at most {worst[1]:,}, on {_moment(worst[0])[:10]}."
+    if any(point[2] for point in points):
+        shapes += f'<path class="dashed" d="{trace(2)}"/>'
+        said += " The dashed line: links that could not be reached."
+    return _chart(title, f"{top:,}", said, f"0 0 {span:.0f} {top}", shapes, (start, end))
+
+
+def _chart_days(report: JsonObject) -> str:
+    days: Dict[int, Counter[str]] = report["days"]
+    title = f"Broken and healed, by day, for {REPORT_DAYS} days"
+    total: Counter[str] = sum(days.values(), Counter())
+    if not total:
+        return _section(title, "<p>Nothing broke and nothing was healed.</p>")
+    healed = {day: sum(count[name] for name in _HEALED) for day, count in days.items()}
+    top, bottom = max(healed.values()), max(count["newly_broken"] for count in days.values())
+    shapes = f'<path class="axis" d="M0 {top}H{REPORT_DAYS * 10}"/>'
+    for number, (day, count) in enumerate(days.items()):
+        up, down = healed[day], count["newly_broken"]
+        words = f"{_moment(day * 86400)[:10]}: {down:,} newly broken, {up:,} healed"
+        bar = f'<rect x="{number * 10 + 1}" width="8"'
+        shapes += f'<g><title>{words}</title>{bar} y="{top - up}" height="{up}" class="ok"/>'
+        shapes += f'{bar} y="{top}" height="{down}" class="broken"/></g>'
+    ways = ", ".join(f"{total[name]:,} {words}" for name, words in _HEALED.items())
+    said = f"Above the line: {ways}. Below it: {total['newly_broken']:,} newly broken."
+    view, ends = f"0 0 {REPORT_DAYS * 10} {top + bottom}", (min(days) * 86400, max(days) * 86400)
+    return _chart(title, f"at most {max(top, bottom):,} a day", said, view, shapes, ends)
+
+
+def _format_shows(report: JsonObject) -> str:
+    rows = [[_text(name), f"{count:,}"] for name, count in report["shows"]]
+    table = _table(("Title", "Broken"), rows, 'class="numbers"')
+    return _section("Most broken", table) if rows else ""
+
+
+def _format_servers(report: JsonObject) -> str:
+    names = ("sent", "repaired", "waiting", "needs_attention")
+    servers = report["repairs"]["instances"].items()
+    rows = [[_text(server), *(f"{n[name]:,}" for name in names)] for server, n in servers]
+    words = (f"{n:,} {_state(status)}" for status, n in sorted(report["actions"].items()))
+    heads = ["Server", *(name.replace("_", " ").capitalize() for name in names)]
+    table = _table(heads, rows, 'class="numbers"')
+    return _section("Repairs", f"<p>Actions: {', '.join(words)}.</p>{table}") if rows else ""
+
+
+def _format_links(report: JsonObject) -> str:
+    links, now, title = report["links"], report["now"], "Links that need attention"
+    if not links:
+        return _section(title, "<p>None.</p>")
+    rows = [
+        (
+            _state(link["status"]),
+            f"{_text(link['path'])}<small>{_text(link['target'])}</small>",
+            _moment(link["since"])
+            + f"<small>{_age(link['since'], now)}</small>" * bool(link["since"]),
+            _text(link["instance"]),
+            _text("; ".join(filter(None, (link["error"], link["next"])))),
+        )
+        for link in links
+    ]
+    hidden = report["count"] - len(links)
+    cut = f"<p>{hidden:,} more are not shown; <code>refresherr broken</code> lists them.</p>"
+    search = (
+        '<div id="search" hidden><label for="q">Search by path, target, owner or next step</label>'
+        f'<input id="q" type="search"><p id="told" class="dim" role="status">{len(rows)} of '
+        f'{len(rows)}</p></div><noscript><p class="dim">The search needs JavaScript.</p></noscript>'
+    )
+    heads = ("State", "Link and its target", "Broken since, UTC", "Owner", "Next step")
+    table = _table(heads, rows, 'id="links" class="cards"')
+    return _section(title, (cut if hidden else "") + search + table)
+
+
+def _format_changes(report: JsonObject) -> str:
+    rows = [
+        (
+            f"{_moment(row['changed_utc'])}<small>{_text(row['command'])} {row['run_id']}</small>",
+            f"{_state(row['state'])}<small>{_text(row['reason'])}</small>",
+            f"{_text(row['path'])}<small>{_text(row['old_target'])} &rarr; "
+            f"{_text(row['new_target'] or 'removed')}</small>",
+        )
+        for row in report["changes"]
+    ]
+    heads = ("Time, UTC, and run", "State", "Link, its old and its new target")
+    title = f"The last {plural(len(rows), 'changed link')}"
+    return _section(title, _table(heads, rows, 'class="cards"')) if rows else ""
+
+
+def _format_actions(report: JsonObject) -> str:
+    rows = [
+        (
+            _moment(row["fired_utc"] or row["created_utc"]),
+            _state(row["status"]),
+            _text(_server_of(row["url"] or "")),
+            _text(row["related_path"])
+            + f"<small>{_text(row['last_error'] or row['reason'])}</small>",
+        )
+        for row in report["last_actions"]
+    ]
+    heads = ("Time, UTC", "Status", "Server", "Link, and what went wrong")
+    title = f"The last {plural(len(rows), 'repair action')}"
+    return _section(title, _table(heads, rows, 'class="cards"')) if rows else ""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6850,6 +7257,27 @@ def show_stats(terminal: Terminal, result: JsonObject) -> None:
     terminal.out.write(result.get("text", ""))
 
 
+def run_report(context: Context) -> JsonObject:
+    """Write the report beside the database, or where it is asked for."""
+    file = context.args.output or os.path.join(os.path.dirname(context.db_path), "report.html")
+    with context.database() as conn:
+        report = collect_report(conn, context.config, time.time())
+    with replacement(file) as name, open(name, "w", encoding="utf-8") as stream:
+        stream.write(format_report(report))
+    return {
+        "file": os.path.abspath(file),
+        "size_bytes": os.path.getsize(file),
+        "links": report["count"],
+        "shown": len(report["links"]),
+    }
+
+
+def show_report(terminal: Terminal, result: JsonObject) -> None:
+    """Print where the report is."""
+    size = f"{result['size_bytes'] / 1024:,.0f} KiB"
+    terminal.line(f"{escape(result['file'])}: {size}")
+
+
 def format_stats(stats: JsonObject, terminal: Terminal) -> List[str]:
     """Return the statistics as lines, with small bars."""
     links, database, last = stats["symlinks"], stats["database"], stats["last_scan"]
@@ -7146,6 +7574,9 @@ COMMANDS = (
         option("--top", type=COUNT, default=10, metavar="N", help="so many directories"),
         option("--format", choices=("text", "json", "prometheus"), default="text"),
         option("--output", metavar="FILE", help="write there, whole or not at all"))),
+    Command("report", "", "one self-contained HTML page with charts",
+        "report --output /volume1/web/refresherr.html", run_report, show_report, (
+        option("--output", metavar="FILE", help="default: report.html beside the database"),)),
     Command("doctor", "", "check all that a scan and a repair depend on",
         "doctor --config /etc/refresherr.ini", run_doctor, show_doctor, ()),
     Command("db", "", "look after the database",
