@@ -1829,7 +1829,7 @@ class Surveyor:
     ('good', root number, paths, targets, units), ('links', [Judged]), ('mount', point, type),
     ('unit', number, mount point, child directory), ('unread', directory, reason),
     ('root', number, state, reason, real path, covered), ('ignored', count), ('beat',),
-    ('file', link, real path), ('done', places, blocked units, uninhabited directories).
+    ('looks', the items of `Look`), ('done', places, blocked units, uninhabited directories).
     """
 
     def __init__(self, job: ScanJob, send: Send) -> None:
@@ -1863,7 +1863,8 @@ class Surveyor:
         self.found: List[Judged] = []  # not yet sent
         self.ignored = 0
         self.doubtful: List[Link] = []  # gone at first sight
-        self.holding = False  # whether what is found may still be thrown away
+        self.files: Dict[str, str] = {}  # what the job's links lead to, if it could be read
+        self.holding = bool(job.links)  # whether what is found is not to be sent yet
         self.doubts = DOUBTFUL  # how many of them there may be; none in the second look
         self.crash: Optional[BaseException] = None
         self.over = threading.Event()  # not `change`: the watch is not to be woken by every task
@@ -1990,10 +1991,10 @@ class Surveyor:
         And anew, if anything was mounted or unmounted meanwhile: it may have been away again.
         """
         self.doubts = 0
-        self.holding = True
+        self.holding, sure = True, self.found
         for _ in range(LOOKS):
             has_changed = watch_mounts()
-            self.found.clear()
+            self.found = []
             self.forget()
             for link in self.doubtful:
                 self.put_off(link[1].rpartition("/")[0], [link])
@@ -2003,7 +2004,8 @@ class Surveyor:
             self.probe([p for p in self.everywhere() if p.used and p.state == HEALTHY])
             if not has_changed():
                 break
-        self.holding = False
+        self.found += sure
+        self.holding = bool(self.job.links)
         self.flush()
 
     def split(self) -> Optional[int]:
@@ -2059,6 +2061,14 @@ class Surveyor:
         blocked = {number: place.reason for number, place in places.items() if place.is_down}
         parents = {directory: os.path.dirname(directory) for directory in self.empty_dirs}
         uninhabited = [d for d, p in parents.items() if p == "/" or hash(p) not in self.inhabited]
+        looks = []
+        for path, _, judgement, unit, detail, _ in self.found:
+            empty = (detail.rstrip("/") or "/") if judgement == JUDGED_GONE and detail else ""
+            empty = empty if empty in uninhabited else ""
+            file = self.files.get(path, "")
+            looks.append((path, judgement, detail, blocked.get(unit, ""), empty, file))
+        if self.job.links:
+            self.send(("looks", looks))
         self.send(("done", listed, blocked, uninhabited))
 
     # Asking the places
@@ -2387,7 +2397,7 @@ class Surveyor:
             raise OSError(errno.EINVAL, f"{real} is not a file")
         with open(real, "rb", buffering=0) as stream:
             stream.read(1)
-        self.send(("file", path, real))
+        self.files[path] = real
 
     def judge_gone(self, task: Task, link: Link) -> None:
         """Find out where a target is missing, at the end of what may be a chain of links."""
@@ -3024,16 +3034,15 @@ def scan_library(
     """
     started = time.monotonic()
     record = ScanRecord(conn, job, max_new_broken)
-    worker = Worker(job)
     collecting = gc.isenabled()
     gc.disable()  # nothing here is cyclic; measured: it costs a tenth of a scan
     try:
-        for message in worker.messages():
-            record.take(message)
-            progress(f"{record.examined:,} links examined")
-        record.finish()
+        with contextlib.closing(Worker(job)) as worker:
+            for message in worker.messages():
+                record.take(message)
+                progress(f"{record.examined:,} links examined")
+            record.finish()
     finally:
-        worker.close()
         if collecting:
             gc.enable()
     duration = round(time.monotonic() - started, 3)
@@ -3118,30 +3127,13 @@ def _look_at(
         return []
     job = plan_scan(conn, settings, ["/"])
     job = dataclasses.replace(job, roots=(), links=tuple(dict.fromkeys(paths)), read=read)
-    found: List[Judged] = []
-    blocked: Dict[int, str] = {}
-    files: Dict[str, str] = {}
-    uninhabited: Sequence[str] = ()
-    worker = Worker(job)
-    try:
-        for message in worker.messages():
-            if message[0] == "good":
-                found += [(p, "", JUDGED_OK, u, "", 0) for p, u in zip(message[2], message[4])]
-            elif message[0] == "links":
-                found += message[1]
-            elif message[0] == "file":
-                files[message[1]] = message[2]
-            elif message[0] == "done":
-                blocked, uninhabited = message[2], message[3]
-    finally:
-        worker.close()
-    looks = []
-    for path, _, judgement, unit, detail, _ in found:
-        empty = (detail.rstrip("/") or "/") if judgement == JUDGED_GONE and detail else ""
-        empty = empty if empty in uninhabited else ""
-        file = files.get(path, "")
-        looks.append(Look(path, judgement, detail, blocked.get(unit, ""), empty, file))
-    return looks
+    with contextlib.closing(Worker(job)) as worker:
+        return [
+            Look(*look)
+            for name, *content in worker.messages()
+            if name == "looks"
+            for look in content[0]
+        ]
 
 
 def look_at_places(
@@ -3150,13 +3142,10 @@ def look_at_places(
     """Return {directory: (state, reason, real path)}, as a scan sees its roots."""
     places: Dict[str, Tuple[str, str, str]] = {}
     job = dataclasses.replace(plan_scan(conn, settings, list(directories)), look_only=True)
-    worker = Worker(job)
-    try:
+    with contextlib.closing(Worker(job)) as worker:
         for message in worker.messages():
             if message[0] == "root":
-                places[job.roots[message[1]]] = (message[2], message[3], message[4])
-    finally:
-        worker.close()
+                places[job.roots[message[1]]] = message[2:5]
     return places
 
 
@@ -3277,29 +3266,26 @@ def index_copies(
     }
     held = folders if base in folders else {}
     known = {path: mtime for path, (mtime, _) in held.items()}
-    worker = Worker(plan_scan(conn, settings, [base]), functools.partial(walk_copies, base, known))
-    try:
-        with transaction(conn):
-            if not held:  # the first time, or another base, or the container edition's items
-                conn.execute("DELETE FROM cinesync_folders")
-                conn.execute("UPDATE cinesync_items SET last_seen_utc = 0")
-            for message in worker.messages():
-                if message[0] == "folders":
-                    for folder, mtime, rows in message[1]:
-                        _write_folder(conn, folder, mtime, rows, held.get(folder, (0, 0))[1] > 0)
-                elif message[0] == "unread":
-                    log.warning("cannot read %s: %s; its items stay", message[1], message[2])
-                elif message[0] == "gone":
-                    for folder in message[1]:
-                        _write_folder(conn, folder, 0, [], held[folder][1] > 0)
-                        remove = "DELETE FROM cinesync_folders WHERE path = ?"
-                        conn.execute(remove, (to_db(folder),))
-            if not held:
-                conn.execute("DELETE FROM cinesync_items WHERE last_seen_utc = 0")
-            count = int(conn.execute("SELECT count(*) FROM cinesync_items").fetchone()[0])
-            _refuse_shrink(conn, base, count, accept_shrink)
-    finally:
-        worker.close()
+    job, errand = plan_scan(conn, settings, [base]), functools.partial(walk_copies, base, known)
+    with contextlib.closing(Worker(job, errand)) as worker, transaction(conn):
+        if not held:  # the first time, or another base, or the container edition's items
+            conn.execute("DELETE FROM cinesync_folders")
+            conn.execute("UPDATE cinesync_items SET last_seen_utc = 0")
+        for message in worker.messages():
+            if message[0] == "folders":
+                for folder, mtime, rows in message[1]:
+                    _write_folder(conn, folder, mtime, rows, held.get(folder, (0, 0))[1] > 0)
+            elif message[0] == "unread":
+                log.warning("cannot read %s: %s; its items stay", message[1], message[2])
+            elif message[0] == "gone":
+                for folder in message[1]:
+                    _write_folder(conn, folder, 0, [], held[folder][1] > 0)
+                    remove = "DELETE FROM cinesync_folders WHERE path = ?"
+                    conn.execute(remove, (to_db(folder),))
+        if not held:
+            conn.execute("DELETE FROM cinesync_items WHERE last_seen_utc = 0")
+        count = int(conn.execute("SELECT count(*) FROM cinesync_items").fetchone()[0])
+        _refuse_shrink(conn, base, count, accept_shrink)
     return count
 
 
