@@ -1663,9 +1663,8 @@ class ScanJob:
     """What a worker is to do; everything it may not ask for once it runs.
 
     `remembered` maps the mount points that earlier scans saw in use to their file system types.
-    With `look_only` the worker says how roots and mounts are, and walks nothing; with `split` it
-    may divide itself in two.  `links` are judged one by one, besides what the roots hold; with
-    `read` a good one must lead to a file that can be read.
+    With `look_only` the worker says how roots and mounts are, and walks nothing.  `links` are
+    looked at in place of roots; with `read` a good one must lead to a file that can be read.
     """
 
     roots: Tuple[str, ...]
@@ -1675,7 +1674,6 @@ class ScanJob:
     workers: int = 0
     stat_timeout: float = 30.0
     look_only: bool = False
-    split: bool = True
     links: Tuple[str, ...] = ()
     read: bool = False
 
@@ -1863,7 +1861,8 @@ class Surveyor:
         self.found: List[Judged] = []  # not yet sent
         self.ignored = 0
         self.doubtful: List[Link] = []  # gone at first sight
-        self.files: Dict[str, str] = {}  # what the job's links lead to, if it could be read
+        self.wanted: Dict[str, List[str]] = {}  # the job's links, by directory
+        self.files: Dict[str, str] = {}  # what they lead to, if it could be read
         self.holding = bool(job.links)  # whether what is found is not to be sent yet
         self.doubts = DOUBTFUL  # how many of them there may be; none in the second look
         self.crash: Optional[BaseException] = None
@@ -1879,7 +1878,7 @@ class Surveyor:
         self.open_roots()
         self.open_links()
         if not self.job.look_only:
-            self.spreading = self.job.split
+            self.spreading = not self.job.links
             self.work()
             pipe = self.split()
             self.work()
@@ -1933,41 +1932,10 @@ class Surveyor:
                 self.covered_roots[seen_as] = number
 
     def open_links(self) -> None:
-        """Read the job's links, hang-safe, and put them on the pile.
-
-        What is no link stands for itself; what is not there gets no verdict, unless its own place
-        is unwell.
-        """
-        folders: Dict[str, List[str]] = {}
+        """Put the directories of the job's links on the pile."""
         for path in self.job.links:
-            folders.setdefault(os.path.dirname(path), []).append(path)
-        looks = [functools.partial(self.read_links, *item) for item in folders.items()]
-        answers: List[Any] = []
-        for start in range(0, len(looks), AUTO_WORKERS):
-            # A library that hangs as a whole costs one time-out, not one for each part.
-            hangs = start > 0 and not any(answers[-AUTO_WORKERS:])
-            part = looks[start : start + AUTO_WORKERS]
-            answers += [None] * len(part) if hangs else self.ask_all(part)
-        for (folder, paths), answer in zip(folders.items(), answers):
-            texts, reason = answer or ({}, f"it did not answer within {self.limit}")
-            for path, text in texts.items():
-                target = os.path.join(folder, text)
-                self.put_off(target.rpartition("/")[0], [(path, target, text, 0)])
-            unseen = set(paths) - set(texts) if reason else ()
-            unit = self.unit_of(self.floor)
-            self.found += [(path, "", JUDGED_UNKNOWN, unit, reason, 0) for path in unseen]
-
-    def read_links(self, folder: str, paths: Sequence[str]) -> Tuple[Dict[str, str], str]:
-        """Return the texts of links in a directory, and what is wrong with its place."""
-        place = self.locate(folder).place
-        texts = {}
-        for path in paths:
-            try:
-                texts[path] = os.readlink(path)
-            except OSError as exc:
-                if exc.errno not in GONE_ERRNOS:
-                    texts[path] = path
-        return texts, place.reason if place.state != HEALTHY else ""
+            self.wanted.setdefault(path.rpartition("/")[0], []).append(path)
+        self.walks += [(folder, 0) for folder in self.wanted]
 
     def examine_root(self, root: str) -> Tuple[str, str, str]:
         """Return (state, reason, real path) of a root: 'scanned', 'missing', 'error', 'refused'."""
@@ -2273,8 +2241,6 @@ class Surveyor:
             directory, root = task.todo.pop()
             task.touch(directory + "/")
             try:
-                if self.sealed and self.locate(directory).place.state == UNRESPONSIVE:
-                    raise TimeoutError(errno.ETIMEDOUT, "it did not answer in time")
                 self.walk_directory(task, directory, root)
             except OSError as exc:
                 self.send(("unread", directory or "/", exc.strerror))
@@ -2284,6 +2250,42 @@ class Surveyor:
 
     def walk_directory(self, task: Task, directory: str, root: int) -> None:
         """Judge the links of one directory; put them off where their targets are slow."""
+        if self.wanted:
+            groups = self.read_wanted(task, directory)
+        elif self.sealed and self.locate(directory).place.state == UNRESPONSIVE:
+            raise TimeoutError(errno.ETIMEDOUT, "it did not answer in time")
+        else:
+            groups = self.read_directory(task, directory, root)
+        task.since = time.monotonic()
+        for head, links in groups.items():
+            if self.is_slow(head) or self.locate(head).slow:
+                task.later.append((head, links))
+            else:
+                self.judge_links(task, head, links)
+
+    def read_wanted(self, task: Task, folder: str) -> Dict[str, List[Link]]:
+        """Return those of the job's links that are in a directory, by their targets' directories.
+
+        What is no link stands for itself; what is not there gets no verdict, unless its own place
+        is unwell.
+        """
+        groups: Dict[str, List[Link]] = defaultdict(list)
+        place = self.locate(folder).place
+        for path in self.wanted[folder]:
+            try:
+                text = "" if place.state == UNRESPONSIVE else os.readlink(path)
+            except OSError as exc:
+                text = "" if exc.errno in GONE_ERRNOS else path
+            if text:
+                target = os.path.join(folder + "/", text)
+                groups[target.rpartition("/")[0]].append((path, target, text, 0))
+            elif place.state != HEALTHY:
+                link = (path, "", "", 0)
+                task.add(link, JUDGED_UNKNOWN, self.unit_of(self.floor), place.reason)
+        return groups
+
+    def read_directory(self, task: Task, directory: str, root: int) -> Dict[str, List[Link]]:
+        """Return the links of a directory by their targets' directories; add those in it to do."""
         prefix = directory + "/"
         ignore = self.ignore
         groups: Dict[str, List[Link]] = defaultdict(list)
@@ -2306,12 +2308,7 @@ class Surveyor:
                         continue
                     target = text if text[0] == "/" else prefix + text
                     groups[target.rpartition("/")[0]].append((path, target, text, root))
-        task.since = time.monotonic()
-        for head, links in groups.items():
-            if self.is_slow(head) or self.locate(head).slow:
-                task.later.append((head, links))
-            else:
-                self.judge_links(task, head, links)
+        return groups
 
     def add_slow(self, *points: str) -> None:
         self.slow += tuple(point.rstrip("/") + "/" for point in points)
