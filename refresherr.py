@@ -799,15 +799,13 @@ def format_sample_config() -> str:
 
 # WAL needs shared memory between all processes of one host (sqlite.org/wal.html); these are, or
 # may be, shared with another host, and trying WAL does not tell.
-_NETWORK_TYPES = re.compile(
-    r"nfs\d*|cifs|smb\w*|9p|fuse\..*|afs|ceph|lustre|gfs2?|ocfs2|davfs|glusterfs"
-)
+_NETWORK_TYPES = r"nfs\d*|cifs|smb\w*|9p|fuse\..*|afs|ceph|lustre|gfs2?|ocfs2|davfs|glusterfs"
 _OCTAL_ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
 def is_network_type(fs_type: str) -> bool:
     """Tell whether a file system type is remote: slow to ask, unsafe for WAL."""
-    return _NETWORK_TYPES.fullmatch(fs_type) is not None
+    return re.fullmatch(_NETWORK_TYPES, fs_type) is not None
 
 
 def parse_mountinfo(text: str, identity: bool = False) -> Dict[str, str]:
@@ -1250,10 +1248,9 @@ def _known_version(conn: sqlite3.Connection) -> int:
     """Return `schema_version`.  DatabaseError if it is newer than this program."""
     version = schema_version(conn)
     if version > SCHEMA_VERSION:
+        what = f"database {database_path(conn)} has schema version {version}"
         advice = f"this program knows {SCHEMA_VERSION}; use a newer Refresherr"
-        raise DatabaseError(
-            f"database {database_path(conn)} has schema version {version}, {advice}"
-        )
+        raise DatabaseError(f"{what}, {advice}")
     return version
 
 
@@ -1489,12 +1486,16 @@ def insert_action(
         row = conn.execute(same, (url,)).fetchone()
         if row:
             return int(row["id"]), False
-        cursor = conn.execute(
-            "INSERT INTO actions (url, status, reason, related_path, created_utc, progress) "
-            "VALUES (?, 'pending', ?, ?, ?, ?)",
-            (url, to_db(redact(reason)), to_db(path) if path else None, utc_now(), progress),
-        )
-        return int(cursor.lastrowid or 0), True
+        insert = """INSERT INTO actions (url, reason, related_path, created_utc, progress, status)
+            VALUES (?, ?, ?, ?, ?, 'pending')"""
+        values = (url, to_db(redact(reason)), to_db(path) if path else None, utc_now(), progress)
+        return int(conn.execute(insert, values).lastrowid or 0), True
+
+
+def update_action(conn: sqlite3.Connection, number: int, **columns: Any) -> None:
+    """Write some columns of an action."""
+    changes = ", ".join(f"{name} = ?" for name in columns)
+    conn.execute(f"UPDATE actions SET {changes} WHERE id = ?", (*columns.values(), number))
 
 
 def get_pending_actions(limit: int = 25) -> List[sqlite3.Row]:
@@ -1506,9 +1507,8 @@ def get_pending_actions(limit: int = 25) -> List[sqlite3.Row]:
 
 def mark_action_sent(action_id: int, ok: bool = True) -> None:
     """Mark an action as sent, or as failed."""
-    update = "UPDATE actions SET status = ?, fired_utc = ? WHERE id = ?"
     with _writing() as conn:
-        conn.execute(update, ("sent" if ok else "failed", utc_now(), action_id))
+        update_action(conn, action_id, status="sent" if ok else "failed", fired_utc=utc_now())
 
 
 Event = Tuple[int, Union[str, bytes, None], Union[str, bytes, None], str, str, str, str]
@@ -1587,11 +1587,10 @@ def scratch_database(db_path: str) -> Iterator[sqlite3.Connection]:
         if os.path.exists(db_path):
             # Without a journal nobody is writing; 'immutable' then leaves no file of ours behind.
             flag = "mode=ro" if os.path.exists(db_path + "-wal") else "immutable=1"
-            uri = f"file:{quote(db_path)}?{flag}"
-            with explained_errors(db_path), contextlib.closing(
-                sqlite3.connect(uri, uri=True)
-            ) as source:
-                backup_database(source, copy)
+            with explained_errors(db_path):
+                source = sqlite3.connect(f"file:{quote(db_path)}?{flag}", uri=True)
+                with contextlib.closing(source):
+                    backup_database(source, copy)
         with contextlib.closing(open_database(copy)) as conn:
             yield conn
 
@@ -3239,12 +3238,10 @@ def list_copies(base: str, folder: str) -> Tuple[List[str], List[ItemRow]]:
             elif is_video(entry.name):
                 work = parse_work(entry.path[len(base) :])
                 if work.kind != "other":
-                    tmdb = work.ids.get("tmdb")
-                    titles = work.title, normalise_title(work.title), work.year, work.season
-                    episode = next(iter(work.episodes), None)
-                    rows.append(
-                        (entry.path, *titles, episode, int(tmdb) if tmdb else None, work.resolution)
-                    )
+                    titles = entry.path, work.title, normalise_title(work.title), work.year
+                    episode = work.season, next(iter(work.episodes), None)
+                    tmdb = int(work.ids["tmdb"]) if "tmdb" in work.ids else None
+                    rows.append((*titles, *episode, tmdb, work.resolution))
     return folders, rows
 
 
@@ -3257,10 +3254,8 @@ def index_copies(
     half since the last run that was not refused.
     """
     conn.execute(_FOLDERS_TABLE)
-    folders = {
-        from_db(path): (mtime, items)
-        for path, mtime, items in conn.execute("SELECT path, mtime_ns, items FROM cinesync_folders")
-    }
+    select = "SELECT path, mtime_ns, items FROM cinesync_folders"
+    folders = {from_db(path): (mtime, items) for path, mtime, items in conn.execute(select)}
     held = folders if base in folders else {}
     known = {path: mtime for path, (mtime, _) in held.items()}
     job, errand = plan_scan(conn, settings, [base]), functools.partial(walk_copies, base, known)
@@ -3294,13 +3289,10 @@ def _write_folder(
     if had_items:
         condition, values = beneath(folder)
         present = {row[0] for row in rows}
-        items = conn.execute(f"SELECT id, path FROM cinesync_items WHERE {condition}", values)
-        gone = [
-            (number,)
-            for number, path in ((item[0], from_db(item[1])) for item in items)
-            if path not in present and os.path.dirname(path) == folder
-        ]
-        conn.executemany("DELETE FROM cinesync_items WHERE id = ?", gone)
+        select = f"SELECT path FROM cinesync_items WHERE {condition}"
+        paths = {from_db(row[0]) for row in conn.execute(select, values)} - present
+        gone = [(to_db(path),) for path in paths if os.path.dirname(path) == folder]
+        conn.executemany("DELETE FROM cinesync_items WHERE path = ?", gone)
     encoded = [(*map(to_db, row[:3]), *row[3:], now, now) for row in rows]
     conn.executemany(_WRITE_ITEM, encoded)
     write = "INSERT OR REPLACE INTO cinesync_folders VALUES (?, ?, ?)"
@@ -3608,11 +3600,8 @@ class Relinker:
 
     def open_places(self) -> Dict[str, str]:
         """Look at base, roots and allowed targets; return the roots that answer: {path: real}."""
-        base, roots, allowed = (
-            self.settings.base,
-            self.settings.roots,
-            self.settings.allowed_targets,
-        )
+        settings = self.settings
+        base, roots, allowed = settings.base, settings.roots, settings.allowed_targets
         places = look_at_places(self.conn, self.scan, (base, *roots, *allowed))
         state, reason, real_base = places[base]
         for real in filter(None, (places[root][2] for root in roots) if real_base else ()):
@@ -3815,9 +3804,8 @@ def load_copies(conn: sqlite3.Connection, base: str, wanted: Iterable[Work]) -> 
     titles, ids = {k[1] for k in keys if not k[0]}, {k[1] for k in keys if k[0]}
     parts = {(work.season, number) for work in works for number in work.episodes}
     folders: Set[str] = set()
-    for name, title, *part in conn.execute(
-        "SELECT path, show_norm, season, episode FROM cinesync_items"
-    ):
+    select = "SELECT path, show_norm, season, episode FROM cinesync_items"
+    for name, title, *part in conn.execute(select):
         path = from_db(name)
         if from_db(title) in titles or any(not ids.isdisjoint(tag) for tag in _ID.findall(path)):
             folder = os.path.dirname(path)
@@ -4683,20 +4671,14 @@ def list_actions(
     conn: sqlite3.Connection, status: Optional[str], ids: Sequence[int] = ()
 ) -> List[JsonObject]:
     """Return the rows of `actions list --json`, of a status or with certain ids."""
-    columns = (
-        "id, url, status, reason, related_path, created_utc, fired_utc, attempts, "
-        "next_attempt_utc, last_error"
-    )
-    rows = conn.execute(f"SELECT {columns} FROM actions ORDER BY id")
-    return [
-        {
-            **dict(row),
-            "related_path": from_db(row["related_path"]),
-            "reason": from_db(row["reason"]),
-        }
-        for row in rows
-        if (status is None or row["status"] == status) and (not ids or row["id"] in ids)
-    ]
+    select = """SELECT id, url, status, reason, related_path, created_utc, fired_utc, attempts,
+        next_attempt_utc, last_error FROM actions ORDER BY id"""
+    found = []
+    for row in map(dict, conn.execute(select)):
+        if (status is None or row["status"] == status) and (not ids or row["id"] in ids):
+            row.update((name, from_db(row[name])) for name in ("related_path", "reason"))
+            found.append(row)
+    return found
 
 
 def retry_actions(conn: sqlite3.Connection, ids: Sequence[int]) -> List[int]:
@@ -4717,11 +4699,8 @@ def retry_actions(conn: sqlite3.Connection, ids: Sequence[int]) -> List[int]:
             progress = {**json.loads(noted or "{}"), "searches": 0}
             if progress.get("step"):
                 progress["step"] = "found"
-            conn.execute(
-                "UPDATE actions SET status = 'pending', attempts = 0, next_attempt_utc = NULL, "
-                "last_error = NULL, progress = ? WHERE id = ?",
-                (json.dumps(progress), number),
-            )
+            anew = {"attempts": 0, "next_attempt_utc": None, "last_error": None}
+            update_action(conn, number, status=PENDING, progress=json.dumps(progress), **anew)
             changed.append(number)
     return changed or [-1]
 
@@ -4846,14 +4825,13 @@ def end_action(
     """Give an action its new status, and the log of events a row."""
     action.status = action.outcome = status
     action.error = redact(error)
-    when = ":now" if fired and status != REPAIRED else "fired_utc"
+    columns: JsonObject = {"last_error": action.error or None, "next_attempt_utc": None}
+    if fired and status != REPAIRED:
+        columns["fired_utc"] = utc_now()
+    if status == SENT:
+        columns["attempts"] = 0
     with transaction(conn):
-        conn.execute(
-            f"UPDATE actions SET status = :status, last_error = :error, fired_utc = {when}, "
-            "attempts = CASE :status WHEN 'sent' THEN 0 ELSE attempts END, "
-            "next_attempt_utc = NULL WHERE id = :id",
-            {"status": status, "error": action.error or None, "now": utc_now(), "id": action.id},
-        )
+        update_action(conn, action.id, status=status, **columns)
         _write_events(conn, [link_event(path, "", status, status) for path in action.paths])
 
 
@@ -4861,11 +4839,9 @@ def settle_repairs(conn: sqlite3.Connection) -> List[Action]:
     """Call repaired what was sent and whose links the last scan found good, or well replaced."""
     settled = []
     for action in load_actions(conn, "status = 'sent' AND related_path IS NOT NULL"):
-        known = [(path, find_link(conn, path)) for path in action.paths]
-        if all(
-            (link and link.status == OK) or is_replaced(conn, path, action.fired)
-            for path, link in known
-        ):
+        known = find_links(conn, action.paths)
+        good = [path for path, link in known.items() if link.status == OK]
+        if all(path in good or is_replaced(conn, path, action.fired) for path in action.paths):
             end_action(conn, action, REPAIRED)
             settled.append(action)
     return settled
@@ -4931,10 +4907,8 @@ class Dispatcher:
         code = EXIT_OK
         if self.problems or count[FAILED] or count[RETRY]:
             code = EXIT_PARTIAL if good else EXIT_FAILED
-        result: JsonObject = {
-            "applied": self.applied,
-            "exit_code": EXIT_REFUSED if self.refused else code,
-        }
+        code = EXIT_REFUSED if self.refused else code
+        result: JsonObject = {"applied": self.applied, "exit_code": code}
         result.update({name: count[name] for name in (SENT, FAILED, RETRY, CANCELLED, REPAIRED)})
         result["actions"] = [action.to_json() for action in touched]
         if self.problems:
@@ -4946,17 +4920,14 @@ class Dispatcher:
     def is_broken(self, action: Action) -> bool:
         """Look at an action's links this very moment; if none is broken, settle the action."""
         verdicts = recheck_links(self.conn, self.config.scan, action.paths)
-        for path in verdicts:
-            known = find_link(self.conn, path)
-            if known and known.status == UNREACHABLE and verdicts[path][0] == BROKEN:
+        for path, known in find_links(self.conn, list(verdicts)).items():
+            if known.status == UNREACHABLE and verdicts[path][0] == BROKEN:
                 verdicts[path] = UNREACHABLE, known.error or "the last scan could not judge it"
-        states = {status for status, _ in verdicts.values()}
+        states = dict(verdicts.values())  # {status: why}
         if BROKEN in states:
             return True
         if UNREACHABLE in states:
-            self.put_off(
-                action, next(why for state, why in verdicts.values() if state == UNREACHABLE)
-            )
+            self.put_off(action, states[UNREACHABLE])
         elif OK in states or not action.step:
             words = "the link works again" if OK in states else "there is no such link"
             end_action(self.conn, action, CANCELLED, words, fired=False)
@@ -4978,12 +4949,9 @@ class Dispatcher:
             action.attempts += 1
             delay = max(exc.after, FIRST_DELAY * 2 ** (action.attempts - 1))
             action.outcome, action.error = RETRY, redact(str(exc))
-            with transaction(self.conn):
-                self.conn.execute(
-                    "UPDATE actions SET attempts = ?, next_attempt_utc = ?, last_error = ? "
-                    "WHERE id = ?",
-                    (action.attempts, format_time(time.time() + delay), action.error, action.id),
-                )
+            columns = {"attempts": action.attempts, "last_error": action.error}
+            when = format_time(time.time() + delay)
+            update_action(self.conn, action.id, next_attempt_utc=when, **columns)
         if not quiet:
             log.error("%s: %s", action.path, exc)
 
@@ -4992,8 +4960,7 @@ class Dispatcher:
         with transaction(self.conn):
             for action in actions:
                 action.progress.update(progress)
-                text = json.dumps(action.progress)
-                self.conn.execute("UPDATE actions SET progress = ? WHERE id = ?", (text, action.id))
+                update_action(self.conn, action.id, progress=json.dumps(action.progress))
                 if event:
                     _write_events(self.conn, [link_event(action.path, "", event, action.status)])
 
@@ -5147,10 +5114,8 @@ class Repair:
             self.errand.note([action], step="deleted")
             return True
         if not items or record is None:
-            raise HttpError(
-                f"{self.server.name}: knows no file {path}; correct path_map, or remove the link",
-                404,
-            )
+            text = f"knows no file {path}; correct path_map, or remove the link"
+            raise HttpError(f"{self.server.name}: {text}", 404)
         wanted = {str(item["id"]): bool(item.get("monitored")) for item in items}
         if not any(wanted.values()) and not self.errand.config.repair.unmonitored:
             end_action(self.conn, action, CANCELLED, "it is unmonitored")
