@@ -2030,8 +2030,8 @@ class Surveyor:
         uninhabited = [d for d, p in parents.items() if p == "/" or hash(p) not in self.inhabited]
         looks = []
         for path, _, judgement, unit, detail, _ in self.found:
-            empty = (detail.rstrip("/") or "/") if judgement == JUDGED_GONE and detail else ""
-            empty = empty if empty in uninhabited else ""
+            near = detail.rstrip("/") or detail
+            empty = near if judgement == JUDGED_GONE and near in uninhabited else ""
             file = self.files.get(path, "")
             looks.append((path, judgement, detail, blocked.get(unit, ""), empty, file))
         if self.job.links:
@@ -2613,14 +2613,13 @@ def _run_worker(errand: Callable[[Send], None], writer: int) -> None:
             finally:
                 os.write(give, b"!")
 
-        try:
-            errand(send)
-        except BrokenPipeError:
-            pass
-        except RefresherrError as exc:
-            send(("crash", str(exc), True))
-        except BaseException as exc:
-            send(("crash", f"{type(exc).__name__}: {exc}\n{traceback.format_exc()}", False))
+        errand(send)
+    except BrokenPipeError:
+        pass
+    except RefresherrError as exc:
+        send(("crash", str(exc), True))
+    except BaseException as exc:
+        send(("crash", f"{type(exc).__name__}: {exc}\n{traceback.format_exc()}", False))
     finally:
         os._exit(0)
 
@@ -3066,9 +3065,6 @@ def forget_mount(conn: sqlite3.Connection, point: str) -> bool:
         return conn.execute(delete, (to_db(point),)).rowcount > 0
 
 
-IS_EMPTY = "perhaps nothing is mounted there, for it is empty: "  # then the directory
-
-
 def recheck_links(
     conn: sqlite3.Connection, settings: ScanSettings, paths: Sequence[str]
 ) -> Dict[str, Tuple[str, str]]:
@@ -3077,20 +3073,19 @@ def recheck_links(
     Returns {path: (status, reason)}: broken only where the file system is proven healthy, as in a
     scan.  What is no symlink any more is not in it.
     """
-    verdicts = {look.path: look.verdict() for look in _look_at(conn, settings, paths)}
-    doubted = [path for path, (status, why) in verdicts.items() if why.startswith(IS_EMPTY)]
+    looks = {look.path: look for look in _look_at(conn, settings, paths)}
     # An empty directory proves nothing by itself: does a good target live beside it?
-    places = {("last_target", os.path.dirname(verdicts[p][1][len(IS_EMPTY) :])) for p in doubted}
+    doubted = [path for path, look in looks.items() if look.empty and not look.blocked]
+    places = {("last_target", os.path.dirname(looks[path].empty)) for path in doubted}
     places |= {("path", os.path.dirname(os.path.dirname(path))) for path in doubted}
     near: Set[str] = set()
     for column, place in places:
         condition, values = beneath(place, column)
         select = f"SELECT path FROM symlinks WHERE status = 'ok' AND {condition} LIMIT 20"
         near.update(from_db(row[0]) for row in conn.execute(select, values))
-    for look in _look_at(conn, settings, [*doubted, *near]) if doubted else ():
-        if look.path not in near:
-            verdicts[look.path] = look.verdict()
-    return verdicts
+    again = _look_at(conn, settings, [*doubted, *near]) if doubted else []
+    looks.update((look.path, look) for look in again if look.path not in near)
+    return {path: look.verdict() for path, look in looks.items()}
 
 
 class Look(NamedTuple):
@@ -3112,7 +3107,8 @@ class Look(NamedTuple):
             return OK, ""
         if self.judgement != JUDGED_GONE or self.blocked:
             return UNREACHABLE, self.blocked or self.detail
-        return (UNREACHABLE, IS_EMPTY + self.empty) if self.empty else (BROKEN, "")
+        reason = f"perhaps nothing is mounted there, for it is empty: {self.empty}"
+        return (UNREACHABLE, reason) if self.empty else (BROKEN, "")
 
 
 def _look_at(
@@ -3199,15 +3195,10 @@ def walk_copies(base: str, known: Mapping[str, int], send: Send) -> None:
     todo, seen, size = [base], set(), 0
     found: List[Tuple[str, int, List[ItemRow]]] = []
     told = time.monotonic()
-    while True:
-        if not todo or size >= ROWS_AT_ONCE:
+    while todo:
+        if size >= ROWS_AT_ONCE or time.monotonic() - told > HEARTBEAT:  # a sign of life, too
             send(("folders", found))
-            found, size = [], 0
-        if not todo:
-            break
-        if time.monotonic() - told > HEARTBEAT:
-            send(("beat",))
-            told = time.monotonic()
+            found, size, told = [], 0, time.monotonic()
         folder = todo.pop()
         try:
             began, mtime = time.time_ns(), os.stat(folder).st_mtime_ns
@@ -3223,6 +3214,7 @@ def walk_copies(base: str, known: Mapping[str, int], send: Send) -> None:
             if exc.errno not in GONE_ERRNOS:  # what lies below is not forgotten
                 send(("unread", folder, exc.strerror))
                 seen.update(path for path in known if is_under(path, folder))
+    send(("folders", found))
     send(("gone", [path for path in known if path not in seen]))
     send(("done",))
 
