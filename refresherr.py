@@ -26,8 +26,11 @@ The sections, bottom-up; each uses only those above it:
     Ingest                  the servers' titles and files -> rows, linked to the symlinks
     Queue                   broken links -> actions
     Dispatch                actions -> servers, step by step, resumable
+    Notify                  who is told about a run, and the heartbeats
+    Media servers           Plex, Jellyfin and Emby are told which directories changed
     Statistics              what the database knows, for people and for Prometheus
     Doctor                  is this installation fit for work?
+    Run                     what the steps of a whole run come to
     Command line            one table of commands, main()
 
 Use as a library: ``import refresherr``; the functions of the Database section keep the promises
@@ -135,6 +138,12 @@ class LockedError(RefresherrError):
     exit_code = EXIT_LOCKED
 
 
+class TimeUpError(RefresherrError):
+    """A run has used up its time; the next one goes on."""
+
+    exit_code = EXIT_PARTIAL
+
+
 # ---------------------------------------------------------------------------------------------
 # Text and time
 # ---------------------------------------------------------------------------------------------
@@ -193,6 +202,14 @@ def format_duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     parts = {"d": hours // 24, "h": hours % 24, "m": minutes, "s": secs}
     return " ".join([f"{count}{unit}" for unit, count in parts.items() if count][:2])
+
+
+def parse_interval(text: str) -> float:
+    """Return seconds, more than 0.  ValueError otherwise."""
+    seconds = parse_duration(text)
+    if not seconds:
+        raise ValueError("must be more than 0")
+    return seconds
 
 
 def parse_percent(text: str) -> float:
@@ -288,6 +305,12 @@ class Terminal:
         """Print a line of data.  The caller has escaped what is foreign in it."""
         self.clear()
         print(text, file=self.out)
+
+    def hint(self, text: str) -> None:
+        """Say to a person who sits there what to do next."""
+        if self._progress:
+            self.clear()
+            print(self.paint(f"-> {text}", "dim"), file=self.err)
 
     def progress(self, text: str, clock: Callable[[], float] = time.monotonic) -> None:
         """Draw a line that replaces itself, ten times a second at the most."""
@@ -460,7 +483,7 @@ class ScanSettings:
         "Skip paths that contain this; with *, ? or [ it is a glob on the name.",
         "\ncinesync\n@eaDir", "IGNORE_SUBSTR")
     workers: int = setting(0, parse_workers, "Look-ups at once on a slow mount.", "auto")
-    stat_timeout: float = setting(30.0, parse_duration,
+    stat_timeout: float = setting(30.0, parse_interval,
         "A target that has not answered by then is unreachable.", "30s")
     max_new_broken: float = setting(0.20, parse_percent,
         "More of a mount's good links than this gone at once is taken for an outage.", "20%")
@@ -517,25 +540,40 @@ class CinesyncSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """What `run` does of itself."""
+
+    ingest_every: float = setting(86400.0, parse_duration, "Read the servers when the last reading "
+        "is older than this.", "1d")
+    time_limit: float = setting(0.0, parse_duration,
+        "A run begins nothing more after this long; 0 is no limit.", "2h")
+
+
+@dataclasses.dataclass(frozen=True)
 class NotifySettings:
     """Who is told about a run."""
 
     discord: str = secret(parse_url, "Webhook.", "https://...", "DISCORD_WEBHOOK")
     ntfy: str = secret(parse_url, "Topic.", "https://ntfy.sh/topic")
-    ntfy_token: str = secret(parse_key, "Access token.", "...")
-    apprise: str = secret(parse_url, "", "http://apprise:8000/notify/KEY")
-    webhook: str = secret(parse_url, "Gets JSON.", "https://...")
-    healthchecks: str = secret(parse_url, "", "https://hc-ping.com/UUID")
-    uptime_kuma: str = secret(parse_url, "", "https://kuma.example/api/push/TOKEN")
-    when: str = setting("changes", parse_choice("changes", "failures", "always"), "", "changes")
+    ntfy_token: str = secret(parse_key, "Access token, where the topic needs one.", "...")
+    apprise: str = secret(parse_url, "Apprise API, with the key of its configuration.",
+        "http://apprise:8000/notify/KEY")
+    webhook: str = secret(parse_url, "Gets the run's result as JSON.", "https://...")
+    healthchecks: str = secret(parse_url, "Hears of the start and the end of every applied run.",
+        "https://hc-ping.com/UUID")
+    uptime_kuma: str = secret(parse_url, "Push URL; hears of the end of every applied run.",
+        "https://kuma.example/api/push/TOKEN")
+    when: str = setting("changes", parse_choice("changes", "failures", "always"),
+        "changes: a run that changed something, failed or was refused; failures; or always.",
+        "changes")
 
 
 @dataclasses.dataclass(frozen=True)
 class PlexSettings:
     """Plex is told about the directories that changed."""
 
-    url: str = setting("", parse_url, "", "http://plex:32400")
-    token: str = secret(parse_key, "", "...")
+    url: str = setting("", parse_url, "Its address.", "http://plex:32400")
+    token: str = secret(parse_key, "X-Plex-Token, from 'View XML' of any item.", "...")
     path_map: PathMap = setting((), parse_map, _MAP_DOC, "/opt/media => /data")
 
 
@@ -543,8 +581,8 @@ class PlexSettings:
 class JellyfinSettings:
     """Jellyfin or Emby, likewise."""
 
-    url: str = setting("", parse_url, "", "http://{kind}:8096")
-    api_key: str = secret(parse_key, "", "...")
+    url: str = setting("", parse_url, "With the base URL, if one is set.", "http://{kind}:8096")
+    api_key: str = secret(parse_key, "Dashboard > API Keys.", "...")
     path_map: PathMap = setting((), parse_map, _MAP_DOC, "/opt/media => /data")
 # fmt: on
 
@@ -567,6 +605,7 @@ class Config:
     relay: RelaySettings = RelaySettings()
     repair: RepairSettings = RepairSettings()
     cinesync: CinesyncSettings = CinesyncSettings()
+    run: RunSettings = RunSettings()
     notify: NotifySettings = NotifySettings()
     plex: PlexSettings = PlexSettings()
     jellyfin: JellyfinSettings = JellyfinSettings()
@@ -731,8 +770,12 @@ def _check_config(config: Config) -> None:
     for instance in config.instances:
         if not instance.settings.url:
             raise ConfigError(f"config: {instance.name} has no url")
-    if config.scan.stat_timeout <= 0:
-        raise ConfigError("config: [scan] stat_timeout: must be more than 0")
+    for section, key in (("plex", "token"), ("jellyfin", "api_key"), ("emby", "api_key")):
+        server = getattr(config, section)
+        if bool(server.url) != bool(getattr(server, key)):
+            raise ConfigError(f"config: [{section}] needs both url and {key}, or neither")
+    if config.notify.ntfy_token and not config.notify.ntfy:
+        raise ConfigError("config: [notify] has an ntfy_token but no ntfy")
     for root in config.cinesync.roots if config.cinesync.base else ():
         refuse_base(config.cinesync.base, root)
 
@@ -3049,8 +3092,6 @@ def plan_scan(
 ) -> ScanJob:
     """Return the job for some roots, by default all that are configured."""
     chosen = tuple(dict.fromkeys(roots or settings.roots))
-    if not chosen:
-        raise UsageError("no roots to scan: name a directory, or set roots in [scan] of the config")
     rows = conn.execute("SELECT mount_point, fs_type FROM mounts")
     remembered = {from_db(point): fs_type for point, fs_type in rows}
     names = ("ignore", "mount_checks", "workers", "stat_timeout")
@@ -3572,6 +3613,7 @@ class Relinker:
         self.count: Counter[str] = Counter()
         self.refused: Set[str] = set()
         self.problems: List[str] = []
+        self.deadline = math.inf  # of time.monotonic()
 
     def run(self, accept_shrink: bool) -> JsonObject:
         """Index, match and replace; return what `cinesync --json` shows."""
@@ -3661,8 +3703,8 @@ class Relinker:
                     link.result = REPLACED if link.result == DONE else link.result
                     if link.result == IN_ERROR and link.verdict[1]:
                         self.refused.add(link.verdict[1])
-            if self.refused and not ready:
-                break  # an outage: what hangs would cost its time with each part
+            if (self.refused and not ready) or time.monotonic() > self.deadline:
+                break  # in an outage, what hangs would cost its time with each part
         for link in links:
             if link.result == NOT_REPLACED and not link.reason:
                 link.reason = "left for the next run"
@@ -3830,7 +3872,13 @@ def undo_changes(
     """
     if run_id is not None:
         settle_journal(conn, settings)
-    if wanted is None:
+    if wanted is not None:  # a whole run has changed its links as its cinesync
+        row = conn.execute(
+            "SELECT command, summary FROM runs WHERE run_id = ?", (wanted,)
+        ).fetchone()
+        if row and row["command"] == "run":
+            wanted = json.loads(row["summary"] or "{}").get("cinesync", {}).get("run_id", wanted)
+    else:
         wanted = conn.execute(
             "SELECT max(run_id) FROM link_changes JOIN runs USING (run_id) "
             "WHERE state IN ('done', 'undone') AND command <> 'undo'"
@@ -3903,15 +3951,32 @@ class HttpError(RefresherrError):
         self.status, self.retry, self.after = status, retry, after
 
 
+class Call(NamedTuple):
+    """A request; a body of bytes is sent as text, any other as JSON."""
+
+    method: str
+    path: str = ""
+    query: Mapping[str, Any] = {}
+    body: Any = None
+    headers: Mapping[str, str] = {}
+
+
 class Client:
     """Talks to one configured address, named `name` in messages, and to no other.
 
     Redirects are not followed, proxies not used; `headers` carry the key.  `timeout` is for the
     connection and for every wait; a whole answer may take that long too, a list three times.
+    With `hidden` all of the URL but its host is a secret, and its query is sent along.
     """
 
     def __init__(
-        self, name: str, url: str, timeout: float, headers: Mapping[str, str], token: str = ""
+        self,
+        name: str,
+        url: str,
+        timeout: float,
+        headers: Mapping[str, str],
+        token: str = "",
+        hidden: bool = False,
     ) -> None:
         import base64
         import urllib.request as web
@@ -3922,9 +3987,16 @@ class Client:
 
         userinfo = re.match(r"(?i)https?://([^/]*)@", url)
         self.name, self.timeout = name, timeout
-        self.url = strip_secrets(url)
+        self.url = self._address = strip_secrets(url)  # the first is for messages
+        self._query = ""
         self.aborted = False
         secrets = [*headers.values(), token]
+        if hidden:
+            bare = _USERINFO.sub(r"\1", url)
+            self._address, _, self._query = bare.partition("?")
+            scheme, _, host, *parts = re.split(r"[/?&=#]", bare)
+            self.url = f"{scheme}//{host}/***"
+            secrets += parts
         self._headers = {"User-Agent": f"Refresherr/{__version__}", **headers}
         self._headers["Accept"] = "application/json"
         if userinfo:
@@ -3932,8 +4004,9 @@ class Client:
             self._headers["Authorization"] = f"Basic {login}"
             password = userinfo.group(1).partition(":")[2]
             secrets += [login, password, unquote(password)]
-        forms = {form(text) for text in secrets for form in (str, quote, quote_plus)}
-        self._secrets = sorted(filter(None, forms), key=len, reverse=True)
+        forms = {form(text) for text in secrets for form in (str, unquote, quote, quote_plus)}
+        longest_first = sorted(filter(None, forms), key=len, reverse=True)
+        self._secrets = re.compile("|".join(map(re.escape, longest_first)) or "(?!)", re.IGNORECASE)
         self._opener = web.OpenerDirector()  # http and https, and nothing else that urllib knows
         names = ("HTTP", "HTTPS", "Unknown", "HTTPDefaultError")  # without ssl there is no HTTPS
         known = [getattr(web, f"{name}Handler", None) for name in names]
@@ -3945,7 +4018,7 @@ class Client:
 
         Raises HttpError, also where GET and POST are answered with something else than JSON.
         """
-        status, kind, stream = self._exchange(method, path, body, query)
+        status, kind, stream = self._exchange(Call(method, path, query, body))
         content = stream.read()
         if "json" not in kind and (method in ("GET", "POST") or content.strip()):
             raise self._not_json(path, kind)
@@ -3959,7 +4032,7 @@ class Client:
 
     def ask_list(self, path: str, **query: Any) -> Iterator[JsonObject]:
         """Yield the objects of a list, one at a time: memory does not grow with the library."""
-        _, kind, stream = self._exchange("GET", path, None, query, MAX_LIST, 3)
+        _, kind, stream = self._exchange(Call("GET", path, query), MAX_LIST, 3)
         if "json" not in kind:
             raise self._not_json(path, kind)
         try:
@@ -3969,11 +4042,13 @@ class Client:
         except (ValueError, RecursionError):
             raise HttpError(f"{self.name}: the JSON of {path} is damaged", retry=True) from None
 
-    def fetch(self, path: str, **query: Any) -> Any:
-        """Send a GET whose answer need not be JSON; return the JSON, None if it is none."""
+    def send(self, call: Call) -> Tuple[int, Any]:
+        """Send what any 2xx fulfils; return (status, the JSON of the answer, or else its text)."""
+        status, _, stream = self._exchange(call)
+        content = stream.read()
         with contextlib.suppress(ValueError, RecursionError):
-            return json.loads(self._exchange("GET", path, None, query)[2].read())
-        return None
+            return status, json.loads(content)
+        return status, content.decode("utf-8", "replace")
 
     def _not_json(self, path: str, kind: str) -> HttpError:
         kind = self.quote(kind.partition(";")[0]) or "nothing"
@@ -3981,13 +4056,7 @@ class Client:
         return HttpError(f"{text}; is its url right, with the URL base if one is set?", retry=True)
 
     def _exchange(
-        self,
-        method: str,
-        path: str,
-        body: Any,
-        query: Mapping[str, Any],
-        limit: int = MAX_BODY,
-        patience: int = 1,
+        self, call: Call, limit: int = MAX_BODY, patience: int = 1
     ) -> Tuple[int, str, Any]:
         """Return (status, content type, body as a file), all of it read.  Raises HttpError.
 
@@ -3998,7 +4067,7 @@ class Client:
 
         def run() -> None:
             try:
-                outcome.append(self._send(method, path, body, query, limit, deadline))
+                outcome.append(self._send(call, limit, deadline))
             except BaseException as exc:
                 outcome.append(exc)
 
@@ -4014,17 +4083,21 @@ class Client:
         status, kind, stream = result
         return status, kind, stream
 
-    def _send(
-        self, method: str, path: str, body: Any, query: Mapping[str, Any], limit: int, end: float
-    ) -> Tuple[int, str, Any]:
+    def _send(self, call: Call, limit: int, end: float) -> Tuple[int, str, Any]:
         import urllib.error
         import urllib.request
 
-        url = self.url + path + ("?" + urlencode(query, doseq=True) if query else "")
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(url, data, dict(self._headers), method=method)
-        if data is not None:
-            request.add_header("Content-Type", "application/json")
+        # A name that is not UTF-8 goes into a query as its bytes; JSON can only hold a ? for it.
+        query = urlencode(call.query, doseq=True, errors="surrogateescape", quote_via=quote)
+        query = "&".join(filter(None, [self._query, query]))
+        url = self._address + call.path + (query and f"?{query}")
+        headers, data = {**self._headers, **call.headers}, call.body
+        if isinstance(data, bytes):
+            headers["Content-Type"] = "text/plain; charset=utf-8"
+        elif data is not None:
+            headers["Content-Type"] = "application/json"
+            data = json.dumps(data, ensure_ascii=False).encode("utf-8", "replace")
+        request = urllib.request.Request(url, data, headers, method=call.method)
         try:
             with self._opener.open(request, timeout=self.timeout) as answer:
                 kind = answer.headers.get("Content-Type") or ""
@@ -4034,7 +4107,7 @@ class Client:
                 content = b""
                 with contextlib.suppress(Exception):
                     content = self._read(exc.fp, 1 << 16, end).read()
-                raise self._refusal(exc.code, exc.headers, content, path) from None
+                raise self._refusal(exc.code, exc.headers, content, call.path) from None
 
     def _read(self, answer: Any, limit: int, end: float) -> Any:
         import http.client
@@ -4071,7 +4144,9 @@ class Client:
         elif status == 404 and not words:
             said = f": {self.url}{path} is unknown there; is its url right, with the URL base?"
         retry = status >= 500 or status in RETRY_STATUSES
-        after = parse_retry_after(headers.get("Retry-After") or "", time.time())
+        exact = re.search(rb'"retry_after": *([\d.]+)', content)  # Discord's, with a fraction
+        asked = exact.group(1).decode() if exact else headers.get("Retry-After") or ""
+        after = parse_retry_after(asked, time.time())
         return HttpError(f"{self.name}: answered {status}{said}", status, retry, after)
 
     def _explain(self, exc: BaseException) -> BaseException:
@@ -4087,7 +4162,7 @@ class Client:
         if isinstance(reason, (socket.timeout, TimeoutError)):
             text = f"no whole answer within {format_duration(self.timeout)}"
         elif "CERTIFICATE" in str(reason):
-            text, retry = f"its certificate is not trusted ({reason})", False
+            text, retry = f"its certificate is not trusted ({self.quote(reason)})", False
         elif isinstance(reason, ConnectionError) and not getattr(reason, "strerror", None):
             text = "closed the connection without an answer"
         elif isinstance(reason, http.client.IncompleteRead):
@@ -4097,17 +4172,15 @@ class Client:
         elif isinstance(reason, http.client.HTTPException):
             text = f"speaks no HTTP there ({type(reason).__name__})"
         elif isinstance(reason, OSError):
-            text = (reason.strerror or str(reason) or type(reason).__name__).lower()
-            text += "; is it running, and its url right?"
+            words = reason.strerror or str(reason) or type(reason).__name__
+            text = f"{self.quote(words).lower()}; is it running, and its url right?"
         else:
             return exc
-        return HttpError(f"{self.name}: {self.url}: {self.quote(text)}", retry=retry)
+        return HttpError(f"{self.name}: {self.url}: {text}", retry=retry)
 
     def quote(self, words: Any) -> str:
         """Return a server's words as one short line without the secrets that it was sent."""
-        text = " ".join(str(words).split())
-        for secret_text in self._secrets:
-            text = text.replace(secret_text, "***")
+        text = self._secrets.sub("***", " ".join(str(words).split()))
         return redact(text)[:MAX_ERROR]
 
 
@@ -4157,8 +4230,8 @@ def iterate_json(stream: Any) -> Iterator[Any]:
 def read_error(content: bytes) -> str:
     """Return what a server's error says, in one line, whichever of their shapes it has.
 
-    {message}, {error}, {errorMessage}, [{propertyName, errorMessage}], {title, errors}; never the
-    {description}, which holds a stack trace.
+    {message}, {error}, {errorMessage}, {msg}, [{propertyName, errorMessage}], {title, errors};
+    never the {description}, which holds a stack trace.
     """
     try:
         error = json.loads(content)
@@ -4168,7 +4241,7 @@ def read_error(content: bytes) -> str:
     for item in error if isinstance(error, list) else [error]:
         if not isinstance(item, dict):
             continue
-        names = ("message", "errorMessage", "error", "detail", "title")
+        names = ("message", "errorMessage", "error", "detail", "msg", "title")
         parts.append(next((str(item[name]) for name in names if item.get(name)), ""))
         if item.get("propertyName"):
             parts[-1] = f"{item['propertyName']}: {parts[-1]}"
@@ -4182,7 +4255,7 @@ def parse_retry_after(text: str, now: float) -> float:
     import email.utils
 
     with contextlib.suppress(ValueError, TypeError, OverflowError):
-        if text.strip().isdigit():
+        if re.fullmatch(r"\s*[\d.]+\s*", text, re.ASCII):
             return min(86400.0, float(text))
         then = email.utils.parsedate_to_datetime(text).timestamp()
         return min(86400.0, max(0.0, then - now))
@@ -4852,6 +4925,7 @@ class Dispatcher:
         self.applied = applied
         self.wait = wait
         self.left = 0  # so many may still be tried in this run
+        self.deadline = math.inf  # of time.monotonic()
         self.refused = False
         self.problems: List[str] = []
 
@@ -4889,7 +4963,7 @@ class Dispatcher:
         log.error("%s", problem)
         self.problems.append(problem)
         for action in actions:
-            if not action.outcome and self.left > 0:
+            if not action.outcome and self.has_room:
                 action.outcome, action.error = PENDING, redact(problem)
 
     def result(self, actions: List[Action]) -> JsonObject:
@@ -4909,6 +4983,11 @@ class Dispatcher:
 
     # What all actions have in common
 
+    @property
+    def has_room(self) -> bool:
+        """Whether another action may be tried in this run."""
+        return self.left > 0 and time.monotonic() < self.deadline
+
     def is_broken(self, action: Action) -> bool:
         """Look at an action's links this very moment; if none is broken, settle the action."""
         verdicts = recheck_links(self.conn, self.config.scan, action.paths)
@@ -4923,6 +5002,22 @@ class Dispatcher:
         elif OK in states or not action.step:
             words = "the link works again" if OK in states else "there is no such link"
             end_action(self.conn, action, CANCELLED, words, fired=False)
+        return False
+
+    def is_away(self, action: Action) -> bool:
+        """Tell whether what an action's links pointed to cannot be judged now; put it off then.
+
+        For a repair under way: the link is gone, and cannot tell of its mount any more.
+        """
+        for path in action.paths:
+            known = find_link(self.conn, path)
+            target = from_db(known.target) if known else ""
+            goal = os.path.normpath(os.path.join(os.path.dirname(path), target))
+            verdicts = recheck_links(self.conn, self.config.scan, [goal])
+            status, why = verdicts.get(goal, (MISSING, ""))
+            if status == UNREACHABLE:
+                self.put_off(action, why)
+                return True
         return False
 
     def put_off(self, action: Action, reason: str) -> None:
@@ -4967,13 +5062,14 @@ class Dispatcher:
             where, _, query = action.url.partition("?")
             if not address or where != strip_secrets(address):
                 self.stop((), f"no relay is configured at {where}; set base in [relay]")
-            elif self.left > 0 and (not action.path or self.is_broken(action)):
+            elif self.has_room and (not action.path or self.is_broken(action)):
                 self.left -= 1
                 if not self.applied:
                     action.outcome = WOULD_SEND
                     continue
                 try:
-                    _check_relay(client, client.fetch("", **parse_qs(query), token=relay.token))
+                    sent = {**parse_qs(query), "token": relay.token}
+                    _check_relay(client, client.send(Call("GET", "", sent))[1])
                     end_action(self.conn, action, SENT)
                 except HttpError as exc:
                     is_over = exc.status in (0, 401)  # it is down, or does not want us
@@ -5015,7 +5111,7 @@ class Repair:
             raise
         try:
             for action in due:
-                if self.errand.left > 0 and self.attempt(self.prepare, action):
+                if self.errand.has_room and self.attempt(self.prepare, action):
                     ready.append(action)
             ready += (action for action in waiting if self.attempt(self.verify, action))
         except HttpError as exc:
@@ -5063,6 +5159,8 @@ class Repair:
 
     def prepare(self, action: Action) -> bool:
         """Take an action to where only its search is missing; False if it ends before that."""
+        if action.step and self.errand.is_away(action):
+            return False
         if action.step in ("", "found") and not self.find(action):
             return False
         self.errand.left -= 1
@@ -5281,22 +5379,25 @@ class Repair:
             end_action(self.conn, action, FAILED, "its new file is broken as well")
         elif not missing:
             end_action(self.conn, action, REPAIRED)
+        elif action.step != "searching" and time.time() - action.fired < settings.cooldown:
+            pass  # it may come yet
+        elif self.errand.is_away(action):
+            pass  # no moment to download anything
         elif action.step == "searching":
             return True
-        elif time.time() - action.fired >= settings.cooldown:
-            if progress.get("searches", 1) >= settings.max_attempts:
-                count = plural(progress.get("searches", 1), "search").replace("searchs", "searches")
-                end_action(self.conn, action, FAILED, f"{count}, and nothing came of it")
-            elif self.errand.applied:
-                self.errand.note([action], step="restored", missing=missing)
-                return True
-            else:
-                action.outcome = WOULD_SEND
+        elif progress.get("searches", 1) >= settings.max_attempts:
+            count = plural(progress.get("searches", 1), "search").replace("searchs", "searches")
+            end_action(self.conn, action, FAILED, f"{count}, and nothing came of it")
+        elif self.errand.applied:
+            self.errand.note([action], step="restored", missing=missing)
+            return True
+        else:
+            action.outcome = WOULD_SEND
         return False
 
     def follow(self, actions: Sequence[Action]) -> None:
         """Follow the commands to their end, for a while; that they end well repairs nothing yet."""
-        deadline, delay = time.monotonic() + POLL_LIMIT, 0.5
+        deadline, delay = min(time.monotonic() + POLL_LIMIT, self.errand.deadline), 0.5
         waiting = {action.commands[0]["id"]: action.commands[0] for action in actions}
         while waiting and time.monotonic() < deadline:
             time.sleep(delay)
@@ -5331,6 +5432,214 @@ def find_command(
 
 def _all_missing(actions: Iterable[Action]) -> List[int]:
     return sorted({number for action in actions for number in action.progress["missing"]})
+
+
+# ---------------------------------------------------------------------------------------------
+# Notify
+# ---------------------------------------------------------------------------------------------
+# The address of a notifier is its secret: messages show the host and no more of it.
+
+LONGEST_WAIT = 10.0  # seconds; who asks for more is left alone until the next run
+LEVELS = {  # of a note: its priority and tag at ntfy
+    "info": ("3", "information_source"), "success": ("3", "white_check_mark"),
+    "warning": ("4", "warning"), "failure": ("5", "rotating_light"),
+}  # fmt: skip
+Sleep = Callable[[float], None]
+
+
+class Note(NamedTuple):
+    """What is told of a run: a title of ASCII, escaped lines, a level, JSON; no secret."""
+
+    title: str
+    text: str
+    level: str
+    result: JsonObject
+
+
+def send_notes(
+    settings: NotifySettings, note: Note, timeout: float, sleep: Sleep = time.sleep
+) -> List[JsonObject]:
+    """Tell every configured notifier; return [{"name", "error": None or one line}]."""
+    title, text, level, result = note
+    # In a code block nothing is markdown or a link.  Of 2,000 characters an emoji may be two.
+    block = cut(text.replace("`", "'"), 2 * (1980 - len(title)), "utf-16-le")
+    message = {"content": f"**{title}**\n```\n{block}\n```", "allowed_mentions": {"parse": []}}
+    headers = {"Title": title, "Priority": LEVELS[level][0], "Tags": LEVELS[level][1]}
+    if settings.ntfy_token:
+        headers["Authorization"] = f"Bearer {settings.ntfy_token}"
+    calls = {
+        "discord": Call("POST", body=message),
+        "ntfy": Call("POST", body=cut(text, 4096).encode(), headers=headers),
+        "apprise": Call("POST", body={"title": title, "body": text, "type": level}),
+        "webhook": Call("POST", body={"title": title, "text": text, "level": level, **result}),
+    }
+    return _deliver(settings, calls, timeout, sleep)
+
+
+def beat_start(
+    settings: NotifySettings, run_id: str, timeout: float, sleep: Sleep = time.sleep
+) -> List[JsonObject]:
+    """Tell healthchecks that a run begins; `run_id` is a UUID.  Returns what send_notes does."""
+    calls = {"healthchecks": Call("POST", "/start", {"rid": run_id})}
+    return _deliver(settings, calls, timeout, sleep)
+
+
+def beat_end(
+    settings: NotifySettings,
+    run_id: str,
+    exit_code: int,
+    text: str,
+    seconds: float,
+    timeout: float,
+    sleep: Sleep = time.sleep,
+) -> List[JsonObject]:
+    """Tell healthchecks and Uptime Kuma how a run ended.  Returns what send_notes does."""
+    path, body = f"/{exit_code}" if exit_code else "", cut(text, 10000).encode()
+    state, line = "down" if exit_code else "up", cut(" ".join(text.split()), 250)
+    push = {"status": state, "msg": line, "ping": round(1000 * seconds)}
+    calls = {
+        "healthchecks": Call("POST", path, {"rid": run_id}, body),
+        "uptime_kuma": Call("GET", "", push),
+    }
+    return _deliver(settings, calls, timeout, sleep)
+
+
+def cut(text: str, limit: int, encoding: str = "utf-8") -> str:
+    """Return as much of `text` as fits into `limit` bytes; '...' shows that there was more."""
+    data = text.encode(encoding, "backslashreplace")
+    if len(data) > limit:
+        data = data[: limit - len("...".encode(encoding))]
+        return data.decode(encoding, "ignore") + "..."
+    return data.decode(encoding)
+
+
+def _deliver(
+    settings: NotifySettings, calls: Mapping[str, Call], timeout: float, sleep: Sleep
+) -> List[JsonObject]:
+    told = []
+    for name, call in calls.items():
+        url = getattr(settings, name)
+        if name == "uptime_kuma":
+            url = url.partition("?")[0]  # it is copied with an example of the query behind it
+        if url:
+            client = Client(name, url, timeout, {}, settings.ntfy_token, hidden=True)
+            told.append({"name": name, "error": _send_twice(client, call, sleep)})
+    return told
+
+
+def _send_twice(client: Client, call: Call, sleep: Sleep) -> Optional[str]:
+    """Send a call, and again where a server that is up asks for it; return what went wrong."""
+    try:
+        try:
+            status, answer = client.send(call)
+        except HttpError as exc:
+            if (exc.status != 429 and exc.status < 500) or exc.after > LONGEST_WAIT:
+                raise
+            sleep(exc.after or 1.0)
+            status, answer = client.send(call)
+    except HttpError as exc:
+        return escape_message(str(exc))
+    words = ""
+    if (client.name, status) == ("apprise", 204):
+        words = "it has no configuration of this name"
+    elif isinstance(answer, dict) and answer.get("ok") is False:
+        words = client.quote(read_error(json.dumps(answer).encode())) or "no reason given"
+    elif isinstance(answer, str) and answer.startswith("OK ("):  # healthchecks: '(not found)'
+        words = client.quote(answer)
+    return escape_message(f"{client.name}: answered {status}: {words}") if words else None
+
+
+# ---------------------------------------------------------------------------------------------
+# Media servers
+# ---------------------------------------------------------------------------------------------
+
+MEDIA_LIMIT = 60.0  # seconds for one server
+UPDATES = 100  # directories in one request to Jellyfin or Emby
+MEDIA_KEYS = {
+    "plex": ("X-Plex-Token", "{}"), "jellyfin": ("Authorization", 'MediaBrowser Token="{}"'),
+    "emby": ("X-Emby-Token", "{}"),
+}  # fmt: skip
+Plan = List[Tuple[Call, List[str]]]  # requests, and the paths that each tells of
+
+
+def refresh_media(
+    name: str,
+    settings: Union[PlexSettings, JellyfinSettings],
+    directories: Sequence[str],
+    timeout: float,
+) -> JsonObject:
+    """Tell a media server, by its `name` of MEDIA_KEYS, which directories changed.
+
+    Returns {"server", "directories": those told, "left": those for the next time, "error": None
+    or a line}.  What no library of Plex holds is in neither list.
+    """
+    key = settings.token if isinstance(settings, PlexSettings) else settings.api_key
+    header, form = MEDIA_KEYS[name]
+    client = Client(name, settings.url, timeout, {header: form.format(key)}, key)
+    wanted = {directory: map_path(directory, settings.path_map) for directory in directories}
+    paths = list(dict.fromkeys(wanted.values()))
+    told: Set[str] = set()
+    lost: Set[str] = set()
+    errors = []
+    end = time.monotonic() + MEDIA_LIMIT - timeout  # the last request has its time, too
+    try:
+        if name == "plex":
+            plan = plan_plex(client.ask("GET", "/library/sections"), paths)
+        else:
+            plan = plan_jellyfin(paths)
+        lost.update(set(paths).difference(*(group for _, group in plan)))
+        for call, group in plan:
+            _, answer = client.send(call)
+            if answer and call.body:
+                raise HttpError(f"{name}: {client.url} answers with a page; is its url right?")
+            told.update(group)
+            if time.monotonic() > end:
+                break
+    except HttpError as exc:
+        errors.append(str(exc))
+    left = [directory for directory, path in wanted.items() if path not in told | lost]
+    if left and not errors:
+        errors.append(f"{name}: it is slow; {len(left):,} of {len(wanted):,} directories wait")
+    if lost:
+        more = f" and {len(lost) - 1:,} more" if len(lost) > 1 else ""
+        errors.append(f"plex: no library holds {min(lost)}{more}; correct path_map in [plex]")
+    return {
+        "server": name,
+        "directories": [directory for directory, path in wanted.items() if path in told],
+        "left": left,
+        "error": escape_message("; ".join(errors)) or None,
+    }
+
+
+def plan_plex(answer: Any, paths: Iterable[str]) -> Plan:
+    """Return a call for each path that a library of Plex holds; the deepest one has it."""
+    keys: Dict[str, str] = {}
+    try:
+        for library in answer["MediaContainer"].get("Directory", ()):
+            for place in library.get("Location", ()):
+                keys[place["path"].rstrip("/") or "/"] = quote(library["key"], safe="")
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise HttpError("plex: the JSON of /library/sections is not what it should be") from None
+    homes = [(path, find_ancestor(path, keys)) for path in paths]
+    return [
+        (Call("GET", f"/library/sections/{keys[home]}/refresh", {"path": path}), [path])
+        for path, home in homes
+        if home
+    ]
+
+
+def plan_jellyfin(paths: Sequence[str]) -> Plan:
+    """Return calls that tell Jellyfin or Emby of the paths.
+
+    JSON holds text only: in a name that is not UTF-8, .NET too sees U+FFFD for what is none.
+    """
+    calls = []
+    for start in range(0, len(paths), UPDATES):
+        chunk = list(paths[start : start + UPDATES])
+        names = [os.fsencode(path).decode("utf-8", "replace") for path in chunk]
+        updates = [{"Path": name, "UpdateType": "Modified"} for name in names]
+        calls.append((Call("POST", "/Library/Media/Updated", body={"Updates": updates}), chunk))
+    return calls
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5472,8 +5781,12 @@ def next_step(
     if link.status == MISSING:
         return "nothing to do: the link itself is gone"
     name = owner.instance if owner else "the relay" if plan_relay(config.relay, path) else ""
+    if not name and not (config.instances or config.relay.base):
+        return (
+            "replace the file, or have a server do it: [sonarr NAME], [radarr NAME] in the config"
+        )
     if not name:
-        return "replace the file, or remove the link"
+        return "no server owns it; replace the file, or remove the link"
     since = parse_time(link.broken_since) or 0.0
     reason = why_not(config.repair, since, attempts, time.time())
     if reason == "too_recent":
@@ -5628,6 +5941,128 @@ def _examined_mount(point: str, fs_type: str, state: str, reason: str, role: str
 
 
 # ---------------------------------------------------------------------------------------------
+# Run
+# ---------------------------------------------------------------------------------------------
+# What the steps of a whole run come to.  What the next run must know of an applied one stands in
+# its row of `runs` as 'state': {"told": problems, "last_event": id, "left": {server: directories}}.
+
+HIGHLIGHTS = 10  # links named in a message
+SKIP = "skipped"
+TELL_TIMEOUT = 10.0  # seconds for which a notifier may hold up a run
+_GOOD_NEWS = ("relinked", REPAIRED, SENT)
+_CHANGED = ("relinked", "recovered", REPAIRED)  # events after which a media server should look
+
+
+def combine_exit_codes(codes: Sequence[int]) -> int:
+    """Return one exit status for all steps: refused, if one was; failed, if all were."""
+    bad = [code for code in codes if code != EXIT_OK]
+    if EXIT_REFUSED in bad or not bad:
+        return EXIT_REFUSED if bad else EXIT_OK
+    return EXIT_FAILED if len(bad) == len(codes) and EXIT_PARTIAL not in bad else EXIT_PARTIAL
+
+
+def find_stale(conn: sqlite3.Connection, config: Config, now: float) -> List[str]:
+    """Return the servers that were not read, or not without an error, since `ingest_every`."""
+    fresh: Set[str] = set()
+    since = format_time(now - config.run.ingest_every)
+    query = "SELECT summary FROM runs WHERE command = 'ingest' AND started_utc > ?"
+    for (summary,) in conn.execute(query, (since,)):
+        lines = json.loads(summary or "{}").get("instances", ())
+        fresh.update(line["name"] for line in lines if not line["error"])
+    return [instance.name for instance in config.instances if instance.name not in fresh]
+
+
+def find_repairable(conn: sqlite3.Connection, roots: Sequence[str]) -> bool:
+    """Tell whether cinesync has anything to do: a broken link, or a journal to settle."""
+    planned = "SELECT 1 FROM link_changes WHERE state = 'planned' LIMIT 1"
+    broken = "SELECT path FROM symlinks WHERE status <> 'ok' AND status = 'broken'"
+    return conn.execute(planned).fetchone() is not None or any(
+        find_ancestor(from_db(path), roots) for (path,) in conn.execute(broken)
+    )
+
+
+def load_state(conn: sqlite3.Connection) -> JsonObject:
+    """Return the 'state' that the last applied run has left, {} without one."""
+    query = "SELECT summary FROM runs WHERE command = 'run' ORDER BY run_id DESC"
+    summaries = (json.loads(summary or "{}") for (summary,) in conn.execute(query))
+    return next((summary["state"] for summary in summaries if summary.get("state")), {})
+
+
+def last_event(conn: sqlite3.Connection) -> int:
+    """Return the id of the newest event."""
+    return conn.execute("SELECT max(id) FROM events").fetchone()[0] or 0
+
+
+def changed_directories(conn: sqlite3.Connection, after: int) -> List[str]:
+    """Return the directories of links that were changed, or came back, after an event."""
+    marks = ", ".join("?" * len(_CHANGED))
+    query = f"SELECT DISTINCT path FROM events WHERE id > ? AND action IN ({marks})"
+    paths = (from_db(path) for (path,) in conn.execute(query, (after, *_CHANGED)))
+    return sorted({os.path.dirname(path) for path in paths})
+
+
+def name_problems(steps: Mapping[str, JsonObject]) -> Dict[str, str]:
+    """Return {'scan refused': its message} of the steps that did not end well."""
+    return {
+        f"{name} {step['status']}": step.get("message", "")
+        for name, step in steps.items()
+        if step["exit_code"] != EXIT_OK
+    }
+
+
+def still_open(steps: Mapping[str, JsonObject], told: Sequence[str]) -> List[str]:
+    """Return the problems there are now, with those told of steps that had nothing to do."""
+    idle = [
+        name
+        for name, step in steps.items()
+        if step["status"] == SKIP or (step["exit_code"] == EXIT_OK and step.get("actions") == [])
+    ]
+    return sorted({*name_problems(steps), *(old for old in told if old.split()[0] in idle)})
+
+
+def plan_note(
+    conn: sqlite3.Connection, after: int, steps: Mapping[str, JsonObject], told: Sequence[str],
+    when: str,
+) -> Tuple[Note, bool]:  # fmt: skip
+    """Return what there is to tell of a run, and whether it is worth it.
+
+    A problem is told once, and once more when it is over: `told` are those of the last run.
+    """
+    query = "SELECT action, count(*) FROM events WHERE id > ? GROUP BY action"
+    counts = dict(conn.execute(query, (after,)).fetchall())
+    problems = name_problems(steps)
+    new, over = set(problems) - set(told), set(told) - set(still_open(steps, told))
+    is_failure = bool(counts.get(FAILED) or new or over)
+    is_change = is_failure or any(counts.get(name) for name in _GOOD_NEWS)
+    words = [f"{counts[name]:,} {name}" for name in (*_GOOD_NEWS, FAILED) if counts.get(name)]
+    words += [*sorted(problems), *(f"no longer: {problem}" for problem in sorted(over))]
+    lines = [f"{problem}: {text}".rstrip(": ") for problem, text in sorted(problems.items())]
+    totals = steps.get("scan", {}).get("totals")
+    if totals:
+        shown = ", ".join(f"{totals[status]:,} {status}" for status in STATUSES)
+        lines.append(f"{plural(totals['examined'], 'link')}: {shown}")
+    marks = ", ".join("?" * (len(_GOOD_NEWS) + 1))
+    query = f"SELECT action, path FROM events WHERE id > ? AND action IN ({marks}) ORDER BY id"
+    rows = conn.execute(query, (after, *_GOOD_NEWS, FAILED)).fetchall()
+    lines += [f"{action}: {os.path.basename(from_db(path))}" for action, path in rows[:HIGHLIGHTS]]
+    if len(rows) > HIGHLIGHTS:
+        lines.append(f"and {len(rows) - HIGHLIGHTS:,} more")
+    level = "success" if any(counts.get(name) for name in _GOOD_NEWS) else "info"
+    level = "warning" if problems or counts.get(FAILED) else level
+    level = "failure" if any(step["exit_code"] == EXIT_FAILED for step in steps.values()) else level
+    summary = {
+        name: {key: step[key] for key in ("status", "exit_code")} for name, step in steps.items()
+    }
+    note = Note(
+        "Refresherr: " + (", ".join(words) or "nothing has changed"),
+        "\n".join(map(escape_message, lines)),
+        level,
+        {"steps": summary, "counts": counts, "totals": totals or {}},
+    )
+    return note, {"always": True, "failures": is_failure}.get(when, is_change)
+
+
+# ---------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------
 
@@ -5640,6 +6075,8 @@ class Context:
     config: Config
     terminal: Terminal
     config_error: str = ""
+    conn: Optional[sqlite3.Connection] = None  # of the run that this command is a step of
+    deadline: float = math.inf  # of time.monotonic()
 
     @property
     def db_path(self) -> str:
@@ -5661,27 +6098,40 @@ class Context:
     ) -> Iterator[Tuple[sqlite3.Connection, JsonObject]]:
         """Hold the lock and record the run; a preview works on a copy and records nothing."""
         with contextlib.ExitStack() as stack:
+            conn = self.conn
             if preview or self.args.dry_run:
-                yield stack.enter_context(scratch_database(self.db_path)), {}
+                yield conn or stack.enter_context(scratch_database(self.db_path)), {}
                 return
-            stack.enter_context(process_lock(self.db_path, self.args.lock_wait))
-            conn = stack.enter_context(self.database())
+            if conn is None:
+                stack.enter_context(process_lock(self.db_path, self.args.lock_wait))
+                conn = stack.enter_context(self.database())
             yield conn, stack.enter_context(recorded_run(conn, command))
+
+    def require_roots(self) -> None:
+        """Raise UsageError if there is nothing to scan, before a database is made for that."""
+        if not self.config.scan.roots:
+            raise UsageError(
+                "no roots to scan: name a directory, or set [scan] roots in the config"
+            )
+
+    def progress(self, text: str) -> None:
+        """Show how far a step has come.  TimeUpError if it may go no further."""
+        if time.monotonic() > self.deadline:
+            raise TimeUpError("the time of this run is up; the next one goes on")
+        self.terminal.progress(text)
 
 
 def run_scan(context: Context) -> JsonObject:
     """Walk the roots and record what is found."""
     args, settings = context.args, context.config.scan
-    if args.workers is not None:
-        settings = dataclasses.replace(settings, workers=args.workers)
-    roots = [os.path.abspath(root) for root in args.roots]
+    context.require_roots()
     with context.recorded("scan") as (conn, summary):
         for point in args.forget_mount:
             if not forget_mount(conn, os.path.abspath(point)):
                 raise UsageError(f"{point} is not a remembered mount point")
-        job = plan_scan(conn, settings, roots)
+        job = plan_scan(conn, settings)
         limit = math.inf if args.accept_breakage else settings.max_new_broken
-        result = scan_library(conn, job, limit, context.terminal.progress)
+        result = scan_library(conn, job, limit, context.progress)
         if args.exit_code and result["exit_code"] == EXIT_OK and result["totals"]["broken"]:
             result["exit_code"] = EXIT_BROKEN
         failed = [root for root in result["roots"] if root["state"] != "scanned"]
@@ -5696,6 +6146,11 @@ def run_scan(context: Context) -> JsonObject:
             result["message"] = "; ".join(reasons) or "a directory of targets is suddenly empty"
         elif result["exit_code"] == EXIT_FAILED:
             result["message"] = f"no root could be scanned: {failed[0]['reason']}"
+        elif result["exit_code"] == EXIT_PARTIAL:
+            parts = [f"{root['path']}: {root['reason']}" for root in failed]
+            unreachable = result["totals"][UNREACHABLE]
+            parts += [f"{plural(unreachable, 'link')} cannot be judged"] if unreachable else []
+            result["message"] = "; ".join(parts) or "some directories could not be read"
         summary.update(result)
         settle_repairs(conn)
     return result
@@ -5720,6 +6175,8 @@ def show_scan(terminal: Terminal, result: JsonObject) -> None:
         f"{totals['missing']:,} missing, {totals['ignored']:,} ignored; "
         f"{format_duration(result['duration_seconds'])}"
     )
+    if totals["broken"]:
+        terminal.hint("`broken` lists them, and what can be done")
 
 
 def run_broken(context: Context) -> JsonObject:
@@ -5751,7 +6208,7 @@ def run_ingest(context: Context) -> JsonObject:
     for name in context.args.instances:
         if name not in known:
             raise UsageError(f"no instance {name!r}; known: {', '.join(known)}")
-    timeout, progress = context.config.repair.timeout, context.terminal.progress
+    timeout, progress = context.config.repair.timeout, context.progress
     with context.recorded("ingest") as (conn, summary):
         lines = [
             ingest_instance(conn, known[name], timeout, progress)
@@ -5780,6 +6237,9 @@ def run_queue(context: Context) -> JsonObject:
     """Turn confirmed broken links into actions."""
     with context.recorded("queue") as (conn, summary):
         summary.update(queue_repairs(conn, context.config))
+        if summary["exit_code"] == EXIT_REFUSED:
+            count = plural(summary["skipped"]["unreachable"], "link")
+            summary["message"] = f"{count} cannot be judged now, and are not queued"
     return summary
 
 
@@ -5788,8 +6248,11 @@ def show_queue(terminal: Terminal, result: JsonObject) -> None:
     for action in result["queued"]:
         where = _server_of(action["url"])
         terminal.line(escape(f"queued {action['id']} for {where}: {action['related_path']}"))
+    words = {"no_route": "that no server owns", "too_recent": "broken for less than min_age"}
     skipped = [
-        f"{count:,} {key.replace('_', ' ')}" for key, count in result["skipped"].items() if count
+        f"{count:,} {words.get(key) or key.replace('_', ' ')}"
+        for key, count in result["skipped"].items()
+        if count
     ]
     rest = f"; skipped: {', '.join(skipped)}" if skipped else ""
     terminal.line(f"{plural(len(result['queued']), 'action')} queued{rest}")
@@ -5800,7 +6263,11 @@ def run_dispatch(context: Context) -> JsonObject:
     args = context.args
     with context.recorded("dispatch", not context.applied) as (conn, summary):
         errand = Dispatcher(conn, context.config, context.applied, not args.no_wait)
+        errand.deadline = context.deadline
         summary.update(errand.run(context.config.repair.max))
+        errors = [action["error"] for action in summary["actions"] if action["error"]]
+        if summary["exit_code"] != EXIT_OK and errors:
+            summary.setdefault("message", "; ".join(dict.fromkeys(errors)))
     return summary
 
 
@@ -5811,11 +6278,11 @@ def show_dispatch(terminal: Terminal, result: JsonObject) -> None:
         said = f": {action['error']}" if action["error"] and not is_told else ""
         line = f"{action['status']:<11}{action['id']} {_server_of(action['url'])}: "
         terminal.line(escape(f"{line}{action['related_path']}{said}"))
-    if not result["applied"]:
-        terminal.line("nothing was sent; dispatch --apply does it")
-        return
     names = (SENT, REPAIRED, FAILED, RETRY, CANCELLED)
-    terminal.line(", ".join(f"{result[name]:,} {name}" for name in names))
+    summary = ", ".join(f"{result[name]:,} {name}" for name in names if result[name])
+    if any(action["status"] == WOULD_SEND for action in result["actions"]):
+        summary = "nothing was sent; --apply does it"
+    terminal.line(summary or "nothing is due")
 
 
 def run_cinesync(context: Context) -> JsonObject:
@@ -5826,7 +6293,7 @@ def run_cinesync(context: Context) -> JsonObject:
             raise UsageError(f"set {key} in [cinesync] of the config, or use --{flag}")
     with context.recorded("cinesync", not context.applied) as (conn, summary):
         errand = Relinker(conn, context.config, summary.get("run_id"))
-        errand.any_resolution = context.args.any_resolution
+        errand.any_resolution, errand.deadline = context.args.any_resolution, context.deadline
         result = errand.run(context.args.accept_shrink)
         summary.update({key: value for key, value in result.items() if key != "items"})
         summary["reasons"] = {i["path"]: i["reason"] for i in result["items"] if i["reason"]}
@@ -5854,9 +6321,197 @@ def show_relinked(terminal: Terminal, result: JsonObject) -> None:
         terminal.line(terminal.paint(f"    {escape(text)}", "dim"))
     if "message" in result:
         terminal.line(escape_message(result["message"]))
-    terminal.line(", ".join(f"{n:,} {name}" for name, n in sorted(counts.items())) or "no link")
-    if not result["applied"]:
+    words = ", ".join(f"{n:,} {name}" for name, n in sorted(counts.items()))
+    if words or "message" not in result:
+        terminal.line(words or "no link is broken")
+    if any(name.startswith("would") for name in counts):
         terminal.line("nothing was changed; --apply does it")
+
+
+def run_run(context: Context) -> JsonObject:
+    """Take every step once, or again and again until somebody ends it."""
+    context.require_roots()
+    every, count = context.args.every, 0
+    if every is None:
+        return run_once(context)
+    while True:
+        started = time.monotonic()
+        try:
+            result = run_once(context)
+        except UsageError:
+            raise
+        except RefresherrError as exc:  # a lock, a database: the next time it may be free
+            log.error("%s", exc)
+            result = {"exit_code": exc.exit_code, "message": redact(str(exc)), "news": True}
+        count += 1
+        if not context.args.json:
+            show_run(context.terminal, result)
+            context.terminal.out.flush()
+        try:
+            time.sleep(max(0.0, started + every - time.monotonic()))
+        except KeyboardInterrupt:
+            return {"runs": count, "last": result, "news": False}
+
+
+def run_once(context: Context) -> JsonObject:
+    """Take every step; tell the media servers what changed, and people what is new."""
+    import uuid
+
+    config, applied, started = context.config, context.applied, time.monotonic()
+    timeout, name = min(TELL_TIMEOUT, config.repair.timeout), str(uuid.uuid4())
+    if config.run.time_limit:
+        context = dataclasses.replace(context, deadline=started + config.run.time_limit)
+    with context.recorded("run") as (conn, summary):
+        beats = beat_start(config.notify, name, timeout) if applied else []
+        code, text = EXIT_FAILED, "it came to no end"
+        try:
+            state, before = load_state(conn), last_event(conn)
+            steps = take_steps(dataclasses.replace(context, conn=conn))
+            changed = changed_directories(conn, state.get("last_event", before))
+            steps["refresh"] = refresh_all(config, changed, state, steps, applied)
+            code = combine_exit_codes(
+                [s["exit_code"] for s in steps.values() if s["status"] != SKIP]
+            )
+            problems = name_problems(steps)
+            told = state.get("told", [])
+            note, news = plan_note(conn, before, steps, told, config.notify.when)
+            text = f"{note.title}\n{note.text}"
+            sent = send_notes(config.notify, note, timeout) if applied and news else []
+            if applied:
+                unheard = sent and all(line["error"] for line in sent)
+                summary["state"] = {
+                    "told": told if unheard else still_open(steps, told),
+                    "last_event": last_event(conn),
+                    "left": {s["server"]: s["left"] for s in steps["refresh"].get("servers", ())},
+                }
+        except KeyboardInterrupt:
+            code, text = EXIT_INTERRUPTED, "interrupted"
+            raise
+        finally:
+            seconds = time.monotonic() - started
+            beats += beat_end(config.notify, name, code, text, seconds, timeout) if applied else []
+        kept = ("exit_code", "status", "message", "run_id")
+        brief = {name: {k: step[k] for k in kept if k in step} for name, step in steps.items()}
+        summary.update(brief, applied=applied, exit_code=code)
+        result = {"applied": applied, "run_id": summary.get("run_id"), **steps, "notified": sent}
+        result.update(heartbeats=beats, news=news, exit_code=code)
+        result["duration_seconds"] = round(seconds, 3)
+        if problems:
+            result["message"] = summary["message"] = "; ".join(
+                f"{problem}: {text}".rstrip(": ") for problem, text in problems.items()
+            )
+    return result
+
+
+def take_steps(context: Context) -> Dict[str, JsonObject]:
+    """Take one step after the other and return their results; one that fails stops no other."""
+    steps: Dict[str, JsonObject] = {}
+    with contextlib.ExitStack() as stack:
+        for name in STEPS:
+            if name == "cinesync" and not (context.applied or context.args.dry_run):
+                # A preview from here on: what it queues is not to be sent by a later dispatch.
+                scratch = stack.enter_context(scratch_database(context.db_path))
+                args = argparse.Namespace(**{**vars(context.args), "dry_run": True})
+                context = dataclasses.replace(context, conn=scratch, args=args)
+            started = time.monotonic()
+            steps[name] = take_step(name, context, steps)
+            steps[name].setdefault("status", EXIT_WORDS[steps[name]["exit_code"]])
+            steps[name].setdefault("duration_seconds", round(time.monotonic() - started, 3))
+    return steps
+
+
+def take_step(name: str, context: Context, before: Mapping[str, JsonObject]) -> JsonObject:
+    """Take one step, if there is reason to."""
+    config, args, conn = context.config, context.args, context.conn
+    assert conn
+    stale = find_stale(conn, config, time.time())
+    has_server = config.instances or (name != "ingest" and config.relay.base)
+    reasons = {
+        "as asked": getattr(args, f"no_{name}", False),
+        "no server is configured": name in ("ingest", "queue", "dispatch") and not has_server,
+        "all servers were read lately": name == "ingest" and not stale,
+        "the scan failed": name in ("cinesync", "queue", "dispatch")
+        and before["scan"]["exit_code"] == EXIT_FAILED,
+        "not configured": name == "cinesync" and not config.cinesync.base,
+        "nothing is broken": name == "cinesync"
+        and not find_repairable(conn, config.cinesync.roots),
+    }
+    reason = next((words for words, is_so in reasons.items() if is_so), "")
+    if reason:
+        return {"exit_code": EXIT_OK, "status": SKIP, "message": reason}
+    defaults = {"instances": stale, "exit_code": False, "forget_mount": []}
+    args = argparse.Namespace(**{**vars(args), **defaults})
+    try:
+        if time.monotonic() > context.deadline:
+            raise TimeUpError("no time is left for it")
+        step = STEPS[name](dataclasses.replace(context, args=args))
+        return {"exit_code": EXIT_OK, **step}
+    except RefresherrError as exc:
+        if name == "scan" and isinstance(exc, UsageError):
+            raise
+        log.error("%s: %s", name, exc)
+        return {"exit_code": exc.exit_code, "message": redact(str(exc))}
+
+
+def refresh_all(
+    config: Config, changed: Sequence[str], state: JsonObject, steps: Mapping[str, JsonObject],
+    applied: bool,
+) -> JsonObject:  # fmt: skip
+    """Tell every media server about the directories that changed, or were left the last time."""
+    servers = []
+    plans = [i["path"] for i in steps["cinesync"].get("items", ()) if i["result"] == WOULD_REPLACE]
+    changed = [*changed, *map(os.path.dirname, plans)]
+    for name in ("plex", "jellyfin", "emby"):
+        settings = getattr(config, name)
+        directories = sorted({*changed, *state.get("left", {}).get(name, ())})
+        if settings.url and directories:
+            told = {"server": name, "directories": directories, "left": [], "error": None}
+            timeout = config.repair.timeout
+            servers.append(refresh_media(name, settings, directories, timeout) if applied else told)
+    errors = [f"{line['server']}: {line['error']}" for line in servers if line["error"]]
+    for error in errors:
+        log.error("%s", error)
+    if not servers:
+        return {"exit_code": EXIT_OK, "status": SKIP, "message": "nothing to tell"}
+    code = EXIT_PARTIAL if errors else EXIT_OK
+    return {
+        "exit_code": code, "status": EXIT_WORDS[code], "servers": servers,
+        "message": "; ".join(errors),
+    }  # fmt: skip
+
+
+def show_run(terminal: Terminal, result: JsonObject) -> None:
+    """Print what came of each step; with -q only of a run that has something to tell."""
+    if "runs" in result:
+        terminal.line(f"ended after {plural(result['runs'], 'run')}")
+        return
+    if not (result["news"] or result["exit_code"] or log.isEnabledFor(logging.INFO)):
+        return
+    shows = {command.name: command.show for command in COMMANDS}
+    for name in STEPS:
+        step = result.get(name, {})
+        if len(step) > 4:  # more than how it ended: what it did
+            terminal.line(terminal.paint(name, "bold"))
+            shows[name](terminal, step)
+        elif step:
+            said = escape(f"{step['status']}: {step['message']}")
+            terminal.line(f"{terminal.paint(name, 'bold')}: {said}")
+    for line in result.get("refresh", {}).get("servers", ()):
+        count = len(line["directories"])
+        words = "told" if result["applied"] else "would be told"
+        noun = "directory" if count == 1 else "directories"
+        terminal.line(f"{line['server']}: {words} about {count:,} {noun}")
+    told = [line["name"] for line in result.get("notified", ()) if not line["error"]]
+    if told:
+        terminal.line(f"notified: {', '.join(told)}")
+    if not result.get("applied", True):
+        terminal.line("a preview: no link and no server was changed; --apply does it")
+
+
+STEPS: Dict[str, Callable[[Context], JsonObject]] = {
+    "scan": run_scan, "ingest": run_ingest, "cinesync": run_cinesync, "queue": run_queue,
+    "dispatch": run_dispatch,
+}  # fmt: skip
 
 
 def run_actions(context: Context) -> JsonObject:
@@ -6076,7 +6731,10 @@ def show_config(terminal: Terminal, result: JsonObject) -> None:
 
 
 def option(*names: str, **details: Any) -> Tuple[Tuple[str, ...], Dict[str, Any]]:
-    """Return one argument of a command, as argparse takes it."""
+    """Return one argument of a command, as argparse takes it.
+
+    One that stands for settings has 'section.key section.key' as its dest.
+    """
     return names, details
 
 
@@ -6096,6 +6754,7 @@ COUNT = argument_type(parse_count)
 DURATION = argument_type(parse_duration)
 WORKERS = argument_type(parse_workers)
 PATH = argument_type(parse_path)
+INTERVAL = argument_type(parse_interval)
 
 
 class Command(NamedTuple):
@@ -6113,12 +6772,31 @@ class Command(NamedTuple):
 # fmt: off
 DRY_RUN = option("-n", "--dry-run", action="store_true", help="change nothing at all")
 APPLY = option("--apply", action="store_true", help="do it; without it, say what would be done")
+SCAN = (
+    option("scan.roots", nargs="*", type=PATH, metavar="ROOT", help="in place of those configured"),
+    option("--workers", type=WORKERS, dest="scan.workers", metavar="N",
+        help="look-ups at once on a slow mount"),
+    option("--accept-breakage", action="store_true", help="confirm a real loss"))
+MIN_AGE = option("--min-age", type=DURATION, dest="repair.min_age", metavar="DURATION",
+    help="broken for so long")
+DISPATCH = (
+    option("--max", type=COUNT, dest="repair.max", metavar="N", help="send no more than N"),
+    option("--timeout", type=DURATION, dest="repair.timeout", metavar="SECONDS",
+        help="for one request"),
+    option("--no-wait", action="store_true", help="do not follow the servers' searches"))
+CINESYNC = (
+    option("--any-resolution", action="store_true", help="SD for HD, or 2160p, will do"),
+    option("--accept-shrink", action="store_true", help="CineSync's library may have shrunk"),
+    option("--base", type=PATH, dest="cinesync.base", metavar="DIR",
+        help="CineSync's own tree of links"),
+    option("--root", type=PATH, action="append", dest="cinesync.roots", metavar="DIR",
+        help="where broken links may be replaced"),
+    option("--allow-target", type=PATH, action="append", dest="cinesync.allowed_targets",
+        metavar="PREFIX", help="where new targets may lie"))
 COMMANDS = (
     Command("scan", "", "walk the roots, judge every symlink, record it",
         "scan /opt/media/tv /opt/media/movies", run_scan, show_scan, (
-        option("roots", nargs="*", metavar="ROOT", help="in place of the configured roots"),
-        option("--workers", type=WORKERS, metavar="N", help="look-ups at once on a slow mount"),
-        option("--accept-breakage", action="store_true", help="confirm a real loss"),
+        *SCAN,
         option("--exit-code", action="store_true", help="exit with 10 if links are broken"),
         option("--forget-mount", action="append", default=[], metavar="DIR",
             help="a mount point that moved, or changed its type, for good"),
@@ -6132,15 +6810,11 @@ COMMANDS = (
         option("instances", nargs="*", metavar="INSTANCE", help="in place of all"), DRY_RUN)),
     Command("queue", "queue-repairs", "turn confirmed broken links into actions",
         "queue --limit 10 --min-age 1h", run_queue, show_queue, (
-        option("--limit", type=COUNT, metavar="N", help="queue no more than N"),
-        option("--min-age", type=DURATION, metavar="DURATION", help="broken for so long"),
-        DRY_RUN)),
+        option("--limit", type=COUNT, dest="repair.limit", metavar="N",
+            help="queue no more than N"),
+        MIN_AGE, DRY_RUN)),
     Command("dispatch", "process-actions", "carry out pending actions",
-        "dispatch --apply --max 5", run_dispatch, show_dispatch, (
-        option("--max", type=COUNT, metavar="N", help="send no more than N"),
-        option("--timeout", type=DURATION, metavar="SECONDS", help="for one request"),
-        option("--no-wait", action="store_true", help="do not follow the servers' searches"),
-        APPLY, DRY_RUN)),
+        "dispatch --apply --max 5", run_dispatch, show_dispatch, (*DISPATCH, APPLY, DRY_RUN)),
     Command("actions", "", "look at and mend the queue",
         "actions retry --failed", run_actions, show_actions, (
         option("action", nargs="?", choices=("list", "retry", "cancel"), default="list"),
@@ -6151,20 +6825,24 @@ COMMANDS = (
         DRY_RUN)),
     Command("cinesync", "cinesync-repair", "relink broken links to CineSync's copies",
         "cinesync --apply --limit 50", run_cinesync, show_relinked, (
-        option("--limit", type=COUNT, metavar="N", help="try no more than N links"),
-        option("--min-age", type=DURATION, metavar="DURATION", help="broken for so long"),
-        option("--any-resolution", action="store_true", help="SD for HD, or 2160p, will do"),
-        option("--accept-shrink", action="store_true", help="CineSync's library may have shrunk"),
-        option("--base", type=PATH, metavar="DIR", help="CineSync's own tree of links"),
-        option("--root", type=PATH, action="append", dest="roots", metavar="DIR",
-            help="where broken links may be replaced"),
-        option("--allow-target", type=PATH, action="append", dest="allowed_targets",
-            metavar="PREFIX", help="where new targets may lie"),
-        APPLY, DRY_RUN)),
+        option("--limit", type=COUNT, dest="cinesync.limit", metavar="N",
+            help="try no more than N links"),
+        MIN_AGE, *CINESYNC, APPLY, DRY_RUN)),
     Command("undo", "", "put links back as they were before a run",
         "undo --apply 42", run_undo, show_relinked, (
         option("run", nargs="?", type=COUNT, metavar="RUN", help="default: the last"),
         option("--path", action="append", default=[], metavar="LINK", help="only this link"),
+        APPLY, DRY_RUN)),
+    Command("run", "", "all of it: scan, ingest, cinesync, queue, dispatch, refresh, notify",
+        "run --apply --every 30m", run_run, show_run, (
+        *SCAN, MIN_AGE, *CINESYNC, *DISPATCH,
+        option("--limit", type=COUNT, dest="cinesync.limit repair.limit", metavar="N",
+            help="relink no more than N links, queue no more than N actions"),
+        option("--no-ingest", action="store_true", help="do not read the servers"),
+        option("--no-cinesync", action="store_true", help="do not relink"),
+        option("--time-limit", type=DURATION, dest="run.time_limit", metavar="DURATION",
+            help="begin nothing more after this long"),
+        option("--every", type=INTERVAL, metavar="DURATION", help="stay, and run so often"),
         APPLY, DRY_RUN)),
     Command("stats", "db-stats", "counts, worst directories, queue, media, database",
         "stats --format prometheus --output /var/lib/node_exporter/refresherr.prom",
@@ -6186,7 +6864,8 @@ COMMANDS = (
 GLOBAL_OPTIONS = (
     option("--config", metavar="FILE", help="the config file"),
     option("--db", metavar="FILE", help="the database file"),
-    option("--data-dir", metavar="DIR", help="where the database lives; default /data"),
+    option("--data-dir", type=PATH, dest="refresherr.data_dir", metavar="DIR",
+        help="where the database lives; default /data"),
     option("--json", action="store_true", help="one JSON object on stdout"),
     option("-v", "--verbose", action="count", default=0, help="say more; -vv with tracebacks"),
     option("-q", "--quiet", action="store_true", help="warnings and errors only"),
@@ -6201,6 +6880,18 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that raises in place of exiting."""
 
     def error(self, message: str) -> Any:
+        unknown = re.match(
+            r"argument COMMAND: .*?'(.*?)'|unrecognized arguments: (-[^ =]*)", message
+        )
+        if unknown and unknown[1] is not None:
+            message = f"no command {unknown[1]!r}" + _nearest(
+                unknown[1], [c.name for c in COMMANDS]
+            )
+        elif unknown:
+            options = itertools.chain(GLOBAL_OPTIONS, *(command.options for command in COMMANDS))
+            known = sorted({name for names, _ in options for name in names if name[:2] == "--"})
+            hint = _nearest(unknown[2], known)
+            message += hint if "mean" in hint else ""
         raise UsageError(f"{message}; see: {self.prog} --help")
 
 
@@ -6242,7 +6933,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.command is None:
-        raise UsageError("no command given; see: refresherr --help")
+        raise UsageError("no command given; begin with: refresherr scan DIR; see also: --help")
     args.verbose += getattr(args, "verbose_behind", 0)
     args.dry_run, args.apply = getattr(args, "dry_run", False), getattr(args, "apply", False)
     return args
@@ -6253,14 +6944,10 @@ def load_context(
 ) -> Context:
     """Read the configuration and return what the command works with."""
     flags: Dict[Tuple[str, str], Any] = {}
-    section = {"queue": "repair", "dispatch": "repair", "cinesync": "cinesync"}.get(args.command)
-    for key in ("limit", "min_age", "max", "timeout", "base", "roots", "allowed_targets"):
-        value = getattr(args, key, None) if section else None
-        if value is not None and section:
-            value = tuple(value) if isinstance(value, list) else value
-            flags["repair" if key == "min_age" else section, key] = value
-    if args.data_dir:
-        flags["refresherr", "data_dir"] = os.path.abspath(os.path.expanduser(args.data_dir))
+    for dest, value in vars(args).items():
+        for section, _, key in (name.partition(".") for name in dest.split()):
+            if key and value not in (None, []):
+                flags[section, key] = tuple(value) if isinstance(value, list) else value
     error = ""
     try:
         file = find_config_file(args.config, environ, sys.argv[0] or ".")

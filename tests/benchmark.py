@@ -36,7 +36,9 @@ LINKS_PER_TARGET_FOLDER = 11
 BROKEN_EVERY = 50  # 2 %
 
 
-def make_library(links: int, root: Path, files: Path, seen_at: Path) -> None:
+def make_library(
+    links: int, root: Path, files: Path, seen_at: Path, broken_every: int = BROKEN_EVERY
+) -> None:
     """Make links below `root` that point into `seen_at`, and their targets in `files`."""
     for number in range(links):
         show, episode = divmod(number, LINKS_PER_SEASON * SEASONS)
@@ -49,7 +51,7 @@ def make_library(links: int, root: Path, files: Path, seen_at: Path) -> None:
         target = f"Release.{release}.1080p.WEB/Episode.{file:02d}.mkv"
         if file == 0:
             (files / target).parent.mkdir(parents=True)
-        if number % BROKEN_EVERY:
+        if number % broken_every:
             os.close(os.open(files / target, os.O_CREAT | os.O_WRONLY))
         name = f"Show {show} - S{season + 1:02d}E{episode + 1:02d}.mkv"
         os.symlink(seen_at / target, folder / name)
@@ -107,6 +109,32 @@ def measure_scan(table: Table, scratch: Path, links: int, runs: int) -> None:
     table.row(f"first scan of {links:,} links / find", f"{first / find_1:.2f}", "2.0", "1.4")
     table.row("unchanged rescan / find", f"{rescan / find_2:.2f}", "1.4", "0.97")
     table.note(f"find {find_1:.2f} and {find_2:.2f} s, first {first:.2f} s, rescan {rescan:.2f} s")
+
+
+def measure_run(table: Table, scratch: Path, links: int, runs: int) -> None:
+    """What cron does all day: a whole run on a healthy library, against the scan alone."""
+    root, files, base = scratch / "media", scratch / "files", scratch / "CineSync"
+    make_library(links, root, files, files, broken_every=links + 1)
+    (files / "Release.0.1080p.WEB" / "Episode.00.mkv").touch()
+    base.mkdir()
+    config = scratch / "refresherr.ini"
+    config.write_text(
+        f"[scan]\nroots = {root}\n[cinesync]\nbase = {base}\nroots = {root}\n"
+        f"allowed_targets = {files}\n[relay]\nbase = http://127.0.0.1:9/find\n"
+    )
+    config.chmod(0o600)
+    data_dirs = scratch / "data-scan", scratch / "data-run"
+    scan, run = (
+        [sys.executable, PROJECT / "refresherr.py", "-q", "--config", config, "--data-dir", data_dir]
+        for data_dir in data_dirs
+    )
+    scan.append("scan")
+    run += ["run", "--apply"]
+    seconds(*scan)
+    seconds(*run)
+    alone, whole = alternate(runs, lambda: seconds(*scan), lambda: seconds(*run))
+    table.row(f"run on {links:,} healthy links / scan", f"{whole / alone:.2f}", "1.10")
+    table.note(f"scan {alone:.2f} s, run {whole:.2f} s")
 
 
 def peaks(command: List[object]) -> Tuple[float, float, float]:
@@ -331,6 +359,8 @@ def main() -> None:
         measure_cinesync(table, Path(folder), args.links // 5, args.links * 3 // 10)
     with scratch() as folder:
         measure_scan(table, Path(folder), args.links, args.runs)
+    with scratch() as folder:
+        measure_run(table, Path(folder), args.links, max(args.runs, 5))
     reason = fuse_available()
     if reason:
         table.note(f"slow and hung mount skipped: {reason}")

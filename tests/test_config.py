@@ -441,6 +441,27 @@ def test_an_instance_without_a_url_is_refused(config: Config) -> None:
     assert "sonarr_tv" in refusal(config("check", None, SONARR_TV_API="key"))
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "other"),
+    [
+        ("plex", "url = http://x", "token"),
+        ("plex", "token = secret", "url"),
+        ("jellyfin", "url = http://x", "api_key"),
+        ("jellyfin", "api_key = secret", "url"),
+        ("emby", "url = http://x", "api_key"),
+        ("emby", "api_key = secret", "url"),
+        ("notify", "ntfy_token = secret", "ntfy"),
+    ],
+)
+def test_half_a_server_is_refused(config: Config, section: str, key: str, other: str) -> None:
+    line = refusal(config("check", f"[{section}]\n{key}\n"))
+    assert f"[{section}]" in line
+    assert other in line
+    assert "secret" not in line
+    value = "http://x" if other in ("url", "ntfy") else "secret"
+    assert config("check", f"[{section}]\n{key}\n{other} = {value}\n").code == 0
+
+
 # --- Secrets ---------------------------------------------------------------------------------
 
 SECRETIVE = f"""\
@@ -462,8 +483,10 @@ uptime_kuma = https://kuma.example/api/push/{SECRET}
 url = http://plex/?X-Plex-Token={SECRET}
 token = {SECRET}
 [jellyfin]
+url = http://user:{SECRET}@jellyfin
 api_key = {SECRET}
 [emby]
+url = http://emby/?api_key={SECRET}
 api_key = {SECRET}
 """
 
