@@ -843,15 +843,13 @@ def format_sample_config() -> str:
 
 # WAL needs shared memory between all processes of one host (sqlite.org/wal.html); these are, or
 # may be, shared with another host, and trying WAL does not tell.
-_NETWORK_TYPES = re.compile(
-    r"nfs\d*|cifs|smb\w*|9p|fuse\..*|afs|ceph|lustre|gfs2?|ocfs2|davfs|glusterfs"
-)
+_NETWORK_TYPES = r"nfs\d*|cifs|smb\w*|9p|fuse\..*|afs|ceph|lustre|gfs2?|ocfs2|davfs|glusterfs"
 _OCTAL_ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
 def is_network_type(fs_type: str) -> bool:
     """Tell whether a file system type is remote: slow to ask, unsafe for WAL."""
-    return _NETWORK_TYPES.fullmatch(fs_type) is not None
+    return re.fullmatch(_NETWORK_TYPES, fs_type) is not None
 
 
 def parse_mountinfo(text: str, identity: bool = False) -> Dict[str, str]:
@@ -1296,10 +1294,9 @@ def _known_version(conn: sqlite3.Connection) -> int:
     """Return `schema_version`.  DatabaseError if it is newer than this program."""
     version = schema_version(conn)
     if version > SCHEMA_VERSION:
+        what = f"database {database_path(conn)} has schema version {version}"
         advice = f"this program knows {SCHEMA_VERSION}; use a newer Refresherr"
-        raise DatabaseError(
-            f"database {database_path(conn)} has schema version {version}, {advice}"
-        )
+        raise DatabaseError(f"{what}, {advice}")
     return version
 
 
@@ -1535,12 +1532,16 @@ def insert_action(
         row = conn.execute(same, (url,)).fetchone()
         if row:
             return int(row["id"]), False
-        cursor = conn.execute(
-            "INSERT INTO actions (url, status, reason, related_path, created_utc, progress) "
-            "VALUES (?, 'pending', ?, ?, ?, ?)",
-            (url, to_db(redact(reason)), to_db(path) if path else None, utc_now(), progress),
-        )
-        return int(cursor.lastrowid or 0), True
+        insert = """INSERT INTO actions (url, reason, related_path, created_utc, progress, status)
+            VALUES (?, ?, ?, ?, ?, 'pending')"""
+        values = (url, to_db(redact(reason)), to_db(path) if path else None, utc_now(), progress)
+        return int(conn.execute(insert, values).lastrowid or 0), True
+
+
+def update_action(conn: sqlite3.Connection, number: int, **columns: Any) -> None:
+    """Write some columns of an action."""
+    changes = ", ".join(f"{name} = ?" for name in columns)
+    conn.execute(f"UPDATE actions SET {changes} WHERE id = ?", (*columns.values(), number))
 
 
 def get_pending_actions(limit: int = 25) -> List[sqlite3.Row]:
@@ -1552,9 +1553,8 @@ def get_pending_actions(limit: int = 25) -> List[sqlite3.Row]:
 
 def mark_action_sent(action_id: int, ok: bool = True) -> None:
     """Mark an action as sent, or as failed."""
-    update = "UPDATE actions SET status = ?, fired_utc = ? WHERE id = ?"
     with _writing() as conn:
-        conn.execute(update, ("sent" if ok else "failed", utc_now(), action_id))
+        update_action(conn, action_id, status="sent" if ok else "failed", fired_utc=utc_now())
 
 
 Event = Tuple[int, Union[str, bytes, None], Union[str, bytes, None], str, str, str, str]
@@ -1633,11 +1633,10 @@ def scratch_database(db_path: str) -> Iterator[sqlite3.Connection]:
         if os.path.exists(db_path):
             # Without a journal nobody is writing; 'immutable' then leaves no file of ours behind.
             flag = "mode=ro" if os.path.exists(db_path + "-wal") else "immutable=1"
-            uri = f"file:{quote(db_path)}?{flag}"
-            with explained_errors(db_path), contextlib.closing(
-                sqlite3.connect(uri, uri=True)
-            ) as source:
-                backup_database(source, copy)
+            with explained_errors(db_path):
+                source = sqlite3.connect(f"file:{quote(db_path)}?{flag}", uri=True)
+                with contextlib.closing(source):
+                    backup_database(source, copy)
         with contextlib.closing(open_database(copy)) as conn:
             yield conn
 
@@ -1709,9 +1708,8 @@ class ScanJob:
     """What a worker is to do; everything it may not ask for once it runs.
 
     `remembered` maps the mount points that earlier scans saw in use to their file system types.
-    With `look_only` the worker says how roots and mounts are, and walks nothing; with `split` it
-    may divide itself in two.  `links` are judged one by one, besides what the roots hold; with
-    `read` a good one must lead to a file that can be read.
+    With `look_only` the worker says how roots and mounts are, and walks nothing.  `links` are
+    looked at in place of roots; with `read` a good one must lead to a file that can be read.
     """
 
     roots: Tuple[str, ...]
@@ -1721,7 +1719,6 @@ class ScanJob:
     workers: int = 0
     stat_timeout: float = 30.0
     look_only: bool = False
-    split: bool = True
     links: Tuple[str, ...] = ()
     read: bool = False
 
@@ -1886,7 +1883,7 @@ class Surveyor:
     ('good', root number, paths, targets, units), ('links', [Judged]), ('mount', point, type),
     ('unit', number, mount point, child directory), ('unread', directory, reason),
     ('root', number, state, reason, real path, covered), ('ignored', count), ('beat',),
-    ('file', link, real path), ('done', places, blocked units, uninhabited directories).
+    ('looks', the items of `Look`), ('done', places, blocked units, uninhabited directories).
     """
 
     def __init__(self, job: ScanJob, send: Send) -> None:
@@ -1920,7 +1917,9 @@ class Surveyor:
         self.found: List[Judged] = []  # not yet sent
         self.ignored = 0
         self.doubtful: List[Link] = []  # gone at first sight
-        self.holding = False  # whether what is found may still be thrown away
+        self.wanted: Dict[str, List[str]] = {}  # the job's links, by directory
+        self.files: Dict[str, str] = {}  # what they lead to, if it could be read
+        self.holding = bool(job.links)  # whether what is found is not to be sent yet
         self.doubts = DOUBTFUL  # how many of them there may be; none in the second look
         self.crash: Optional[BaseException] = None
         self.over = threading.Event()  # not `change`: the watch is not to be woken by every task
@@ -1935,7 +1934,7 @@ class Surveyor:
         self.open_roots()
         self.open_links()
         if not self.job.look_only:
-            self.spreading = self.job.split
+            self.spreading = not self.job.links
             self.work()
             pipe = self.split()
             self.work()
@@ -1989,41 +1988,10 @@ class Surveyor:
                 self.covered_roots[seen_as] = number
 
     def open_links(self) -> None:
-        """Read the job's links, hang-safe, and put them on the pile.
-
-        What is no link stands for itself; what is not there gets no verdict, unless its own place
-        is unwell.
-        """
-        folders: Dict[str, List[str]] = {}
+        """Put the directories of the job's links on the pile."""
         for path in self.job.links:
-            folders.setdefault(os.path.dirname(path), []).append(path)
-        looks = [functools.partial(self.read_links, *item) for item in folders.items()]
-        answers: List[Any] = []
-        for start in range(0, len(looks), AUTO_WORKERS):
-            # A library that hangs as a whole costs one time-out, not one for each part.
-            hangs = start > 0 and not any(answers[-AUTO_WORKERS:])
-            part = looks[start : start + AUTO_WORKERS]
-            answers += [None] * len(part) if hangs else self.ask_all(part)
-        for (folder, paths), answer in zip(folders.items(), answers):
-            texts, reason = answer or ({}, f"it did not answer within {self.limit}")
-            for path, text in texts.items():
-                target = os.path.join(folder, text)
-                self.put_off(target.rpartition("/")[0], [(path, target, text, 0)])
-            unseen = set(paths) - set(texts) if reason else ()
-            unit = self.unit_of(self.floor)
-            self.found += [(path, "", JUDGED_UNKNOWN, unit, reason, 0) for path in unseen]
-
-    def read_links(self, folder: str, paths: Sequence[str]) -> Tuple[Dict[str, str], str]:
-        """Return the texts of links in a directory, and what is wrong with its place."""
-        place = self.locate(folder).place
-        texts = {}
-        for path in paths:
-            try:
-                texts[path] = os.readlink(path)
-            except OSError as exc:
-                if exc.errno not in GONE_ERRNOS:
-                    texts[path] = path
-        return texts, place.reason if place.state != HEALTHY else ""
+            self.wanted.setdefault(path.rpartition("/")[0], []).append(path)
+        self.walks += [(folder, 0) for folder in self.wanted]
 
     def examine_root(self, root: str) -> Tuple[str, str, str]:
         """Return (state, reason, real path) of a root: 'scanned', 'missing', 'error', 'refused'."""
@@ -2047,10 +2015,10 @@ class Surveyor:
         And anew, if anything was mounted or unmounted meanwhile: it may have been away again.
         """
         self.doubts = 0
-        self.holding = True
+        self.holding, sure = True, self.found
         for _ in range(LOOKS):
             has_changed = watch_mounts()
-            self.found.clear()
+            self.found = []
             self.forget()
             for link in self.doubtful:
                 self.put_off(link[1].rpartition("/")[0], [link])
@@ -2060,7 +2028,8 @@ class Surveyor:
             self.probe([p for p in self.everywhere() if p.used and p.state == HEALTHY])
             if not has_changed():
                 break
-        self.holding = False
+        self.found += sure
+        self.holding = bool(self.job.links)
         self.flush()
 
     def split(self) -> Optional[int]:
@@ -2116,6 +2085,14 @@ class Surveyor:
         blocked = {number: place.reason for number, place in places.items() if place.is_down}
         parents = {directory: os.path.dirname(directory) for directory in self.empty_dirs}
         uninhabited = [d for d, p in parents.items() if p == "/" or hash(p) not in self.inhabited]
+        looks = []
+        for path, _, judgement, unit, detail, _ in self.found:
+            near = detail.rstrip("/") or detail
+            empty = near if judgement == JUDGED_GONE and near in uninhabited else ""
+            file = self.files.get(path, "")
+            looks.append((path, judgement, detail, blocked.get(unit, ""), empty, file))
+        if self.job.links:
+            self.send(("looks", looks))
         self.send(("done", listed, blocked, uninhabited))
 
     # Asking the places
@@ -2320,8 +2297,6 @@ class Surveyor:
             directory, root = task.todo.pop()
             task.touch(directory + "/")
             try:
-                if self.sealed and self.locate(directory).place.state == UNRESPONSIVE:
-                    raise TimeoutError(errno.ETIMEDOUT, "it did not answer in time")
                 self.walk_directory(task, directory, root)
             except OSError as exc:
                 self.send(("unread", directory or "/", exc.strerror))
@@ -2331,6 +2306,42 @@ class Surveyor:
 
     def walk_directory(self, task: Task, directory: str, root: int) -> None:
         """Judge the links of one directory; put them off where their targets are slow."""
+        if self.wanted:
+            groups = self.read_wanted(task, directory)
+        elif self.sealed and self.locate(directory).place.state == UNRESPONSIVE:
+            raise TimeoutError(errno.ETIMEDOUT, "it did not answer in time")
+        else:
+            groups = self.read_directory(task, directory, root)
+        task.since = time.monotonic()
+        for head, links in groups.items():
+            if self.is_slow(head) or self.locate(head).slow:
+                task.later.append((head, links))
+            else:
+                self.judge_links(task, head, links)
+
+    def read_wanted(self, task: Task, folder: str) -> Dict[str, List[Link]]:
+        """Return those of the job's links that are in a directory, by their targets' directories.
+
+        What is no link stands for itself; what is not there gets no verdict, unless its own place
+        is unwell.
+        """
+        groups: Dict[str, List[Link]] = defaultdict(list)
+        place = self.locate(folder).place
+        for path in self.wanted[folder]:
+            try:
+                text = "" if place.state == UNRESPONSIVE else os.readlink(path)
+            except OSError as exc:
+                text = "" if exc.errno in GONE_ERRNOS else path
+            if text:
+                target = os.path.join(folder + "/", text)
+                groups[target.rpartition("/")[0]].append((path, target, text, 0))
+            elif place.state != HEALTHY:
+                link = (path, "", "", 0)
+                task.add(link, JUDGED_UNKNOWN, self.unit_of(self.floor), place.reason)
+        return groups
+
+    def read_directory(self, task: Task, directory: str, root: int) -> Dict[str, List[Link]]:
+        """Return the links of a directory by their targets' directories; add those in it to do."""
         prefix = directory + "/"
         ignore = self.ignore
         groups: Dict[str, List[Link]] = defaultdict(list)
@@ -2353,12 +2364,7 @@ class Surveyor:
                         continue
                     target = text if text[0] == "/" else prefix + text
                     groups[target.rpartition("/")[0]].append((path, target, text, root))
-        task.since = time.monotonic()
-        for head, links in groups.items():
-            if self.is_slow(head) or self.locate(head).slow:
-                task.later.append((head, links))
-            else:
-                self.judge_links(task, head, links)
+        return groups
 
     def add_slow(self, *points: str) -> None:
         self.slow += tuple(point.rstrip("/") + "/" for point in points)
@@ -2444,7 +2450,7 @@ class Surveyor:
             raise OSError(errno.EINVAL, f"{real} is not a file")
         with open(real, "rb", buffering=0) as stream:
             stream.read(1)
-        self.send(("file", path, real))
+        self.files[path] = real
 
     def judge_gone(self, task: Task, link: Link) -> None:
         """Find out where a target is missing, at the end of what may be a chain of links."""
@@ -2664,14 +2670,13 @@ def _run_worker(errand: Callable[[Send], None], writer: int) -> None:
             finally:
                 os.write(give, b"!")
 
-        try:
-            errand(send)
-        except BrokenPipeError:
-            pass
-        except RefresherrError as exc:
-            send(("crash", str(exc), True))
-        except BaseException as exc:
-            send(("crash", f"{type(exc).__name__}: {exc}\n{traceback.format_exc()}", False))
+        errand(send)
+    except BrokenPipeError:
+        pass
+    except RefresherrError as exc:
+        send(("crash", str(exc), True))
+    except BaseException as exc:
+        send(("crash", f"{type(exc).__name__}: {exc}\n{traceback.format_exc()}", False))
     finally:
         os._exit(0)
 
@@ -3081,16 +3086,15 @@ def scan_library(
     """
     started = time.monotonic()
     record = ScanRecord(conn, job, max_new_broken)
-    worker = Worker(job)
     collecting = gc.isenabled()
     gc.disable()  # nothing here is cyclic; measured: it costs a tenth of a scan
     try:
-        for message in worker.messages():
-            record.take(message)
-            progress(f"{record.examined:,} links examined")
-        record.finish()
+        with contextlib.closing(Worker(job)) as worker:
+            for message in worker.messages():
+                record.take(message)
+                progress(f"{record.examined:,} links examined")
+            record.finish()
     finally:
-        worker.close()
         if collecting:
             gc.enable()
     duration = round(time.monotonic() - started, 3)
@@ -3116,9 +3120,6 @@ def forget_mount(conn: sqlite3.Connection, point: str) -> bool:
         return conn.execute(delete, (to_db(point),)).rowcount > 0
 
 
-IS_EMPTY = "perhaps nothing is mounted there, for it is empty: "  # then the directory
-
-
 def recheck_links(
     conn: sqlite3.Connection, settings: ScanSettings, paths: Sequence[str]
 ) -> Dict[str, Tuple[str, str]]:
@@ -3127,20 +3128,19 @@ def recheck_links(
     Returns {path: (status, reason)}: broken only where the file system is proven healthy, as in a
     scan.  What is no symlink any more is not in it.
     """
-    verdicts = {look.path: look.verdict() for look in _look_at(conn, settings, paths)}
-    doubted = [path for path, (status, why) in verdicts.items() if why.startswith(IS_EMPTY)]
+    looks = {look.path: look for look in _look_at(conn, settings, paths)}
     # An empty directory proves nothing by itself: does a good target live beside it?
-    places = {("last_target", os.path.dirname(verdicts[p][1][len(IS_EMPTY) :])) for p in doubted}
+    doubted = [path for path, look in looks.items() if look.empty and not look.blocked]
+    places = {("last_target", os.path.dirname(looks[path].empty)) for path in doubted}
     places |= {("path", os.path.dirname(os.path.dirname(path))) for path in doubted}
     near: Set[str] = set()
     for column, place in places:
         condition, values = beneath(place, column)
         select = f"SELECT path FROM symlinks WHERE status = 'ok' AND {condition} LIMIT 20"
         near.update(from_db(row[0]) for row in conn.execute(select, values))
-    for look in _look_at(conn, settings, [*doubted, *near]) if doubted else ():
-        if look.path not in near:
-            verdicts[look.path] = look.verdict()
-    return verdicts
+    again = _look_at(conn, settings, [*doubted, *near]) if doubted else []
+    looks.update((look.path, look) for look in again if look.path not in near)
+    return {path: look.verdict() for path, look in looks.items()}
 
 
 class Look(NamedTuple):
@@ -3162,7 +3162,8 @@ class Look(NamedTuple):
             return OK, ""
         if self.judgement != JUDGED_GONE or self.blocked:
             return UNREACHABLE, self.blocked or self.detail
-        return (UNREACHABLE, IS_EMPTY + self.empty) if self.empty else (BROKEN, "")
+        reason = f"perhaps nothing is mounted there, for it is empty: {self.empty}"
+        return (UNREACHABLE, reason) if self.empty else (BROKEN, "")
 
 
 def _look_at(
@@ -3173,30 +3174,13 @@ def _look_at(
         return []
     job = plan_scan(conn, settings, ["/"])
     job = dataclasses.replace(job, roots=(), links=tuple(dict.fromkeys(paths)), read=read)
-    found: List[Judged] = []
-    blocked: Dict[int, str] = {}
-    files: Dict[str, str] = {}
-    uninhabited: Sequence[str] = ()
-    worker = Worker(job)
-    try:
-        for message in worker.messages():
-            if message[0] == "good":
-                found += [(p, "", JUDGED_OK, u, "", 0) for p, u in zip(message[2], message[4])]
-            elif message[0] == "links":
-                found += message[1]
-            elif message[0] == "file":
-                files[message[1]] = message[2]
-            elif message[0] == "done":
-                blocked, uninhabited = message[2], message[3]
-    finally:
-        worker.close()
-    looks = []
-    for path, _, judgement, unit, detail, _ in found:
-        empty = (detail.rstrip("/") or "/") if judgement == JUDGED_GONE and detail else ""
-        empty = empty if empty in uninhabited else ""
-        file = files.get(path, "")
-        looks.append(Look(path, judgement, detail, blocked.get(unit, ""), empty, file))
-    return looks
+    with contextlib.closing(Worker(job)) as worker:
+        return [
+            Look(*look)
+            for name, *content in worker.messages()
+            if name == "looks"
+            for look in content[0]
+        ]
 
 
 def look_at_places(
@@ -3208,14 +3192,11 @@ def look_at_places(
     """
     places: Dict[str, Tuple[str, str, str]] = {}
     job = dataclasses.replace(plan_scan(conn, settings, list(directories)), look_only=True)
-    worker = Worker(job)
-    try:
+    with contextlib.closing(Worker(job)) as worker:
         for message in worker.messages():
             if message[0] == "root":
-                places[job.roots[message[1]]] = (message[2], message[3], message[4])
-        return places, message[1]
-    finally:
-        worker.close()
+                places[job.roots[message[1]]] = message[2:5]
+    return places, message[1]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3272,15 +3253,10 @@ def walk_copies(base: str, known: Mapping[str, int], send: Send) -> None:
     todo, seen, size = [base], set(), 0
     found: List[Tuple[str, int, List[ItemRow]]] = []
     told = time.monotonic()
-    while True:
-        if not todo or size >= ROWS_AT_ONCE:
+    while todo:
+        if size >= ROWS_AT_ONCE or time.monotonic() - told > HEARTBEAT:  # a sign of life, too
             send(("folders", found))
-            found, size = [], 0
-        if not todo:
-            break
-        if time.monotonic() - told > HEARTBEAT:
-            send(("beat",))
-            told = time.monotonic()
+            found, size, told = [], 0, time.monotonic()
         folder = todo.pop()
         try:
             began, mtime = time.time_ns(), os.stat(folder).st_mtime_ns
@@ -3296,6 +3272,7 @@ def walk_copies(base: str, known: Mapping[str, int], send: Send) -> None:
             if exc.errno not in GONE_ERRNOS:  # what lies below is not forgotten
                 send(("unread", folder, exc.strerror))
                 seen.update(path for path in known if is_under(path, folder))
+    send(("folders", found))
     send(("gone", [path for path in known if path not in seen]))
     send(("done",))
 
@@ -3311,12 +3288,10 @@ def list_copies(base: str, folder: str) -> Tuple[List[str], List[ItemRow]]:
             elif is_video(entry.name):
                 work = parse_work(entry.path[len(base) :])
                 if work.kind != "other":
-                    tmdb = work.ids.get("tmdb")
-                    titles = work.title, normalise_title(work.title), work.year, work.season
-                    episode = next(iter(work.episodes), None)
-                    rows.append(
-                        (entry.path, *titles, episode, int(tmdb) if tmdb else None, work.resolution)
-                    )
+                    titles = entry.path, work.title, normalise_title(work.title), work.year
+                    episode = work.season, next(iter(work.episodes), None)
+                    tmdb = int(work.ids["tmdb"]) if "tmdb" in work.ids else None
+                    rows.append((*titles, *episode, tmdb, work.resolution))
     return folders, rows
 
 
@@ -3329,35 +3304,30 @@ def index_copies(
     half since the last run that was not refused.
     """
     conn.execute(_FOLDERS_TABLE)
-    folders = {
-        from_db(path): (mtime, items)
-        for path, mtime, items in conn.execute("SELECT path, mtime_ns, items FROM cinesync_folders")
-    }
+    select = "SELECT path, mtime_ns, items FROM cinesync_folders"
+    folders = {from_db(path): (mtime, items) for path, mtime, items in conn.execute(select)}
     held = folders if base in folders else {}
     known = {path: mtime for path, (mtime, _) in held.items()}
-    worker = Worker(plan_scan(conn, settings, [base]), functools.partial(walk_copies, base, known))
-    try:
-        with transaction(conn):
-            if not held:  # the first time, or another base, or the container edition's items
-                conn.execute("DELETE FROM cinesync_folders")
-                conn.execute("UPDATE cinesync_items SET last_seen_utc = 0")
-            for message in worker.messages():
-                if message[0] == "folders":
-                    for folder, mtime, rows in message[1]:
-                        _write_folder(conn, folder, mtime, rows, held.get(folder, (0, 0))[1] > 0)
-                elif message[0] == "unread":
-                    log.warning("cannot read %s: %s; its items stay", message[1], message[2])
-                elif message[0] == "gone":
-                    for folder in message[1]:
-                        _write_folder(conn, folder, 0, [], held[folder][1] > 0)
-                        remove = "DELETE FROM cinesync_folders WHERE path = ?"
-                        conn.execute(remove, (to_db(folder),))
-            if not held:
-                conn.execute("DELETE FROM cinesync_items WHERE last_seen_utc = 0")
-            count = int(conn.execute("SELECT count(*) FROM cinesync_items").fetchone()[0])
-            _refuse_shrink(conn, base, count, accept_shrink)
-    finally:
-        worker.close()
+    job, errand = plan_scan(conn, settings, [base]), functools.partial(walk_copies, base, known)
+    with contextlib.closing(Worker(job, errand)) as worker, transaction(conn):
+        if not held:  # the first time, or another base, or the container edition's items
+            conn.execute("DELETE FROM cinesync_folders")
+            conn.execute("UPDATE cinesync_items SET last_seen_utc = 0")
+        for message in worker.messages():
+            if message[0] == "folders":
+                for folder, mtime, rows in message[1]:
+                    _write_folder(conn, folder, mtime, rows, held.get(folder, (0, 0))[1] > 0)
+            elif message[0] == "unread":
+                log.warning("cannot read %s: %s; its items stay", message[1], message[2])
+            elif message[0] == "gone":
+                for folder in message[1]:
+                    _write_folder(conn, folder, 0, [], held[folder][1] > 0)
+                    remove = "DELETE FROM cinesync_folders WHERE path = ?"
+                    conn.execute(remove, (to_db(folder),))
+        if not held:
+            conn.execute("DELETE FROM cinesync_items WHERE last_seen_utc = 0")
+        count = int(conn.execute("SELECT count(*) FROM cinesync_items").fetchone()[0])
+        _refuse_shrink(conn, base, count, accept_shrink)
     return count
 
 
@@ -3369,13 +3339,10 @@ def _write_folder(
     if had_items:
         condition, values = beneath(folder)
         present = {row[0] for row in rows}
-        items = conn.execute(f"SELECT id, path FROM cinesync_items WHERE {condition}", values)
-        gone = [
-            (number,)
-            for number, path in ((item[0], from_db(item[1])) for item in items)
-            if path not in present and os.path.dirname(path) == folder
-        ]
-        conn.executemany("DELETE FROM cinesync_items WHERE id = ?", gone)
+        select = f"SELECT path FROM cinesync_items WHERE {condition}"
+        paths = {from_db(row[0]) for row in conn.execute(select, values)} - present
+        gone = [(to_db(path),) for path in paths if os.path.dirname(path) == folder]
+        conn.executemany("DELETE FROM cinesync_items WHERE path = ?", gone)
     encoded = [(*map(to_db, row[:3]), *row[3:], now, now) for row in rows]
     conn.executemany(_WRITE_ITEM, encoded)
     write = "INSERT OR REPLACE INTO cinesync_folders VALUES (?, ?, ?)"
@@ -3684,11 +3651,8 @@ class Relinker:
 
     def open_places(self) -> Dict[str, str]:
         """Look at base, roots and allowed targets; return the roots that answer: {path: real}."""
-        base, roots, allowed = (
-            self.settings.base,
-            self.settings.roots,
-            self.settings.allowed_targets,
-        )
+        settings = self.settings
+        base, roots, allowed = settings.base, settings.roots, settings.allowed_targets
         places, _ = look_at_places(self.conn, self.scan, (base, *roots, *allowed))
         state, reason, real_base = places[base]
         for real in filter(None, (places[root][2] for root in roots) if real_base else ()):
@@ -3891,9 +3855,8 @@ def load_copies(conn: sqlite3.Connection, base: str, wanted: Iterable[Work]) -> 
     titles, ids = {k[1] for k in keys if not k[0]}, {k[1] for k in keys if k[0]}
     parts = {(work.season, number) for work in works for number in work.episodes}
     folders: Set[str] = set()
-    for name, title, *part in conn.execute(
-        "SELECT path, show_norm, season, episode FROM cinesync_items"
-    ):
+    select = "SELECT path, show_norm, season, episode FROM cinesync_items"
+    for name, title, *part in conn.execute(select):
         path = from_db(name)
         if from_db(title) in titles or any(not ids.isdisjoint(tag) for tag in _ID.findall(path)):
             folder = os.path.dirname(path)
@@ -4790,20 +4753,14 @@ def list_actions(
     conn: sqlite3.Connection, status: Optional[str], ids: Sequence[int] = ()
 ) -> List[JsonObject]:
     """Return the rows of `actions list --json`, of a status or with certain ids."""
-    columns = (
-        "id, url, status, reason, related_path, created_utc, fired_utc, attempts, "
-        "next_attempt_utc, last_error"
-    )
-    rows = conn.execute(f"SELECT {columns} FROM actions ORDER BY id")
-    return [
-        {
-            **dict(row),
-            "related_path": from_db(row["related_path"]),
-            "reason": from_db(row["reason"]),
-        }
-        for row in rows
-        if (status is None or row["status"] == status) and (not ids or row["id"] in ids)
-    ]
+    select = """SELECT id, url, status, reason, related_path, created_utc, fired_utc, attempts,
+        next_attempt_utc, last_error FROM actions ORDER BY id"""
+    found = []
+    for row in map(dict, conn.execute(select)):
+        if (status is None or row["status"] == status) and (not ids or row["id"] in ids):
+            row.update((name, from_db(row[name])) for name in ("related_path", "reason"))
+            found.append(row)
+    return found
 
 
 def retry_actions(conn: sqlite3.Connection, ids: Sequence[int]) -> List[int]:
@@ -4824,11 +4781,8 @@ def retry_actions(conn: sqlite3.Connection, ids: Sequence[int]) -> List[int]:
             progress = {**json.loads(noted or "{}"), "searches": 0}
             if progress.get("step"):
                 progress["step"] = "found"
-            conn.execute(
-                "UPDATE actions SET status = 'pending', attempts = 0, next_attempt_utc = NULL, "
-                "last_error = NULL, progress = ? WHERE id = ?",
-                (json.dumps(progress), number),
-            )
+            anew = {"attempts": 0, "next_attempt_utc": None, "last_error": None}
+            update_action(conn, number, status=PENDING, progress=json.dumps(progress), **anew)
             changed.append(number)
     return changed or [-1]
 
@@ -4953,14 +4907,13 @@ def end_action(
     """Give an action its new status, and the log of events a row."""
     action.status = action.outcome = status
     action.error = redact(error)
-    when = ":now" if fired and status != REPAIRED else "fired_utc"
+    columns: JsonObject = {"last_error": action.error or None, "next_attempt_utc": None}
+    if fired and status != REPAIRED:
+        columns["fired_utc"] = utc_now()
+    if status == SENT:
+        columns["attempts"] = 0
     with transaction(conn):
-        conn.execute(
-            f"UPDATE actions SET status = :status, last_error = :error, fired_utc = {when}, "
-            "attempts = CASE :status WHEN 'sent' THEN 0 ELSE attempts END, "
-            "next_attempt_utc = NULL WHERE id = :id",
-            {"status": status, "error": action.error or None, "now": utc_now(), "id": action.id},
-        )
+        update_action(conn, action.id, status=status, **columns)
         _write_events(conn, [link_event(path, "", status, status) for path in action.paths])
 
 
@@ -4968,11 +4921,9 @@ def settle_repairs(conn: sqlite3.Connection) -> List[Action]:
     """Call repaired what was sent and whose links the last scan found good, or well replaced."""
     settled = []
     for action in load_actions(conn, "status = 'sent' AND related_path IS NOT NULL"):
-        known = [(path, find_link(conn, path)) for path in action.paths]
-        if all(
-            (link and link.status == OK) or is_replaced(conn, path, action.fired)
-            for path, link in known
-        ):
+        known = find_links(conn, action.paths)
+        good = [path for path, link in known.items() if link.status == OK]
+        if all(path in good or is_replaced(conn, path, action.fired) for path in action.paths):
             end_action(conn, action, REPAIRED)
             settled.append(action)
     return settled
@@ -5039,10 +4990,8 @@ class Dispatcher:
         code = EXIT_OK
         if self.problems or count[FAILED] or count[RETRY]:
             code = EXIT_PARTIAL if good else EXIT_FAILED
-        result: JsonObject = {
-            "applied": self.applied,
-            "exit_code": EXIT_REFUSED if self.refused else code,
-        }
+        code = EXIT_REFUSED if self.refused else code
+        result: JsonObject = {"applied": self.applied, "exit_code": code}
         result.update({name: count[name] for name in (SENT, FAILED, RETRY, CANCELLED, REPAIRED)})
         result["actions"] = [action.to_json() for action in touched]
         if self.problems:
@@ -5059,17 +5008,14 @@ class Dispatcher:
     def is_broken(self, action: Action) -> bool:
         """Look at an action's links this very moment; if none is broken, settle the action."""
         verdicts = recheck_links(self.conn, self.config.scan, action.paths)
-        for path in verdicts:
-            known = find_link(self.conn, path)
-            if known and known.status == UNREACHABLE and verdicts[path][0] == BROKEN:
+        for path, known in find_links(self.conn, list(verdicts)).items():
+            if known.status == UNREACHABLE and verdicts[path][0] == BROKEN:
                 verdicts[path] = UNREACHABLE, known.error or "the last scan could not judge it"
-        states = {status for status, _ in verdicts.values()}
+        states = dict(verdicts.values())  # {status: why}
         if BROKEN in states:
             return True
         if UNREACHABLE in states:
-            self.put_off(
-                action, next(why for state, why in verdicts.values() if state == UNREACHABLE)
-            )
+            self.put_off(action, states[UNREACHABLE])
         elif OK in states or not action.step:
             words = "the link works again" if OK in states else "there is no such link"
             end_action(self.conn, action, CANCELLED, words, fired=False)
@@ -5107,12 +5053,9 @@ class Dispatcher:
             action.attempts += 1
             delay = max(exc.after, FIRST_DELAY * 2 ** (action.attempts - 1))
             action.outcome, action.error = RETRY, redact(str(exc))
-            with transaction(self.conn):
-                self.conn.execute(
-                    "UPDATE actions SET attempts = ?, next_attempt_utc = ?, last_error = ? "
-                    "WHERE id = ?",
-                    (action.attempts, format_time(time.time() + delay), action.error, action.id),
-                )
+            columns = {"attempts": action.attempts, "last_error": action.error}
+            when = format_time(time.time() + delay)
+            update_action(self.conn, action.id, next_attempt_utc=when, **columns)
         if not quiet:
             log.error("%s: %s", action.path, exc)
 
@@ -5121,8 +5064,7 @@ class Dispatcher:
         with transaction(self.conn):
             for action in actions:
                 action.progress.update(progress)
-                text = json.dumps(action.progress)
-                self.conn.execute("UPDATE actions SET progress = ? WHERE id = ?", (text, action.id))
+                update_action(self.conn, action.id, progress=json.dumps(action.progress))
                 if event:
                     _write_events(self.conn, [link_event(action.path, "", event, action.status)])
 
@@ -5279,10 +5221,8 @@ class Repair:
             self.errand.note([action], step="deleted")
             return True
         if not items or record is None:
-            raise HttpError(
-                f"{self.server.name}: knows no file {path}; correct path_map, or remove the link",
-                404,
-            )
+            text = f"knows no file {path}; correct path_map, or remove the link"
+            raise HttpError(f"{self.server.name}: {text}", 404)
         wanted = {str(item["id"]): bool(item.get("monitored")) for item in items}
         if not any(wanted.values()) and not self.errand.config.repair.unmonitored:
             end_action(self.conn, action, CANCELLED, "it is unmonitored")
@@ -5812,8 +5752,9 @@ def count_repairs(conn: sqlite3.Connection, settings: RepairSettings) -> JsonObj
 
 
 def _server_of(url: str) -> str:
-    parts = urlsplit(url)
-    return parts.netloc if parts.scheme == "arr" else parse_qs(parts.query).get("type", ["?"])[0]
+    if url.startswith("arr:"):
+        return urlsplit(url).netloc
+    return parse_qs(url.partition("?")[2]).get("type", ["?"])[0]
 
 
 def needs_attention(settings: RepairSettings, link: KnownLink, attempts: Sequence[Attempt]) -> bool:

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import time
@@ -621,6 +622,19 @@ def test_a_shrunk_library_is_refused_and_forgets_nothing(stage: Stage) -> None:
     assert stage.cinesync()["exit_code"] == 4
     assert stage.cinesync("--accept-shrink")["indexed"] == 2
     assert stage.cinesync()["exit_code"] == 0
+
+
+def test_a_directory_that_is_gone_takes_its_items_along(stage: Stage) -> None:
+    stage.broken()
+    copies = [stage.library.copy(Part("Filler", 2000 + n, 1, (1,)), 1080) for n in range(2)]
+    stage.scan()
+    assert stage.cinesync()["indexed"] == 2
+    shutil.rmtree(copies[0].parent)
+    assert stage.cinesync()["indexed"] == 1
+    assert stage.query("SELECT path FROM cinesync_items") == [(str(copies[1]),)]
+    folders = {path for (path,) in stage.query("SELECT path FROM cinesync_folders")}
+    assert str(copies[1].parent) in folders
+    assert str(copies[0].parent) not in folders
 
 
 def test_an_unreadable_directory_keeps_its_items(stage: Stage, tmp_path: Path) -> None:
