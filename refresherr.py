@@ -2608,13 +2608,15 @@ class Worker:
     def messages(self) -> Iterator[Tuple[Any, ...]]:
         """Yield the worker's messages up to 'done'.  RefresherrError if it dies or stalls."""
         frames = Frames(self._reader)
-        silence = 0.0
+        silence, has_ended = 0.0, False
         while silence < self._stall_limit:
             message = frames.take(HEARTBEAT)
             if message is None:
                 silence += HEARTBEAT
-                if os.waitpid(self._pid, os.WNOHANG)[0]:  # its twin may keep the pipe open
+                if has_ended:  # its twin may keep the pipe open
                     raise RefresherrError(WORKER_ENDED)
+                # One that has just ended may have said its last words since we looked.
+                has_ended = os.waitpid(self._pid, os.WNOHANG)[0] != 0
                 continue
             silence = 0.0
             if message[0] == "crash":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -10,11 +11,13 @@ import signal
 import sqlite3
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import pytest
 from conftest import Library, Refresherr, target_of
 from fuse_fs import FuseMount, fuse_available
+
+import refresherr as program
 
 LONG_AGO = "2001-02-03T04:05:06+00:00"
 NO_CHANGES = {"new": 0, "newly_broken": 0, "recovered": 0, "vanished": 0}
@@ -683,3 +686,26 @@ def test_the_lock_dies_with_a_killed_scan(
     cloud.heal()
     scan = refresherr.scan(slow_library)
     assert (scan["exit_code"], scan["totals"]["ok"]) == (0, 300)
+
+
+def test_the_last_words_of_a_worker_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    waitpid = os.waitpid
+
+    def late(pid: int, options: int) -> Tuple[int, int]:
+        time.sleep(0.5)  # in which it speaks, and ends
+        return waitpid(pid, options)
+
+    def errand(send: program.Send) -> None:
+        time.sleep(program.HEARTBEAT + 0.2)
+        send(("done", "well"))
+
+    monkeypatch.setattr(os, "waitpid", late)
+    with contextlib.closing(program.Worker(program.ScanJob(()), errand)) as worker:
+        assert list(worker.messages()) == [("done", "well")]
+
+
+def test_a_worker_that_dies_is_missed() -> None:
+    job = program.ScanJob(())
+    with contextlib.closing(program.Worker(job, lambda send: os._exit(0))) as worker:
+        with pytest.raises(program.RefresherrError, match="ended unexpectedly"):
+            list(worker.messages())
