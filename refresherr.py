@@ -1482,7 +1482,8 @@ def link_row(
     since = known.broken_since if known and status != OK else None
     if status == BROKEN:
         since = since or now
-    return (to_db(path), to_db(target), status, status, now, now, since, reason or None)
+    # A reason may name a directory that is not UTF-8.
+    return (to_db(path), to_db(target), status, status, now, now, since, escape(reason) or None)
 
 
 def find_links(conn: sqlite3.Connection, paths: Sequence[str]) -> Dict[str, KnownLink]:
@@ -3577,7 +3578,7 @@ def _record_changes(conn: sqlite3.Connection, changes: Iterable[LinkChange]) -> 
     with transaction(conn):
         for change in changes:
             state, now = DONE if change.stands else NOT_DONE, utc_now()
-            conn.execute(update, (state, change.reason or None, now, change.number))
+            conn.execute(update, (state, escape(change.reason) or None, now, change.number))
             if state == NOT_DONE:
                 continue
             known, (status, why) = find_link(conn, change.path), change.verdict
@@ -4935,7 +4936,7 @@ def end_action(
 ) -> None:
     """Give an action its new status, and the log of events a row."""
     action.status = action.outcome = status
-    action.error = redact(error)
+    action.error = escape_message(error)  # a name in it may not be UTF-8
     when = ":now" if fired and status != REPAIRED else "fired_utc"
     with transaction(conn):
         conn.execute(
@@ -5089,7 +5090,7 @@ class Dispatcher:
         else:
             action.attempts += 1
             delay = max(exc.after, FIRST_DELAY * 2 ** (action.attempts - 1))
-            action.outcome, action.error = RETRY, redact(str(exc))
+            action.outcome, action.error = RETRY, escape_message(str(exc))
             with transaction(self.conn):
                 self.conn.execute(
                     "UPDATE actions SET attempts = ?, next_attempt_utc = ?, last_error = ? "

@@ -125,7 +125,15 @@ def measure_run(table: Table, scratch: Path, links: int, runs: int) -> None:
     config.chmod(0o600)
     data_dirs = scratch / "data-scan", scratch / "data-run"
     scan, run = (
-        [sys.executable, PROJECT / "refresherr.py", "-q", "--config", config, "--data-dir", data_dir]
+        [
+            sys.executable,
+            PROJECT / "refresherr.py",
+            "-q",
+            "--config",
+            config,
+            "--data-dir",
+            data_dir,
+        ]
         for data_dir in data_dirs
     )
     scan.append("scan")

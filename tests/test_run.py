@@ -540,3 +540,25 @@ def test_a_radarr_alone_needs_no_media_server(stage: Stage) -> None:
     result = stage.run()
     assert result["refresh"]["status"] == "skipped" and result["notified"] == []
     assert result["heartbeats"] == [] and not stage.ears.requests
+
+
+def test_an_empty_directory_whose_name_is_not_utf8(stage: Stage) -> None:
+    empty = stage.folder / "shows \udcff" / "release"
+    empty.mkdir(parents=True)
+    link = stage.media / "movies" / "Odd Name (2021)" / "Odd Name (2021).mkv"
+    link.parent.mkdir()
+    link.symlink_to(empty / "file.mkv")
+    for _ in range(2):
+        assert stage.run()["scan"]["exit_code"] == 4
+    assert stage.refresherr.statuses()[str(link)] == "unreachable"
+    assert "shows \\xff" in stage.call("broken", "--status", "unreachable").out
+
+
+def test_a_failure_of_a_name_that_is_not_utf8_stops_nothing(stage: Stage) -> None:
+    name = "Odd \udcff Name (2021)"
+    stage.link(stage.media / "movies" / name / f"{name}.mkv", broken=True)  # nobody knows it
+    stage.movie(stage.movies, "Iron Garden")
+    result = stage.run()
+    assert result["dispatch"]["failed"] == 1 and result["dispatch"]["sent"] == 1
+    assert "Odd \\xff Name" in stage.call("actions").out
+    assert "failed: Odd \\xff Name (2021).mkv" in stage.told()[0]["text"]
