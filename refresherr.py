@@ -5067,7 +5067,8 @@ class Dispatcher:
         for path in action.paths:
             known = find_link(self.conn, path)
             target = from_db(known.target) if known else ""
-            goal = os.path.normpath(os.path.join(os.path.dirname(path), target))
+            # As it stands: what `..` means behind a symlink, the worker finds out.
+            goal = os.path.join(os.path.dirname(path), target)
             verdicts = recheck_links(self.conn, self.config.scan, [goal])
             status, why = verdicts.get(goal, (MISSING, ""))
             if status == UNREACHABLE:

@@ -562,3 +562,27 @@ def test_a_failure_of_a_name_that_is_not_utf8_stops_nothing(stage: Stage) -> Non
     assert result["dispatch"]["failed"] == 1 and result["dispatch"]["sent"] == 1
     assert "Odd \\xff Name" in stage.call("actions").out
     assert "failed: Odd \\xff Name (2021).mkv" in stage.told()[0]["text"]
+
+
+@pytest.mark.parametrize("step", ["restored", "sent"])
+def test_an_outage_behind_relative_links_of_a_root_that_is_a_link(
+    stage: Stage, mount: Bind, step: str
+) -> None:
+    real = stage.folder / "deeply" / "hidden" / "media"
+    real.parent.mkdir(parents=True)
+    stage.media.rename(real)
+    stage.media.symlink_to(real)
+    link = stage.link_of(stage.movie(stage.movies, "Iron Garden"))
+    target = os.path.relpath(target_of(link), os.path.realpath(link.parent))
+    link.unlink()
+    link.symlink_to(target)
+    assert stage.run()["dispatch"]["sent"] == 1
+    if step == "restored":
+        pending = "UPDATE actions SET status = 'pending', progress = replace(progress, ?, ?)"
+        stage.alter(pending, '"step": "sent"', '"step": "restored"')
+    stage.pass_hours(7)
+    stage.forget_requests()
+    mount.unmount()
+    assert stage.run()["dispatch"]["exit_code"] == 4 and not stage.changes()
+    mount.mount()
+    assert stage.run()["dispatch"]["sent"] == 1
