@@ -5369,6 +5369,10 @@ class Repair:
 
     def search(self, *actions: Action) -> bool:
         """Search for what the files of one series, or one movie, held."""
+        # While others were prepared, the mount may have gone.
+        actions = tuple(action for action in actions if not self.errand.is_away(action))
+        if not actions:
+            return False
         if actions[0].step == "searching":
             self.post(actions[0].progress["search"], actions)
             return True

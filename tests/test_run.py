@@ -586,3 +586,24 @@ def test_an_outage_behind_relative_links_of_a_root_that_is_a_link(
     assert stage.run()["dispatch"]["exit_code"] == 4 and not stage.changes()
     mount.mount()
     assert stage.run()["dispatch"]["sent"] == 1
+
+
+def test_a_mount_that_goes_while_files_are_deleted(
+    stage: Stage, mount: Bind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = [stage.movie(stage.movies, f"Iron Garden {n}") for n in range(3)]
+    answer = stage.movies.answer
+
+    def unmount_first(request: Request) -> Reply:
+        if request.method == "DELETE":
+            mount.unmount()
+        return answer(request)
+
+    monkeypatch.setattr(stage.movies, "answer", unmount_first)
+    result = stage.run()
+    assert result["dispatch"]["exit_code"] == 4 and result["dispatch"]["sent"] == 0
+    assert [method for method, _ in stage.changes()] == ["DELETE"]
+    monkeypatch.undo()
+    mount.mount()
+    assert stage.run()["exit_code"] == 0
+    assert sorted(number for body in stage.movies.searches for number in body["movieIds"]) == lost
