@@ -5227,6 +5227,15 @@ class Repair:
         if not self.errand.applied:
             action.outcome = WOULD_SEND
             return False
+        if action.step in ("restored", "searching"):  # by a run that ended, perhaps long ago
+            noted = action.progress
+            missing = self.missing(
+                self.server.get_items(noted["title_id"], map(int, noted["items"]))
+            )
+            self.errand.note([action], missing=missing)
+            if not missing:
+                end_action(self.conn, action, SENT)  # it has come back already
+                return False
         if action.step == "found":
             self.delete(action)
         if action.step == "deleted":

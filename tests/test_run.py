@@ -607,3 +607,17 @@ def test_a_mount_that_goes_while_files_are_deleted(
     mount.mount()
     assert stage.run()["exit_code"] == 0
     assert sorted(number for body in stage.movies.searches for number in body["movieIds"]) == lost
+
+
+@pytest.mark.parametrize("step", ["restored", "searching"])
+def test_what_came_back_after_a_kill_is_not_searched_for(stage: Stage, step: str) -> None:
+    link = stage.link_of(stage.movie(stage.movies, "Iron Garden"))
+    assert stage.run()["dispatch"]["sent"] == 1
+    stage.movies.tick()
+    stage.movies.commands.clear()
+    pending = "UPDATE actions SET status = 'pending', progress = replace(progress, ?, ?)"
+    stage.alter(pending, '"step": "sent"', f'"step": "{step}"')
+    stage.forget_requests()
+    for _ in range(2):
+        assert stage.run()["exit_code"] == 0
+    assert not stage.changes() and stage.status_of(link) == "repaired"
