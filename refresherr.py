@@ -6401,7 +6401,10 @@ def run_run(context: Context) -> JsonObject:
     while True:
         started = time.monotonic()
         try:
-            result = run_once(context)
+            with explained_errors(context.db_path):
+                result = run_once(context)
+            # A loss was confirmed once; the next one may be an outage.
+            context.args.accept_breakage = context.args.accept_shrink = False
         except UsageError:
             raise
         except RefresherrError as exc:  # a lock, a database: the next time it may be free

@@ -621,3 +621,38 @@ def test_what_came_back_after_a_kill_is_not_searched_for(stage: Stage, step: str
     for _ in range(2):
         assert stage.run()["exit_code"] == 0
     assert not stage.changes() and stage.status_of(link) == "repaired"
+
+
+def test_every_confirms_a_loss_once(stage: Stage) -> None:
+    del stage.sections["scan"]["max_new_broken"]
+    links = [
+        stage.link_of(stage.movie(stage.movies, f"Title {n}", broken=False)) for n in range(40)
+    ]
+    stage.run()
+    for link in links[:15]:
+        stage.spoil(link)
+    stage.told()
+    flags = ("--apply", "--max", 0, "--accept-breakage")
+    process = stage.refresherr.start("run", "--every", "0.3s", *flags)
+    wait_for(process, lambda: "/beat-0123456789" in stage.ears.paths())
+    for link in links[15:]:
+        stage.spoil(link)
+    seen = len(stage.ears.requests)
+    wait_for(process, lambda: len(stage.ears.requests) >= seen + 6)  # the next run is in it
+    process.terminate()
+    process.communicate(timeout=30)
+    statuses = list(stage.refresherr.statuses().values())
+    assert statuses.count("broken") < 40 and statuses.count("unreachable") > 0
+
+
+def test_every_survives_a_database_that_refuses(stage: Stage) -> None:
+    stage.run()
+    stage.told()
+    stage.alter("CREATE TRIGGER full BEFORE INSERT ON runs BEGIN SELECT RAISE(ABORT, 'no'); END")
+    process = stage.refresherr.start("run", "--apply", "--every", "0.2s")
+    for _ in range(2):
+        assert "symlinks.db: no" in (process.stderr.readline() if process.stderr else "")
+    stage.alter("DROP TRIGGER full")
+    wait_for(process, lambda: "/beat-0123456789" in stage.ears.paths())
+    process.terminate()
+    assert process.wait(timeout=30) in (0, 130)
