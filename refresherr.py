@@ -7047,6 +7047,8 @@ def attempt_command(
         return result, lambda: args.chosen.show(terminal, result)
     except SystemExit as exc:  # --help and --version
         return {"exit_code": exc.code}, lambda: None
+    except BrokenPipeError:
+        raise  # nobody reads what --every prints
     except (Exception, KeyboardInterrupt) as exc:
         code = EXIT_FAILED
         message = f"internal error: {type(exc).__name__}: {exc}; run it with -vv and report it"

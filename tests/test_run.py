@@ -656,3 +656,11 @@ def test_every_survives_a_database_that_refuses(stage: Stage) -> None:
     wait_for(process, lambda: "/beat-0123456789" in stage.ears.paths())
     process.terminate()
     assert process.wait(timeout=30) in (0, 130)
+
+
+def test_every_ends_when_nobody_reads_it(stage: Stage) -> None:
+    stage.configure()
+    process = stage.refresherr.start("run", "--every", "0.1s")
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    assert process.wait(timeout=30) == 0 and "internal" not in process.stderr.read()
