@@ -6432,9 +6432,14 @@ def run_once(context: Context) -> JsonObject:
         beats = beat_start(config.notify, name, timeout) if applied else []
         code, text = EXIT_FAILED, "it came to no end"
         try:
-            state, before = load_state(conn), last_event(conn)
+            before = last_event(conn)
+            state = {"last_event": before, **load_state(conn)}
+            if applied:  # the next run is to know it, should this one be killed
+                summary["state"] = state
+                update = "UPDATE runs SET summary = ? WHERE run_id = ?"
+                conn.execute(update, (json.dumps(summary), summary["run_id"]))
             steps = take_steps(dataclasses.replace(context, conn=conn))
-            changed = changed_directories(conn, state.get("last_event", before))
+            changed = changed_directories(conn, state["last_event"])
             steps["refresh"] = refresh_all(config, changed, state, steps, applied)
             code = combine_exit_codes(
                 [s["exit_code"] for s in steps.values() if s["status"] != SKIP]

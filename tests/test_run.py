@@ -664,3 +664,19 @@ def test_every_ends_when_nobody_reads_it(stage: Stage) -> None:
     assert process.stdout and process.stderr
     process.stdout.close()
     assert process.wait(timeout=30) == 0 and "internal" not in process.stderr.read()
+
+
+def test_media_servers_hear_of_the_first_run_though_it_was_killed(stage: Stage) -> None:
+    link = stage.link_of(stage.movie(stage.movies, "Amber River"))
+    stage.copy("Amber River")
+    stage.movie(stage.movies, "Iron Garden")
+    stage.movies.script(path_regex="/rootfolder", delay=5.0, times=1)
+    stage.configure()
+    process = stage.refresherr.start("run", "--apply")
+    wait_for(process, lambda: any("rootfolder" in r.path for r in stage.movies.requests))
+    process.kill()
+    process.communicate()
+    stage.movies.scripts.clear()
+    assert link.exists() and stage.run()["exit_code"] == 0
+    (update,) = stage.ears.posts("/Library/Media/Updated")
+    assert [entry["Path"] for entry in update["Updates"]] == [str(link.parent)]
