@@ -6538,7 +6538,7 @@ def refresh_all(
         directories = sorted({*changed, *state.get("left", {}).get(name, ())})
         if settings.url and directories:
             told = {"server": name, "directories": directories, "left": [], "error": None}
-            timeout = config.repair.timeout
+            timeout = min(config.repair.timeout, MEDIA_LIMIT / 2)
             servers.append(refresh_media(name, settings, directories, timeout) if applied else told)
     errors = [f"{line['server']}: {line['error']}" for line in servers if line["error"]]
     for error in errors:

@@ -680,3 +680,11 @@ def test_media_servers_hear_of_the_first_run_though_it_was_killed(stage: Stage) 
     assert link.exists() and stage.run()["exit_code"] == 0
     (update,) = stage.ears.posts("/Library/Media/Updated")
     assert [entry["Path"] for entry in update["Updates"]] == [str(link.parent)]
+
+
+def test_a_long_timeout_leaves_no_directory_behind(stage: Stage) -> None:
+    for title in ("Amber River", "Paper Comet"):
+        stage.movie(stage.movies, title)
+        stage.copy(title)
+    stage.sections["repair"]["timeout"] = "5m"
+    assert stage.run()["exit_code"] == 0
