@@ -5173,7 +5173,9 @@ class Repair:
             for action in due:
                 if self.errand.has_room and self.attempt(self.prepare, action):
                     ready.append(action)
-            ready += (action for action in waiting if self.attempt(self.verify, action))
+            for action in waiting:
+                if time.monotonic() < self.errand.deadline and self.attempt(self.verify, action):
+                    ready.append(action)
         except HttpError as exc:
             if exc.status == 0:
                 raise

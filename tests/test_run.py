@@ -688,3 +688,14 @@ def test_a_long_timeout_leaves_no_directory_behind(stage: Stage) -> None:
         stage.copy(title)
     stage.sections["repair"]["timeout"] = "5m"
     assert stage.run()["exit_code"] == 0
+
+
+def test_a_run_in_time_asks_after_no_more_searches(stage: Stage) -> None:
+    for number in range(8):
+        stage.movie(stage.movies, f"Iron Garden {number}")
+    assert stage.run()["dispatch"]["sent"] == 8
+    stage.pass_hours(7)
+    stage.forget_requests()
+    stage.movies.script(path_regex="/movie/", delay=0.5, times=99)
+    stage.run("--time-limit", "1.5s")
+    assert 0 < len([r for r in stage.movies.requests if "/movie/" in r.path]) < 8
