@@ -314,7 +314,9 @@ def test_an_outage_changes_nothing_and_is_told_once(stage: Stage, mount: Bind, h
 
 def test_what_the_guard_holds_is_told_once(stage: Stage) -> None:
     del stage.sections["scan"]["max_new_broken"]
-    links = [stage.link_of(stage.movie(stage.movies, f"Title {n}", broken=False)) for n in range(20)]
+    links = [
+        stage.link_of(stage.movie(stage.movies, f"Title {n}", broken=False)) for n in range(20)
+    ]
     assert stage.run()["exit_code"] == 0
     stage.told()
     for link in links[:15]:
