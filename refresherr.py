@@ -1482,7 +1482,8 @@ def link_row(
     since = known.broken_since if known and status != OK else None
     if status == BROKEN:
         since = since or now
-    return (to_db(path), to_db(target), status, status, now, now, since, reason or None)
+    # A reason may name a directory that is not UTF-8.
+    return (to_db(path), to_db(target), status, status, now, now, since, escape(reason) or None)
 
 
 def find_links(conn: sqlite3.Connection, paths: Sequence[str]) -> Dict[str, KnownLink]:
@@ -2643,7 +2644,16 @@ class Worker:
 
 
 def fork_quietly() -> int:
-    """Fork.  Python 3.12 warns of threads in the parent; our children take none of their locks."""
+    """Fork.  Python 3.12 warns of threads in the parent; our children take none of their locks.
+
+    But one that is just ending, an HTTP request's, may hold the interpreter's own: seen on 3.8,
+    where the child then crashed.
+    """
+    with contextlib.suppress(OSError):
+        for _ in range(50):
+            if len(os.listdir("/proc/self/task")) == 1:
+                break
+            time.sleep(0.002)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return os.fork()
@@ -3563,7 +3573,7 @@ def _record_changes(conn: sqlite3.Connection, changes: Iterable[LinkChange]) -> 
     with transaction(conn):
         for change in changes:
             state, now = DONE if change.stands else NOT_DONE, utc_now()
-            conn.execute(update, (state, change.reason or None, now, change.number))
+            conn.execute(update, (state, escape(change.reason) or None, now, change.number))
             if state == NOT_DONE:
                 continue
             known, (status, why) = find_link(conn, change.path), change.verdict
@@ -4908,7 +4918,7 @@ def end_action(
 ) -> None:
     """Give an action its new status, and the log of events a row."""
     action.status = action.outcome = status
-    action.error = redact(error)
+    action.error = escape_message(error)  # a name in it may not be UTF-8
     columns: JsonObject = {"last_error": action.error or None, "next_attempt_utc": None}
     if fired and status != REPAIRED:
         columns["fired_utc"] = utc_now()
@@ -5031,7 +5041,8 @@ class Dispatcher:
         for path in action.paths:
             known = find_link(self.conn, path)
             target = from_db(known.target) if known else ""
-            goal = os.path.normpath(os.path.join(os.path.dirname(path), target))
+            # As it stands: what `..` means behind a symlink, the worker finds out.
+            goal = os.path.join(os.path.dirname(path), target)
             verdicts = recheck_links(self.conn, self.config.scan, [goal])
             status, why = verdicts.get(goal, (MISSING, ""))
             if status == UNREACHABLE:
@@ -5054,7 +5065,7 @@ class Dispatcher:
         else:
             action.attempts += 1
             delay = max(exc.after, FIRST_DELAY * 2 ** (action.attempts - 1))
-            action.outcome, action.error = RETRY, redact(str(exc))
+            action.outcome, action.error = RETRY, escape_message(str(exc))
             columns = {"attempts": action.attempts, "last_error": action.error}
             when = format_time(time.time() + delay)
             update_action(self.conn, action.id, next_attempt_utc=when, **columns)
@@ -5132,7 +5143,9 @@ class Repair:
             for action in due:
                 if self.errand.has_room and self.attempt(self.prepare, action):
                     ready.append(action)
-            ready += (action for action in waiting if self.attempt(self.verify, action))
+            for action in waiting:
+                if time.monotonic() < self.errand.deadline and self.attempt(self.verify, action):
+                    ready.append(action)
         except HttpError as exc:
             if exc.status == 0:
                 raise
@@ -5186,6 +5199,15 @@ class Repair:
         if not self.errand.applied:
             action.outcome = WOULD_SEND
             return False
+        if action.step in ("restored", "searching"):  # by a run that ended, perhaps long ago
+            noted = action.progress
+            missing = self.missing(
+                self.server.get_items(noted["title_id"], map(int, noted["items"]))
+            )
+            self.errand.note([action], missing=missing)
+            if not missing:
+                end_action(self.conn, action, SENT)  # it has come back already
+                return False
         if action.step == "found":
             self.delete(action)
         if action.step == "deleted":
@@ -5326,6 +5348,10 @@ class Repair:
 
     def search(self, *actions: Action) -> bool:
         """Search for what the files of one series, or one movie, held."""
+        # While others were prepared, the mount may have gone.
+        actions = tuple(action for action in actions if not self.errand.is_away(action))
+        if not actions:
+            return False
         if actions[0].step == "searching":
             self.post(actions[0].progress["search"], actions)
             return True
@@ -6964,7 +6990,10 @@ def run_run(context: Context) -> JsonObject:
     while True:
         started = time.monotonic()
         try:
-            result = run_once(context)
+            with explained_errors(context.db_path):
+                result = run_once(context)
+            # A loss was confirmed once; the next one may be an outage.
+            context.args.accept_breakage = context.args.accept_shrink = False
         except UsageError:
             raise
         except RefresherrError as exc:  # a lock, a database: the next time it may be free
@@ -6992,9 +7021,14 @@ def run_once(context: Context) -> JsonObject:
         beats = beat_start(config.notify, name, timeout) if applied else []
         code, text = EXIT_FAILED, "it came to no end"
         try:
-            state, before = load_state(conn), last_event(conn)
+            before = last_event(conn)
+            state = {"last_event": before, **load_state(conn)}
+            if applied:  # the next run is to know it, should this one be killed
+                summary["state"] = state
+                update = "UPDATE runs SET summary = ? WHERE run_id = ?"
+                conn.execute(update, (json.dumps(summary), summary["run_id"]))
             steps = take_steps(dataclasses.replace(context, conn=conn))
-            changed = changed_directories(conn, state.get("last_event", before))
+            changed = changed_directories(conn, state["last_event"])
             steps["refresh"] = refresh_all(config, changed, state, steps, applied)
             code = combine_exit_codes(
                 [s["exit_code"] for s in steps.values() if s["status"] != SKIP]
@@ -7093,7 +7127,7 @@ def refresh_all(
         directories = sorted({*changed, *state.get("left", {}).get(name, ())})
         if settings.url and directories:
             told = {"server": name, "directories": directories, "left": [], "error": None}
-            timeout = config.repair.timeout
+            timeout = min(config.repair.timeout, MEDIA_LIMIT / 2)
             servers.append(refresh_media(name, settings, directories, timeout) if applied else told)
     errors = [f"{line['server']}: {line['error']}" for line in servers if line["error"]]
     for error in errors:
@@ -7650,6 +7684,8 @@ def attempt_command(
         return result, lambda: args.chosen.show(terminal, result)
     except SystemExit as exc:  # --help and --version
         return {"exit_code": exc.code}, lambda: None
+    except BrokenPipeError:
+        raise  # nobody reads what --every prints
     except (Exception, KeyboardInterrupt) as exc:
         code = EXIT_FAILED
         message = f"internal error: {type(exc).__name__}: {exc}; run it with -vv and report it"

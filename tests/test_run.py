@@ -541,3 +541,162 @@ def test_a_radarr_alone_needs_no_media_server(stage: Stage) -> None:
     result = stage.run()
     assert result["refresh"]["status"] == "skipped" and result["notified"] == []
     assert result["heartbeats"] == [] and not stage.ears.requests
+
+
+def test_an_empty_directory_whose_name_is_not_utf8(stage: Stage) -> None:
+    empty = stage.folder / "shows \udcff" / "release"
+    empty.mkdir(parents=True)
+    link = stage.media / "movies" / "Odd Name (2021)" / "Odd Name (2021).mkv"
+    link.parent.mkdir()
+    link.symlink_to(empty / "file.mkv")
+    for _ in range(2):
+        assert stage.run()["scan"]["exit_code"] == 4
+    assert stage.refresherr.statuses()[str(link)] == "unreachable"
+    assert "shows \\xff" in stage.call("broken", "--status", "unreachable").out
+
+
+def test_a_failure_of_a_name_that_is_not_utf8_stops_nothing(stage: Stage) -> None:
+    name = "Odd \udcff Name (2021)"
+    stage.link(stage.media / "movies" / name / f"{name}.mkv", broken=True)  # nobody knows it
+    stage.movie(stage.movies, "Iron Garden")
+    result = stage.run()
+    assert result["dispatch"]["failed"] == 1 and result["dispatch"]["sent"] == 1
+    assert "Odd \\xff Name" in stage.call("actions").out
+    assert "failed: Odd \\xff Name (2021).mkv" in stage.told()[0]["text"]
+
+
+@pytest.mark.parametrize("step", ["restored", "sent"])
+def test_an_outage_behind_relative_links_of_a_root_that_is_a_link(
+    stage: Stage, mount: Bind, step: str
+) -> None:
+    real = stage.folder / "deeply" / "hidden" / "media"
+    real.parent.mkdir(parents=True)
+    stage.media.rename(real)
+    stage.media.symlink_to(real)
+    link = stage.link_of(stage.movie(stage.movies, "Iron Garden"))
+    target = os.path.relpath(target_of(link), os.path.realpath(link.parent))
+    link.unlink()
+    link.symlink_to(target)
+    assert stage.run()["dispatch"]["sent"] == 1
+    if step == "restored":
+        pending = "UPDATE actions SET status = 'pending', progress = replace(progress, ?, ?)"
+        stage.alter(pending, '"step": "sent"', '"step": "restored"')
+    stage.pass_hours(7)
+    stage.forget_requests()
+    mount.unmount()
+    assert stage.run()["dispatch"]["exit_code"] == 4 and not stage.changes()
+    mount.mount()
+    assert stage.run()["dispatch"]["sent"] == 1
+
+
+def test_a_mount_that_goes_while_files_are_deleted(
+    stage: Stage, mount: Bind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = [stage.movie(stage.movies, f"Iron Garden {n}") for n in range(3)]
+    answer = stage.movies.answer
+
+    def unmount_first(request: Request) -> Reply:
+        if request.method == "DELETE":
+            mount.unmount()
+        return answer(request)
+
+    monkeypatch.setattr(stage.movies, "answer", unmount_first)
+    result = stage.run()
+    assert result["dispatch"]["exit_code"] == 4 and result["dispatch"]["sent"] == 0
+    assert [method for method, _ in stage.changes()] == ["DELETE"]
+    monkeypatch.undo()
+    mount.mount()
+    assert stage.run()["exit_code"] == 0
+    assert sorted(number for body in stage.movies.searches for number in body["movieIds"]) == lost
+
+
+@pytest.mark.parametrize("step", ["restored", "searching"])
+def test_what_came_back_after_a_kill_is_not_searched_for(stage: Stage, step: str) -> None:
+    link = stage.link_of(stage.movie(stage.movies, "Iron Garden"))
+    assert stage.run()["dispatch"]["sent"] == 1
+    stage.movies.tick()
+    stage.movies.commands.clear()
+    pending = "UPDATE actions SET status = 'pending', progress = replace(progress, ?, ?)"
+    stage.alter(pending, '"step": "sent"', f'"step": "{step}"')
+    stage.forget_requests()
+    for _ in range(2):
+        assert stage.run()["exit_code"] == 0
+    assert not stage.changes() and stage.status_of(link) == "repaired"
+
+
+def test_every_confirms_a_loss_once(stage: Stage) -> None:
+    del stage.sections["scan"]["max_new_broken"]
+    links = [
+        stage.link_of(stage.movie(stage.movies, f"Title {n}", broken=False)) for n in range(40)
+    ]
+    stage.run()
+    for link in links[:15]:
+        stage.spoil(link)
+    stage.told()
+    flags = ("--apply", "--max", 0, "--accept-breakage")
+    process = stage.refresherr.start("run", "--every", "0.3s", *flags)
+    wait_for(process, lambda: "/beat-0123456789" in stage.ears.paths())
+    for link in links[15:]:
+        stage.spoil(link)
+    seen = len(stage.ears.requests)
+    wait_for(process, lambda: len(stage.ears.requests) >= seen + 6)  # the next run is in it
+    process.terminate()
+    process.communicate(timeout=30)
+    statuses = list(stage.refresherr.statuses().values())
+    assert statuses.count("broken") < 40 and statuses.count("unreachable") > 0
+
+
+def test_every_survives_a_database_that_refuses(stage: Stage) -> None:
+    stage.run()
+    stage.told()
+    stage.alter("CREATE TRIGGER full BEFORE INSERT ON runs BEGIN SELECT RAISE(ABORT, 'no'); END")
+    process = stage.refresherr.start("run", "--apply", "--every", "0.2s")
+    for _ in range(2):
+        assert "symlinks.db: no" in (process.stderr.readline() if process.stderr else "")
+    stage.alter("DROP TRIGGER full")
+    wait_for(process, lambda: "/beat-0123456789" in stage.ears.paths())
+    process.terminate()
+    assert process.wait(timeout=30) in (0, 130)
+
+
+def test_every_ends_when_nobody_reads_it(stage: Stage) -> None:
+    stage.configure()
+    process = stage.refresherr.start("run", "--every", "0.1s")
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    assert process.wait(timeout=30) == 0 and "internal" not in process.stderr.read()
+
+
+def test_media_servers_hear_of_the_first_run_though_it_was_killed(stage: Stage) -> None:
+    link = stage.link_of(stage.movie(stage.movies, "Amber River"))
+    stage.copy("Amber River")
+    stage.movie(stage.movies, "Iron Garden")
+    stage.movies.script(path_regex="/rootfolder", delay=5.0, times=1)
+    stage.configure()
+    process = stage.refresherr.start("run", "--apply")
+    wait_for(process, lambda: any("rootfolder" in r.path for r in stage.movies.requests))
+    process.kill()
+    process.communicate()
+    stage.movies.scripts.clear()
+    assert link.exists() and stage.run()["exit_code"] == 0
+    (update,) = stage.ears.posts("/Library/Media/Updated")
+    assert [entry["Path"] for entry in update["Updates"]] == [str(link.parent)]
+
+
+def test_a_long_timeout_leaves_no_directory_behind(stage: Stage) -> None:
+    for title in ("Amber River", "Paper Comet"):
+        stage.movie(stage.movies, title)
+        stage.copy(title)
+    stage.sections["repair"]["timeout"] = "5m"
+    assert stage.run()["exit_code"] == 0
+
+
+def test_a_run_in_time_asks_after_no_more_searches(stage: Stage) -> None:
+    for number in range(8):
+        stage.movie(stage.movies, f"Iron Garden {number}")
+    assert stage.run()["dispatch"]["sent"] == 8
+    stage.pass_hours(7)
+    stage.forget_requests()
+    stage.movies.script(path_regex="/movie/", delay=0.5, times=99)
+    stage.run("--time-limit", "1.5s")
+    assert 0 < len([r for r in stage.movies.requests if "/movie/" in r.path]) < 8
