@@ -189,7 +189,7 @@ def plural(count: int, noun: str) -> str:
 
 def parse_duration(text: str) -> float:
     """Return seconds: '90', '15m', '6h', '2d'.  ValueError otherwise."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw]?)", text.strip().lower())
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)\s*([smhdw]?)", text.strip().lower())
     if not match:
         raise ValueError("write a duration such as 90, 30s, 15m, 6h or 2d")
     return float(match.group(1)) * _DURATION_UNITS[match.group(2)]
@@ -4954,7 +4954,9 @@ class Dispatcher:
         self.applied = applied
         self.wait = wait
         self.left = 0  # so many may still be tried in this run
+        self.left = 0  # so many may still be tried in this run
         self.deadline = math.inf  # of time.monotonic()
+        self.hung = ""  # what hangs, once something does
         self.refused = False
         self.problems: List[str] = []
 
@@ -5019,7 +5021,12 @@ class Dispatcher:
 
     def is_broken(self, action: Action) -> bool:
         """Look at an action's links this very moment; if none is broken, settle the action."""
-        verdicts = recheck_links(self.conn, self.config.scan, action.paths)
+        if not action.path:  # somebody's own; no link tells of its mount
+            last = "SELECT exit_code FROM runs WHERE command = 'scan' ORDER BY run_id DESC LIMIT 1"
+            if (self.conn.execute(last).fetchone() or (EXIT_OK,))[0] == EXIT_REFUSED:
+                self.put_off(action, "the last scan was refused")
+            return not action.outcome
+        verdicts = self.look(action.paths)
         for path, known in find_links(self.conn, list(verdicts)).items():
             if known.status == UNREACHABLE and verdicts[path][0] == BROKEN:
                 verdicts[path] = UNREACHABLE, known.error or "the last scan could not judge it"
@@ -5033,6 +5040,16 @@ class Dispatcher:
             end_action(self.conn, action, CANCELLED, words, fired=False)
         return False
 
+    def look(self, paths: Sequence[str]) -> Dict[str, Tuple[str, str]]:
+        """Look at links this very moment; once something hangs, at no more: each costs its time."""
+        if self.hung:
+            return dict.fromkeys(paths, (UNREACHABLE, self.hung))
+        started = time.monotonic()
+        verdicts = recheck_links(self.conn, self.config.scan, paths)
+        if time.monotonic() - started >= self.config.scan.stat_timeout:
+            self.hung = dict(verdicts.values()).get(UNREACHABLE, "")
+        return verdicts
+
     def is_away(self, action: Action) -> bool:
         """Tell whether what an action's links pointed to cannot be judged now; put it off then.
 
@@ -5043,8 +5060,7 @@ class Dispatcher:
             target = from_db(known.target) if known else ""
             # As it stands: what `..` means behind a symlink, the worker finds out.
             goal = os.path.join(os.path.dirname(path), target)
-            verdicts = recheck_links(self.conn, self.config.scan, [goal])
-            status, why = verdicts.get(goal, (MISSING, ""))
+            status, why = self.look([goal]).get(goal, (MISSING, ""))
             if status == UNREACHABLE:
                 self.put_off(action, why)
                 return True
@@ -5092,7 +5108,7 @@ class Dispatcher:
             where, _, query = action.url.partition("?")
             if not address or where != strip_secrets(address):
                 self.stop((), f"no relay is configured at {where}; set base in [relay]")
-            elif self.has_room and (not action.path or self.is_broken(action)):
+            elif self.has_room and self.is_broken(action):
                 self.left -= 1
                 if not self.applied:
                     action.outcome = WOULD_SEND
@@ -5286,8 +5302,7 @@ class Repair:
 
     def look(self, path: str) -> str:
         """Return the state of one link, file or directory at this very moment, hang-safe."""
-        verdicts = recheck_links(self.conn, self.errand.config.scan, [path])
-        return verdicts.get(path, (MISSING, ""))[0]
+        return self.errand.look([path]).get(path, (MISSING, ""))[0]
 
     def delete(self, action: Action) -> None:
         """Delete the record, on the server's disk the link as well.
@@ -5414,7 +5429,7 @@ class Repair:
         files = {number for number in map(self.file_of, items) if number}
         records = [self.server.find(f"{self.server.kind.file}/{number}") for number in files]
         paths = [map_path(str(dig(r, "path")), self.path_map, back=True) for r in records if r]
-        states = dict(recheck_links(self.conn, self.errand.config.scan, paths))
+        states = self.errand.look(paths)
         missing = self.missing(items)
         if any(status == UNREACHABLE for status, _ in states.values()):
             return False
@@ -6617,9 +6632,9 @@ def combine_exit_codes(codes: Sequence[int]) -> int:
 def find_stale(conn: sqlite3.Connection, config: Config, now: float) -> List[str]:
     """Return the servers that were not read, or not without an error, since `ingest_every`."""
     fresh: Set[str] = set()
-    since = format_time(now - config.run.ingest_every)
-    query = "SELECT summary FROM runs WHERE command = 'ingest' AND started_utc > ?"
-    for (summary,) in conn.execute(query, (since,)):
+    times = format_time(now - config.run.ingest_every), format_time(now)
+    query = "SELECT summary FROM runs WHERE command = 'ingest' AND started_utc BETWEEN ? AND ?"
+    for (summary,) in conn.execute(query, times):
         lines = json.loads(summary or "{}").get("instances", ())
         fresh.update(line["name"] for line in lines if not line["error"])
     return [instance.name for instance in config.instances if instance.name not in fresh]
@@ -6655,12 +6670,18 @@ def changed_directories(conn: sqlite3.Connection, after: int) -> List[str]:
 
 
 def name_problems(steps: Mapping[str, JsonObject]) -> Dict[str, str]:
-    """Return {'scan refused': its message} of the steps that did not end well."""
-    return {
-        f"{name} {step['status']}": step.get("message", "")
-        for name, step in steps.items()
-        if step["exit_code"] != EXIT_OK
-    }
+    """Return {'ingest partial': its message} of the steps that did not end well, and
+    {'scan refused: /mnt/remote': reason} for each mount that is unwell.
+    """
+    problems = {}
+    for name, step in steps.items():
+        mounts = [mount for mount in step.get("mounts", ()) if mount["state"] != HEALTHY]
+        whole = f"{name} {step['status']}"
+        if step["exit_code"] == EXIT_REFUSED and mounts:
+            problems.update({f"{whole}: {m['mount_point']}": m["reason"] for m in mounts})
+        if step["exit_code"] != EXIT_OK and not (mounts and not step["guard"]["tripped"]):
+            problems[whole] = step.get("message", "")
+    return problems
 
 
 def still_open(steps: Mapping[str, JsonObject], told: Sequence[str]) -> List[str]:
@@ -6706,8 +6727,9 @@ def plan_note(
     summary = {
         name: {key: step[key] for key in ("status", "exit_code")} for name, step in steps.items()
     }
+    title = escape_message("Refresherr: " + (", ".join(words) or "nothing has changed"))
     note = Note(
-        "Refresherr: " + (", ".join(words) or "nothing has changed"),
+        cut(title.encode("ascii", "backslashreplace").decode(), 250),
         "\n".join(map(escape_message, lines)),
         level,
         {"steps": summary, "counts": counts, "totals": totals or {}},
@@ -6891,8 +6913,8 @@ def run_queue(context: Context) -> JsonObject:
     with context.recorded("queue") as (conn, summary):
         summary.update(queue_repairs(conn, context.config))
         if summary["exit_code"] == EXIT_REFUSED:
-            count = plural(summary["skipped"]["unreachable"], "link")
-            summary["message"] = f"{count} cannot be judged now, and are not queued"
+            count = plural(summary["skipped"]["unreachable"], "broken link")
+            summary["message"] = f"{count} not queued, for nobody can judge them now"
     return summary
 
 
@@ -7010,7 +7032,7 @@ def run_run(context: Context) -> JsonObject:
 
 
 def run_once(context: Context) -> JsonObject:
-    """Take every step; tell the media servers what changed, and people what is new."""
+    """Take every step, and tell who wants to be told; heartbeats before and behind."""
     import uuid
 
     config, applied, started = context.config, context.applied, time.monotonic()
@@ -7019,49 +7041,48 @@ def run_once(context: Context) -> JsonObject:
         context = dataclasses.replace(context, deadline=started + config.run.time_limit)
     with context.recorded("run") as (conn, summary):
         beats = beat_start(config.notify, name, timeout) if applied else []
-        code, text = EXIT_FAILED, "it came to no end"
+        result: JsonObject = {"exit_code": EXIT_FAILED, "text": "it came to no end"}
         try:
-            before = last_event(conn)
-            state = {"last_event": before, **load_state(conn)}
-            if applied:  # the next run is to know it, should this one be killed
-                summary["state"] = state
-                update = "UPDATE runs SET summary = ? WHERE run_id = ?"
-                conn.execute(update, (json.dumps(summary), summary["run_id"]))
-            steps = take_steps(dataclasses.replace(context, conn=conn))
-            changed = changed_directories(conn, state["last_event"])
-            steps["refresh"] = refresh_all(config, changed, state, steps, applied)
-            code = combine_exit_codes(
-                [s["exit_code"] for s in steps.values() if s["status"] != SKIP]
-            )
-            problems = name_problems(steps)
-            told = state.get("told", [])
-            note, news = plan_note(conn, before, steps, told, config.notify.when)
-            text = f"{note.title}\n{note.text}"
-            sent = send_notes(config.notify, note, timeout) if applied and news else []
-            if applied:
-                unheard = sent and all(line["error"] for line in sent)
-                summary["state"] = {
-                    "told": told if unheard else still_open(steps, told),
-                    "last_event": last_event(conn),
-                    "left": {s["server"]: s["left"] for s in steps["refresh"].get("servers", ())},
-                }
+            result = take_and_tell(dataclasses.replace(context, conn=conn), summary, timeout)
         except KeyboardInterrupt:
-            code, text = EXIT_INTERRUPTED, "interrupted"
+            result = {"exit_code": EXIT_INTERRUPTED, "text": "interrupted"}
             raise
         finally:
-            seconds = time.monotonic() - started
-            beats += beat_end(config.notify, name, code, text, seconds, timeout) if applied else []
-        kept = ("exit_code", "status", "message", "run_id")
-        brief = {name: {k: step[k] for k in kept if k in step} for name, step in steps.items()}
-        summary.update(brief, applied=applied, exit_code=code)
-        result = {"applied": applied, "run_id": summary.get("run_id"), **steps, "notified": sent}
-        result.update(heartbeats=beats, news=news, exit_code=code)
-        result["duration_seconds"] = round(seconds, 3)
-        if problems:
-            result["message"] = summary["message"] = "; ".join(
-                f"{problem}: {text}".rstrip(": ") for problem, text in problems.items()
-            )
-    return result
+            seconds, code = time.monotonic() - started, result["exit_code"]
+            if applied:
+                beats += beat_end(config.notify, name, code, result["text"], seconds, timeout)
+    return {**result, "heartbeats": beats, "duration_seconds": round(seconds, 3)}
+
+
+def take_and_tell(context: Context, summary: JsonObject, timeout: float) -> JsonObject:
+    """Take every step; tell the media servers what changed, and people what is new."""
+    config, applied, conn = context.config, context.applied, context.conn
+    assert conn
+    before = last_event(conn)
+    state: JsonObject = {"last_event": before, "told": [], "left": {}, **load_state(conn)}
+    if applied:  # the next run is to know it, should this one be killed
+        text = json.dumps({**summary, "state": state})
+        conn.execute("UPDATE runs SET summary = ? WHERE run_id = ?", (text, summary["run_id"]))
+    steps = take_steps(context)
+    changed = changed_directories(conn, state["last_event"])
+    steps["refresh"] = refresh_all(config, changed, state["left"], steps, applied)
+    code = combine_exit_codes([s["exit_code"] for s in steps.values() if s["status"] != SKIP])
+    note, news = plan_note(conn, before, steps, state["told"], config.notify.when)
+    sent = send_notes(config.notify, note, timeout) if applied and news else []
+    if applied:
+        if not sent or not all(line["error"] for line in sent):  # else nobody was reached
+            state["told"] = still_open(steps, state["told"])
+        left = {line["server"]: line["left"] for line in steps["refresh"].get("servers", ())}
+        summary["state"] = {**state, "last_event": last_event(conn), "left": left}
+    problems = (f"{what}: {why}".rstrip(": ") for what, why in name_problems(steps).items())
+    end = {"applied": applied, "exit_code": code, "message": "; ".join(problems)}
+    end = {key: value for key, value in end.items() if value != ""}
+    kept = ("exit_code", "status", "message", "run_id")
+    brief = {name: {k: step[k] for k in kept if k in step} for name, step in steps.items()}
+    summary.update(brief, **end)
+    text = f"{note.title}\n{note.text}"
+    number = summary.get("run_id")
+    return {"run_id": number, **steps, **end, "notified": sent, "news": news, "text": text}
 
 
 def take_steps(context: Context) -> Dict[str, JsonObject]:
@@ -7115,7 +7136,7 @@ def take_step(name: str, context: Context, before: Mapping[str, JsonObject]) -> 
 
 
 def refresh_all(
-    config: Config, changed: Sequence[str], state: JsonObject, steps: Mapping[str, JsonObject],
+    config: Config, changed: Sequence[str], left: JsonObject, steps: Mapping[str, JsonObject],
     applied: bool,
 ) -> JsonObject:  # fmt: skip
     """Tell every media server about the directories that changed, or were left the last time."""
@@ -7124,7 +7145,7 @@ def refresh_all(
     changed = [*changed, *map(os.path.dirname, plans)]
     for name in ("plex", "jellyfin", "emby"):
         settings = getattr(config, name)
-        directories = sorted({*changed, *state.get("left", {}).get(name, ())})
+        directories = sorted({*changed, *left.get(name, ())})
         if settings.url and directories:
             told = {"server": name, "directories": directories, "left": [], "error": None}
             timeout = min(config.repair.timeout, MEDIA_LIMIT / 2)

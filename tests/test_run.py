@@ -15,8 +15,8 @@ from typing import Any, Callable, Iterator, List
 import pytest
 from conftest import Refresherr, target_of
 from fake_servers import FakeRadarr, FakeServer, Record, Reply, Request
-from fuse_fs import tmpfs_available
-from test_repair import World
+from fuse_fs import FuseMount, fuse_available, tmpfs_available
+from test_repair import FAST, World
 
 import refresherr as program
 
@@ -249,10 +249,13 @@ def mount(stage: Stage, tmp_path: Path) -> Iterator[Bind]:
         backing.rename(stage.cloud)  # for the examination
 
 
-def start_repairs(stage: Stage) -> List[Path]:
-    """Leave behind a repair in each of its steps, and links that only wait."""
+def lose_movies(stage: Stage) -> List[Path]:
     ids = [stage.movie(stage.movies, f"Hollow Station {n}") for n in range(5)]
-    links = [stage.link_of(number) for number in ids]
+    return [stage.link_of(number) for number in ids]
+
+
+def start_repairs(stage: Stage) -> None:
+    """Leave behind a repair in each of its steps, and links that only wait."""
     stage.sections["repair"]["limit"] = "4"
     stage.do("scan")
     stage.do("ingest")
@@ -266,14 +269,14 @@ def start_repairs(stage: Stage) -> List[Path]:
         )
     stage.pass_hours(7)  # the cooldown of the third is over
     stage.forget_requests()
-    return links
 
 
 @pytest.mark.parametrize("how", ["unmounted", "emptied", "a sentinel"])
 def test_an_outage_changes_nothing_and_is_told_once(stage: Stage, mount: Bind, how: str) -> None:
     waiting = stage.link_of(stage.movie(stage.movies, "Winter Choir"))
     stage.copy("Winter Choir")
-    links = start_repairs(stage)
+    links = lose_movies(stage)
+    start_repairs(stage)
     stage.sections["repair"]["limit"] = "25"
     if how == "a sentinel":
         (stage.cloud / ".online").write_text("yes")
@@ -700,3 +703,68 @@ def test_a_run_in_time_asks_after_no_more_searches(stage: Stage) -> None:
     stage.movies.script(path_regex="/movie/", delay=0.5, times=99)
     stage.run("--time-limit", "1.5s")
     assert 0 < len([r for r in stage.movies.requests if "/movie/" in r.path]) < 8
+
+
+def test_a_mount_that_hangs_costs_its_time_once(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = fuse_available()
+    if problem:
+        pytest.skip(problem)
+    lose_movies(stage)
+    backing = stage.folder / "backing"
+    stage.cloud.rename(backing)
+    stage.cloud.mkdir()
+    with FuseMount(stage.cloud, backing) as mount:
+        start_repairs(stage)
+        stage.sections["scan"]["stat_timeout"] = "1s"
+        looks: List[List[str]] = []
+        recheck = program.recheck_links
+
+        def count(conn: Any, settings: Any, paths: List[str]) -> Any:
+            looks.append(paths)
+            return recheck(conn, settings, paths)
+
+        monkeypatch.setattr(program, "recheck_links", count)
+        mount.hang()
+        stage.configure()
+        for key, value in stage.refresherr.env.items():
+            monkeypatch.setenv(key, value)
+        argv = ["--data-dir", str(stage.refresherr.data_dir), "dispatch", *FAST]
+        assert program.main(argv) == 4
+        mount.heal()
+        assert len(looks) == 1 and not stage.changes()
+        monkeypatch.undo()
+        assert stage.do("dispatch", *FAST)["sent"] == 4
+    stage.cloud.rmdir()
+    backing.rename(stage.cloud)
+
+
+def test_an_action_without_a_link_waits_for_the_mount(stage: Stage, mount: Bind) -> None:
+    relay = stage.add_relay(f"{stage.media}/doc => radarr_doc")
+    stage.run()
+    url = f"{relay.url}/find?type=radarr_doc&scope=auto&term=Paper+Comet"
+    stage.alter("INSERT INTO actions (url, status) VALUES (?, 'pending')", url)
+    mount.unmount()
+    result = stage.run()
+    assert result["exit_code"] == 4 and result["dispatch"]["exit_code"] == 4
+    assert not relay.requests and stage.statuses() == {"pending": 1}
+    mount.mount()
+    assert stage.run()["dispatch"]["sent"] == 1 and len(relay.requests) == 1
+
+
+def test_every_mount_that_goes_is_told() -> None:
+    def steps(*points: str, tripped: bool = False) -> Record:
+        mounts = [{"mount_point": p, "state": "absent", "reason": f"{p} is gone"} for p in points]
+        code, status = (4, "refused") if points or tripped else (0, "ok")
+        scan = {"exit_code": code, "status": status, "message": "held", "mounts": mounts}
+        return {"scan": {**scan, "guard": {"tripped": tripped}}}
+
+    one = program.name_problems(steps("/mnt/a"))
+    assert one == {"scan refused: /mnt/a": "/mnt/a is gone"}
+    assert set(program.name_problems(steps("/mnt/a", "/mnt/b"))) - set(one) == {
+        "scan refused: /mnt/b"
+    }
+    assert program.name_problems(steps(tripped=True)) == {"scan refused": "held"}
+    assert len(program.name_problems(steps("/mnt/a", tripped=True))) == 2
+    assert program.name_problems(steps()) == {}
