@@ -361,6 +361,8 @@ def test_servers_are_read_once_a_day(stage: Stage) -> None:
     assert new.requests
     stage.alter("UPDATE runs SET started_utc = '2024-01-31T00:00:00+00:00'")
     assert len(stage.run()["ingest"]["instances"]) == 2
+    stage.alter("UPDATE runs SET started_utc = '2099-01-31T00:00:00+00:00'")  # the clock was wrong
+    assert len(stage.run()["ingest"]["instances"]) == 2
     stage.sections["run"] = {"ingest_every": "0"}
     assert len(stage.run()["ingest"]["instances"]) == 2
     assert stage.run("--no-ingest")["ingest"]["message"] == "as asked"
