@@ -6633,7 +6633,8 @@ def find_stale(conn: sqlite3.Connection, config: Config, now: float) -> List[str
     """Return the servers that were not read, or not without an error, since `ingest_every`."""
     fresh: Set[str] = set()
     times = format_time(now - config.run.ingest_every), format_time(now)
-    query = "SELECT summary FROM runs WHERE command = 'ingest' AND started_utc BETWEEN ? AND ?"
+    query = """SELECT summary FROM runs
+        WHERE command = 'ingest' AND started_utc > ? AND started_utc <= ?"""
     for (summary,) in conn.execute(query, times):
         lines = json.loads(summary or "{}").get("instances", ())
         fresh.update(line["name"] for line in lines if not line["error"])
