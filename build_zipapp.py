@@ -57,7 +57,10 @@ file = os.path.join(__loader__.archive, "refresherr.py")
 module = sys.modules["refresherr"] = type(sys)("refresherr")
 module.__file__, module.__loader__ = file, __loader__  # tracebacks ask the loader for lines
 exec(compile(__loader__.get_data(file), file, "exec", dont_inherit=True), module.__dict__)
-sys.exit(module.main())
+try:
+    sys.exit(module.main())
+except KeyboardInterrupt:  # before or behind what main() itself answers
+    sys.exit(130)
 '''
 
 

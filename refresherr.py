@@ -811,6 +811,21 @@ def config_to_json(config: Config) -> JsonObject:
     return {"file": config.file or None, "settings": settings}
 
 
+def format_setting(parse: Callable[[str], Any], value: Any) -> str:
+    """Return a value of `config_to_json` as its parser reads it."""
+    if parse is parse_percent:
+        return f"{value * 100:g}%"
+    if parse in (parse_duration, parse_interval):
+        units = [(86400, "d"), (3600, "h"), (60, "m"), (1, "s")]
+        size, unit = next((pair for pair in units if value and value % pair[0] == 0), (1, "s"))
+        return f"{value / size:g}{unit}"
+    if isinstance(value, dict):
+        return ", ".join(f"{left} => {right}" for left, right in value.items())
+    if isinstance(value, (tuple, list)):
+        return ", ".join(value)
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
 _SAMPLE_HEAD = """\
 ; Refresherr's settings.  Take the # away from what you want to change.
 ; Durations: 90, 30s, 15m, 6h, 2d.  Lists: one item a line, or with commas.
@@ -1409,7 +1424,8 @@ def replacement(file: str, mode: int = 0o600) -> Iterator[str]:
                 os.unlink(temporary)
             raise
     except OSError as exc:
-        raise RefresherrError(f"cannot write {file}: {exc.strerror}") from exc
+        advice = "; make the directory first" if exc.errno == errno.ENOENT else ""
+        raise RefresherrError(f"cannot write {file}: {exc.strerror}{advice}") from exc
 
 
 def backup_database(conn: sqlite3.Connection, file: str) -> None:
@@ -4192,6 +4208,8 @@ class Client:
             text = f"no whole answer within {format_duration(self.timeout)}"
         elif "CERTIFICATE" in str(reason):
             text, retry = f"its certificate is not trusted ({self.quote(reason)})", False
+        elif "WRONG_VERSION_NUMBER" in str(reason):
+            text, retry = "speaks no https there; write http:// in its url", False
         elif isinstance(reason, ConnectionError) and not getattr(reason, "strerror", None):
             text = "closed the connection without an answer"
         elif isinstance(reason, http.client.IncompleteRead):
@@ -5660,7 +5678,8 @@ def refresh_media(
                 break
     except HttpError as exc:
         errors.append(str(exc))
-    left = [directory for directory, path in wanted.items() if path not in told | lost]
+    done = told | lost
+    left = [directory for directory, path in wanted.items() if path not in done]
     if left and not errors:
         errors.append(f"{name}: it is slow; {len(left):,} of {len(wanted):,} directories wait")
     if lost:
@@ -5843,13 +5862,21 @@ def describe_links(
 ) -> List[JsonObject]:
     """Return links as `broken --json` shows them."""
     known, history = find_links(conn, paths), load_history(conn)
+    unread = [
+        instance.name
+        for instance in config.instances
+        for table in (KINDS[instance.kind].titles,)
+        if not conn.execute(
+            f"SELECT 1 FROM {table} WHERE instance = ? LIMIT 1", (instance.name,)
+        ).fetchone()
+    ]
     reasons = _last_run(conn, "cinesync", ("reasons",)).get("reasons") or {}
     links = []
     for path in paths:
         link = known[path]
         target = from_db(link.target)
         owner = find_owner(conn, config.instances, path, target)
-        step = next_step(config, path, link, history.get(path, ()), owner)
+        step = next_step(config, path, link, history.get(path, ()), owner, unread)
         is_relinkable = config.cinesync.base and find_ancestor(path, config.cinesync.roots)
         if link.status == BROKEN and is_relinkable:
             looks = "cinesync looks for a copy of it; else"
@@ -5871,14 +5898,19 @@ def describe_links(
 
 
 def next_step(
-    config: Config, path: str, link: KnownLink, attempts: Sequence[Attempt], owner: Optional[Owner]
-) -> str:
-    """Return what happens to a link next, or what the user is to do."""
+    config: Config, path: str, link: KnownLink, attempts: Sequence[Attempt],
+    owner: Optional[Owner], unread: Sequence[str],
+) -> str:  # fmt: skip
+    """Return what happens to a link next, or what the user is to do; `unread` are the servers
+    that have told nothing yet.
+    """
     if attempts and needs_attention(config.repair, link, attempts):
         return f"needs attention: {attempts[-1].error or 'its repairs have come to nothing'}"
     if any(attempt.is_open for attempt in attempts):
         sent = attempts[-1].status == SENT
         return "the server is searching for it" if sent else "queued; dispatch --apply sends it"
+    if link.status == UNREACHABLE and link.error.startswith(HELD):
+        return "if its file is really gone, `scan --accept-breakage`"
     if link.status == UNREACHABLE:
         return "look at the mount; the next scan judges again"
     if link.status == MISSING:
@@ -5888,6 +5920,8 @@ def next_step(
         return (
             "replace the file, or have a server do it: [sonarr NAME], [radarr NAME] in the config"
         )
+    if not name and unread:
+        return f"perhaps it is {' or '.join(unread)} that owns it: not read yet; run ingest"
     if not name:
         return "no server owns it; replace the file, or remove the link"
     since = parse_time(link.broken_since) or 0.0
@@ -6399,10 +6433,21 @@ def examine_time(conn: sqlite3.Connection, now: float, cron_line: str) -> List[F
         state, advice = "warning", "set it; until then ages and cooldowns are wrong"
     clock = Finding("clock", state, detail, advice)
     ago = f"the last scan began {format_duration(max(0.0, now - last))} ago" if last else "no scan"
-    if last > now - 86400:
-        return [clock, Finding("schedule", "ok", ago)]
-    advice = "have cron do it; the line for `crontab -e`:"
-    return [clock, Finding("schedule", "warning", ago, advice, cron_line)]
+    state = "ok" if last > now - 86400 else "warning"
+    query = "SELECT 1 FROM runs WHERE command = 'run' AND started_utc > ?"
+    advice = "have cron do it; the line for `crontab -e`:" if cron_line else "set roots in [scan]"
+    if conn.execute(query, (format_time(now - 86400),)).fetchone():
+        advice = cron_line = ""
+    findings = [clock, Finding("schedule", state, ago, advice, cron_line)]
+    scan = _last_run(conn, "scan", ("message", "guard"))
+    if scan and scan["exit_code"] not in (EXIT_OK, EXIT_BROKEN, EXIT_PARTIAL):
+        detail = f"{scan['status']}: {scan['message'] or 'it came to no end'}"
+        tripped = scan["guard"].get("tripped")
+        advice = (
+            "if that loss is meant, `scan --accept-breakage`" if tripped else "`scan` says more"
+        )
+        findings.append(Finding("last scan", "failed", detail, advice))
+    return findings
 
 
 def examine_library(config: Config, conn: sqlite3.Connection) -> List[Finding]:
@@ -6481,7 +6526,8 @@ def examine_servers(config: Config, conn: sqlite3.Connection) -> List[Finding]:
 
 def _no_answer(name: str, exc: HttpError) -> Finding:
     detail = str(exc).partition(": ")[2]  # without the name
-    advice = f"correct [{name.replace('_', ' ', 1)}], or start the server"
+    section = f"[{name.replace('_', ' ', 1)}]"
+    advice = f"correct {section}" if exc.status else f"start the server, or correct {section}"
     return Finding(name, "failed", detail, advice)
 
 
@@ -6555,15 +6601,16 @@ def _strange_paths(name: str, detail: str, fitting: PathMap) -> Finding:
 
 def examine_relay(config: Config) -> List[Finding]:
     """Look whether the relay is there; without /find, term and token that starts no search."""
+    if not config.relay.base:
+        return []
     base = re.sub("/find$", "", config.relay.base)
     client = Client("relay", base, config.repair.timeout, {}, config.relay.token)
     try:
-        _ = base and client.send(Call("GET"))
+        client.send(Call("GET"))
     except HttpError as exc:
         if not exc.status or exc.status >= 500:
             return [_no_answer("relay", exc)]
-    good = Finding("relay", "ok", f"answers at {client.url}; its token was not tried")
-    return [good] if base else []
+    return [Finding("relay", "ok", f"answers at {client.url}; its token was not tried")]
 
 
 _VERSIONS = {  # who tells it, and where in the JSON
@@ -6677,10 +6724,13 @@ def name_problems(steps: Mapping[str, JsonObject]) -> Dict[str, str]:
     problems = {}
     for name, step in steps.items():
         mounts = [mount for mount in step.get("mounts", ()) if mount["state"] != HEALTHY]
+        others = [root for root in step.get("roots", ()) if root["state"] != "scanned"]
         whole = f"{name} {step['status']}"
         if step["exit_code"] == EXIT_REFUSED and mounts:
             problems.update({f"{whole}: {m['mount_point']}": m["reason"] for m in mounts})
-        if step["exit_code"] != EXIT_OK and not (mounts and not step["guard"]["tripped"]):
+        if mounts and not others and not step["guard"]["tripped"]:
+            continue
+        if step["exit_code"] != EXIT_OK:
             problems[whole] = step.get("message", "")
     return problems
 
@@ -6708,11 +6758,11 @@ def plan_note(
     problems = name_problems(steps)
     new, over = set(problems) - set(told), set(told) - set(still_open(steps, told))
     is_failure = bool(counts.get(FAILED) or new or over)
-    is_change = is_failure or any(counts.get(name) for name in _GOOD_NEWS)
+    is_good = any(counts.get(name) for name in _GOOD_NEWS)
     words = [f"{counts[name]:,} {name}" for name in (*_GOOD_NEWS, FAILED) if counts.get(name)]
     words += [*sorted(problems), *(f"no longer: {problem}" for problem in sorted(over))]
     lines = [f"{problem}: {text}".rstrip(": ") for problem, text in sorted(problems.items())]
-    totals = steps.get("scan", {}).get("totals")
+    totals = steps["scan"].get("totals")
     if totals:
         shown = ", ".join(f"{totals[status]:,} {status}" for status in STATUSES)
         lines.append(f"{plural(totals['examined'], 'link')}: {shown}")
@@ -6722,7 +6772,7 @@ def plan_note(
     lines += [f"{action}: {os.path.basename(from_db(path))}" for action, path in rows[:HIGHLIGHTS]]
     if len(rows) > HIGHLIGHTS:
         lines.append(f"and {len(rows) - HIGHLIGHTS:,} more")
-    level = "success" if any(counts.get(name) for name in _GOOD_NEWS) else "info"
+    level = "success" if is_good else "info"
     level = "warning" if problems or counts.get(FAILED) else level
     level = "failure" if any(step["exit_code"] == EXIT_FAILED for step in steps.values()) else level
     summary = {
@@ -6735,7 +6785,7 @@ def plan_note(
         level,
         {"steps": summary, "counts": counts, "totals": totals or {}},
     )
-    return note, {"always": True, "failures": is_failure}.get(when, is_change)
+    return note, {"always": True, "failures": is_failure}.get(when, is_failure or is_good)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6811,19 +6861,20 @@ def run_scan(context: Context) -> JsonObject:
         if args.exit_code and result["exit_code"] == EXIT_OK and result["totals"]["broken"]:
             result["exit_code"] = EXIT_BROKEN
         failed = [root for root in result["roots"] if root["state"] != "scanned"]
+        parts = [f"{root['path']}: {root['reason']}" for root in failed]
         if result["guard"]["tripped"]:
             result["message"] = (
                 f"{result['guard']['reason']}: taken for an outage, nothing of it is marked "
-                "broken; `scan --accept-breakage` confirms a real loss"
+                "broken or missing; `scan --accept-breakage` confirms a real loss"
             )
             log.warning("%s", result["message"])
         elif result["exit_code"] == EXIT_REFUSED:
             reasons = [m["reason"] for m in result["mounts"] if m["state"] != HEALTHY]
-            result["message"] = "; ".join(reasons) or "a directory of targets is suddenly empty"
+            reasons = reasons or ["a directory of targets is suddenly empty"]
+            result["message"] = "; ".join(dict.fromkeys(reasons + parts))
         elif result["exit_code"] == EXIT_FAILED:
             result["message"] = f"no root could be scanned: {failed[0]['reason']}"
         elif result["exit_code"] == EXIT_PARTIAL:
-            parts = [f"{root['path']}: {root['reason']}" for root in failed]
             unreachable = result["totals"][UNREACHABLE]
             parts += [f"{plural(unreachable, 'link')} cannot be judged"] if unreachable else []
             result["message"] = "; ".join(parts) or "some directories could not be read"
@@ -6859,20 +6910,24 @@ def run_broken(context: Context) -> JsonObject:
     """List the links of a status."""
     with context.database() as conn:
         links, count = list_links(conn, context.config, context.args.status, context.args.limit)
-    return {"links": links, "count": count}
+        _, unreachable = list_links(conn, context.config, UNREACHABLE, 0)
+    return {"links": links, "count": count, "unreachable": unreachable}
 
 
 def show_broken(terminal: Terminal, result: JsonObject) -> None:
     """Print links, what is wrong with them and what to do."""
     for link in result["links"]:
-        since = f", since {link['since'][:16].replace('T', ' ')}" if link["since"] else ""
+        since = f", since {link['since'][:16].replace('T', ' ')} UTC" if link["since"] else ""
         state = f"    {link['status']}{since} -> {escape(link['target'])}"
         terminal.line(escape(link["path"]))
         terminal.line(terminal.paint(state, "dim"))
         owner = f"{link['instance']}: " if link["instance"] else ""
-        terminal.line(f"    {escape(owner + (link['error'] or link['next']))}")
+        step = "; ".join(filter(None, (link["error"], link["next"])))
+        terminal.line(f"    {escape(owner + step)}")
     hidden = result["count"] - len(result["links"])
     more = f" ({hidden:,} not shown)" if hidden else ""
+    if result["unreachable"] and not any(link["status"] == UNREACHABLE for link in result["links"]):
+        more += f"; {result['unreachable']:,} cannot be judged: broken --status unreachable"
     terminal.line(f"{plural(result['count'], 'link')}{more}")
 
 
@@ -6924,7 +6979,10 @@ def show_queue(terminal: Terminal, result: JsonObject) -> None:
     for action in result["queued"]:
         where = _server_of(action["url"])
         terminal.line(escape(f"queued {action['id']} for {where}: {action['related_path']}"))
-    words = {"no_route": "that no server owns", "too_recent": "broken for less than min_age"}
+    words = {
+        "no_route": "that no server is known to own",
+        "too_recent": "broken for less than min_age",
+    }
     skipped = [
         f"{count:,} {words.get(key) or key.replace('_', ' ')}"
         for key, count in result["skipped"].items()
@@ -7012,18 +7070,20 @@ def run_run(context: Context) -> JsonObject:
         return run_once(context)
     while True:
         started = time.monotonic()
+        if count:  # a loss was confirmed once; the next one may be an outage
+            context.args.accept_breakage = context.args.accept_shrink = False
         try:
             with explained_errors(context.db_path):
                 result = run_once(context)
-            # A loss was confirmed once; the next one may be an outage.
-            context.args.accept_breakage = context.args.accept_shrink = False
         except UsageError:
             raise
         except RefresherrError as exc:  # a lock, a database: the next time it may be free
             log.error("%s", exc)
-            result = {"exit_code": exc.exit_code, "message": redact(str(exc)), "news": True}
+            result = {"exit_code": exc.exit_code, "message": redact(str(exc))}
         count += 1
         if not context.args.json:
+            if log.isEnabledFor(logging.INFO):
+                context.terminal.line(f"{utc_now()[:19].replace('T', ' ')} UTC, run {count}")
             show_run(context.terminal, result)
             context.terminal.out.flush()
         try:
@@ -7046,7 +7106,10 @@ def run_once(context: Context) -> JsonObject:
         try:
             result = take_and_tell(dataclasses.replace(context, conn=conn), summary, timeout)
         except KeyboardInterrupt:
-            result = {"exit_code": EXIT_INTERRUPTED, "text": "interrupted"}
+            result, timeout = {"exit_code": EXIT_INTERRUPTED, "text": "interrupted"}, 2.0
+            raise
+        except RefresherrError as exc:
+            result = {"exit_code": exc.exit_code, "text": escape_message(str(exc))}
             raise
         finally:
             seconds, code = time.monotonic() - started, result["exit_code"]
@@ -7105,25 +7168,13 @@ def take_steps(context: Context) -> Dict[str, JsonObject]:
 
 def take_step(name: str, context: Context, before: Mapping[str, JsonObject]) -> JsonObject:
     """Take one step, if there is reason to."""
-    config, args, conn = context.config, context.args, context.conn
-    assert conn
-    stale = find_stale(conn, config, time.time())
-    has_server = config.instances or (name != "ingest" and config.relay.base)
-    reasons = {
-        "as asked": getattr(args, f"no_{name}", False),
-        "no server is configured": name in ("ingest", "queue", "dispatch") and not has_server,
-        "all servers were read lately": name == "ingest" and not stale,
-        "the scan failed": name in ("cinesync", "queue", "dispatch")
-        and before["scan"]["exit_code"] == EXIT_FAILED,
-        "not configured": name == "cinesync" and not config.cinesync.base,
-        "nothing is broken": name == "cinesync"
-        and not find_repairable(conn, config.cinesync.roots),
-    }
-    reason = next((words for words, is_so in reasons.items() if is_so), "")
+    reason = why_skip(name, context, before)
     if reason:
         return {"exit_code": EXIT_OK, "status": SKIP, "message": reason}
+    assert context.conn
+    stale = find_stale(context.conn, context.config, time.time()) if name == "ingest" else []
     defaults = {"instances": stale, "exit_code": False, "forget_mount": []}
-    args = argparse.Namespace(**{**vars(args), **defaults})
+    args = argparse.Namespace(**{**vars(context.args), **defaults})
     try:
         if time.monotonic() > context.deadline:
             raise TimeUpError("no time is left for it")
@@ -7134,6 +7185,31 @@ def take_step(name: str, context: Context, before: Mapping[str, JsonObject]) -> 
             raise
         log.error("%s: %s", name, exc)
         return {"exit_code": exc.exit_code, "message": redact(str(exc))}
+
+
+def why_skip(name: str, context: Context, before: Mapping[str, JsonObject]) -> str:
+    """Return why a step of a run is not taken, '' if it is."""
+    config, conn = context.config, context.conn
+    assert conn
+    if getattr(context.args, f"no_{name}", False):
+        return "as asked"
+    if name == "scan":
+        return ""
+    if name == "ingest":
+        is_fresh = config.instances and not find_stale(conn, config, time.time())
+        return "all servers were read lately" if is_fresh else _unless(config.instances)
+    if before["scan"]["exit_code"] == EXIT_FAILED:
+        return "the scan failed"
+    if name != "cinesync":
+        return _unless(config.instances or config.relay.base)
+    if not config.cinesync.base:
+        return "not configured"
+    roots = config.cinesync.roots
+    return "nothing is broken" if roots and not find_repairable(conn, roots) else ""
+
+
+def _unless(server: Any) -> str:
+    return "" if server else "no server is configured"
 
 
 def refresh_all(
@@ -7151,7 +7227,7 @@ def refresh_all(
             told = {"server": name, "directories": directories, "left": [], "error": None}
             timeout = min(config.repair.timeout, MEDIA_LIMIT / 2)
             servers.append(refresh_media(name, settings, directories, timeout) if applied else told)
-    errors = [f"{line['server']}: {line['error']}" for line in servers if line["error"]]
+    errors = [str(line["error"]) for line in servers if line["error"]]
     for error in errors:
         log.error("%s", error)
     if not servers:
@@ -7168,12 +7244,12 @@ def show_run(terminal: Terminal, result: JsonObject) -> None:
     if "runs" in result:
         terminal.line(f"ended after {plural(result['runs'], 'run')}")
         return
-    if not (result["news"] or result["exit_code"] or log.isEnabledFor(logging.INFO)):
+    if not (result.get("news") or result["exit_code"] or log.isEnabledFor(logging.INFO)):
         return
     shows = {command.name: command.show for command in COMMANDS}
     for name in STEPS:
         step = result.get(name, {})
-        if len(step) > 4:  # more than how it ended: what it did
+        if set(step) - {"exit_code", "status", "message", "duration_seconds"}:  # what it did
             terminal.line(terminal.paint(name, "bold"))
             shows[name](terminal, step)
         elif step:
@@ -7183,7 +7259,8 @@ def show_run(terminal: Terminal, result: JsonObject) -> None:
         count = len(line["directories"])
         words = "told" if result["applied"] else "would be told"
         noun = "directory" if count == 1 else "directories"
-        terminal.line(f"{line['server']}: {words} about {count:,} {noun}")
+        later = f"; {len(line['left']):,} wait for the next run" if line["left"] else ""
+        terminal.line(f"{line['server']}: {words} about {count:,} {noun}{later}")
     told = [line["name"] for line in result.get("notified", ()) if not line["error"]]
     if told:
         terminal.line(f"notified: {', '.join(told)}")
@@ -7329,6 +7406,9 @@ def run_doctor(context: Context) -> JsonObject:
     """Look at everything a scan and a repair depend on."""
     config = context.config
     findings = examine_runtime() + examine_config(config, context.config_error)
+    is_named = context.args.db or getattr(context.args, "refresherr.data_dir")
+    if context.config_error and not is_named:  # where the database is, nobody knows
+        return {"findings": list(map(dataclasses.asdict, findings)), "exit_code": EXIT_FAILED}
     serious = bool(context.config_error)
     try:
         with context.database() as conn:
@@ -7350,9 +7430,12 @@ def format_cron_line(context: Context) -> str:
     """Return a crontab's line for `run --apply`; there, % is a newline unless escaped."""
     import shlex
 
+    if not context.config.scan.roots:
+        return ""  # it would have nothing to do
     words = [sys.executable, os.path.abspath(sys.argv[0]), "-q"]
     words += ["--config", os.path.abspath(context.config.file)] if context.config.file else []
-    if context.args.db or getattr(context.args, "refresherr.data_dir") or not context.config.file:
+    is_named = context.args.db or getattr(context.args, "refresherr.data_dir")
+    if is_named or not context.config.file:
         words += ["--db", context.db_path]
     line = " ".join(map(shlex.quote, [*words, "run", "--apply"])).replace("%", "\\%")
     return f"*/30 * * * * {line}"
@@ -7444,13 +7527,11 @@ def show_config(terminal: Terminal, result: JsonObject) -> None:
     else:
         terminal.line(f"; {escape(result['file'] or 'no config file')}")
         for section, settings in result["settings"].items():
-            terminal.line(f"[{section}]")
+            is_server = section not in SECTIONS
+            terminal.line(f"[{section.replace('_', ' ', 1) if is_server else section}]")
+            parsers = {field.name: field.metadata["parse"] for field in _fields(section)}
             for key, value in settings.items():
-                if isinstance(value, dict):
-                    value = ", ".join(f"{left} => {right}" for left, right in value.items())
-                elif isinstance(value, tuple):
-                    value = ", ".join(value)
-                terminal.line(f"{key} = {escape(str(value))}".rstrip())
+                terminal.line(f"{key} = {escape(format_setting(parsers[key], value))}".rstrip())
 
 
 def option(*names: str, **details: Any) -> Tuple[Tuple[str, ...], Dict[str, Any]]:
@@ -7594,7 +7675,7 @@ GLOBAL_OPTIONS = (
         help="where the database lives; default /data"),
     option("--json", action="store_true", help="one JSON object on stdout"),
     option("-v", "--verbose", action="count", default=0, help="say more; -vv with tracebacks"),
-    option("-q", "--quiet", action="store_true", help="warnings and errors only"),
+    option("-q", "--quiet", action="store_true", help="say less; run speaks only of what is new"),
     option("--no-color", action="store_true", help="no colours"),
     option("--lock-wait", type=DURATION, default=0.0, metavar="SECONDS",
         help="wait that long for another run to end"),
@@ -7617,7 +7698,10 @@ class Parser(argparse.ArgumentParser):
             options = itertools.chain(GLOBAL_OPTIONS, *(command.options for command in COMMANDS))
             known = sorted({name for names, _ in options for name in names if name[:2] == "--"})
             hint = _nearest(unknown[2], known)
-            message += hint if "mean" in hint else ""
+            if unknown[2] in known:
+                message += "; this command has no such option"
+            elif "mean" in hint and len(unknown[2]) > 2:
+                message += hint
         raise UsageError(f"{message}; see: {self.prog} --help")
 
 

@@ -665,3 +665,16 @@ def test_is_under(path: str, prefix: str, inside: bool) -> None:
 )
 def test_the_longest_prefix_wins(path: str, expected: Optional[str]) -> None:
     assert program.find_ancestor(path, {"/tv": 1, "/tv/Show": 2}) == expected
+
+
+def test_what_is_shown_can_be_read_again(
+    refresherr: Refresherr, write_config: Callable[[str], Path]
+) -> None:
+    write_config(
+        "[scan]\nroots = /a, /b\nstat_timeout = 90s\nmax_new_broken = 12.5%\n"
+        "[sonarr tv]\nurl = http://tv:8989\npath_map = /a => /x\n[run]\ntime_limit = 36h\n"
+    )
+    shown = refresherr("config", "show").out
+    assert "stat_timeout = 90s" in shown and "time_limit = 36h" in shown
+    write_config(shown)
+    assert refresherr("config", "show").out == shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sqlite3
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 import pytest
-from conftest import PROJECT, Library, Refresherr
+from conftest import PROJECT, Library, Refresherr, target_of
 from fake_servers import (
     API_KEY,
     FakeArr,
@@ -179,7 +180,33 @@ def test_the_schedule(
         conn.close()
     schedule = examine(refresherr).of("schedule")
     assert schedule["state"] == state
-    assert bool(schedule["line"]) is (state == "warning")
+    assert "roots" in schedule["advice"] and not schedule["line"]
+    refresherr.env["SCAN_ROOTS"] = str(library.root)
+    assert examine(refresherr).of("schedule")["line"].endswith(" run --apply")
+    refresherr("run")
+    assert not examine(refresherr).of("schedule")["line"]
+
+
+def test_a_refused_scan_is_a_finding(refresherr: Refresherr, library: Library) -> None:
+    links = library.season("Show", 20)
+    refresherr.scan(library.root)
+    assert "last scan" not in examine(refresherr).states()
+    for link in links[:15]:
+        target_of(link).unlink()
+    assert refresherr("scan", library.root).code == 4
+    finding = examine(refresherr).of("last scan")
+    assert "15 of 20" in finding["detail"] and "--accept-breakage" in finding["advice"]
+
+
+def test_without_a_config_nothing_is_looked_for(
+    refresherr: Refresherr, write_config: Callable[[str], Path]
+) -> None:
+    write_config("[scann]\n")
+    command = [word for word in refresherr.command("doctor", "--json") if word != "--data-dir"]
+    command.remove(str(refresherr.data_dir))
+    done = subprocess.run(command, env=refresherr.env, stdout=-1, check=False)
+    names = [finding["name"] for finding in json.loads(done.stdout)["findings"]]
+    assert done.returncode == 1 and names == ["python", "sqlite", "https", "config"]
 
 
 @pytest.mark.parametrize("configured", [True, False])
@@ -188,6 +215,7 @@ def test_the_line_for_cron_works(tmp_path: Path, configured: bool) -> None:
     folder.mkdir()
     refresherr = Refresherr(folder)
     refresherr("stats")
+    refresherr.env["SCAN_ROOTS"] = "/opt/media"
     words = [*refresherr.command()[:2], "doctor", "--json"]
     if configured:
         (folder / "re.ini").write_text(f"[refresherr]\ndata_dir = {refresherr.data_dir}\n")

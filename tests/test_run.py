@@ -770,3 +770,54 @@ def test_every_mount_that_goes_is_told() -> None:
     assert program.name_problems(steps(tripped=True)) == {"scan refused": "held"}
     assert len(program.name_problems(steps("/mnt/a", tripped=True))) == 2
     assert program.name_problems(steps()) == {}
+
+
+def test_a_loss_is_confirmed_for_one_run_even_if_that_fails(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    confirmed: List[bool] = []
+
+    def fail(context: program.Context) -> Record:
+        confirmed.append(context.args.accept_breakage)
+        if len(confirmed) == 3:
+            raise KeyError("enough")
+        raise program.DatabaseError("the disk is full")
+
+    monkeypatch.setattr(program, "run_once", fail)
+    stage.configure()
+    for key, value in stage.refresherr.env.items():
+        monkeypatch.setenv(key, value)
+    assert program.main(["run", "--every", "0.01s", "--accept-breakage"]) == 1
+    assert confirmed == [True, False, False]
+
+
+def test_who_was_never_read_may_own_a_link(stage: Stage) -> None:
+    del stage.sections["radarr movies"]["roots"]
+    link = stage.link_of(stage.movie(stage.movies, "Iron Garden"))
+    stage.movies.close()
+    stage.run("--no-cinesync")
+    (broken,) = stage.do("broken")["links"]
+    assert "radarr_movies" in broken["next"] and "remove" not in broken["next"]
+    stage.movies.open()
+    stage.do("ingest")
+    (broken,) = stage.do("broken")["links"]
+    assert broken["instance"] == "radarr_movies" and broken["path"] == str(link)
+
+
+def test_what_is_held_back_says_how_to_go_on(stage: Stage) -> None:
+    del stage.sections["scan"]["max_new_broken"]
+    for number in range(20):
+        stage.link(stage.media / "other" / f"Lost {number}" / "file.mkv", broken=True)
+    assert stage.run()["exit_code"] == 4
+    out = stage.call("broken").out
+    assert "0 links; 20 cannot be judged" in out
+    out = stage.call("broken", "--status", "unreachable").out
+    assert out.count("`scan --accept-breakage`") == 20 and "20 links\n" in out
+
+
+def test_a_root_that_is_gone_is_told_beside_a_mount() -> None:
+    mounts = [{"mount_point": "/mnt/a", "state": "absent", "reason": "gone"}]
+    roots = [{"path": "/tv", "state": "missing", "reason": "does not exist"}]
+    scan = {"exit_code": 4, "status": "refused", "message": "both", "mounts": mounts}
+    step = {**scan, "roots": roots, "guard": {"tripped": False}}
+    assert list(program.name_problems({"scan": step})) == ["scan refused: /mnt/a", "scan refused"]
