@@ -6444,7 +6444,9 @@ def examine_time(conn: sqlite3.Connection, now: float, cron_line: str) -> List[F
         detail = f"{scan['status']}: {scan['message'] or 'it came to no end'}"
         tripped = scan["guard"].get("tripped")
         advice = (
-            "if that loss is meant, `scan --accept-breakage`" if tripped else "`scan` says more"
+            "if that loss is meant, `scan --accept-breakage`"
+            if tripped
+            else "mend what is named below"
         )
         findings.append(Finding("last scan", "failed", detail, advice))
     return findings
