@@ -3907,6 +3907,36 @@ def has_namesakes(conn: sqlite3.Connection, path: str) -> bool:
     return conn.execute(query, (to_db(f"{folder} ("), to_db(f"{folder} )"))).fetchone() is not None
 
 
+def find_changing_run(conn: sqlite3.Connection, wanted: Optional[int]) -> Optional[int]:
+    """Return the number under which a run's changes are journalled, by default the last one's."""
+    if wanted is None:
+        query = """SELECT max(run_id) FROM link_changes JOIN runs USING (run_id)
+            WHERE state IN ('done', 'undone') AND command <> 'undo'"""
+        number: Optional[int] = conn.execute(query).fetchone()[0]
+        return number
+    query = "SELECT summary FROM runs WHERE run_id = ? AND command = 'run'"
+    row = conn.execute(query, (wanted,)).fetchone()
+    summary = json.loads(row["summary"] or "{}") if row else {}
+    return int(summary.get("cinesync", {}).get("run_id") or wanted)  # a run changes links as that
+
+
+def plan_undo(
+    conn: sqlite3.Connection, settings: ScanSettings, changes: List[LinkChange]
+) -> List[LinkChange]:
+    """Return the changes that can be taken back; the others say why not."""
+    ready = []
+    for change in _within_reach(conn, settings, changes):
+        stands = read_link(change.path)
+        if stands == change.old:
+            change.result = "would restore"
+            ready.append(change)
+        elif stands == change.new:
+            change.result, change.reason = DONE, "it was put back already"
+        else:
+            change.reason = "somebody else has changed it since"
+    return ready
+
+
 def undo_changes(
     conn: sqlite3.Connection, settings: ScanSettings, wanted: Optional[int], paths: Sequence[str],
     run_id: Optional[int],
@@ -3917,17 +3947,7 @@ def undo_changes(
     """
     if run_id is not None:
         settle_journal(conn, settings)
-    if wanted is not None:  # a whole run has changed its links as its cinesync
-        row = conn.execute(
-            "SELECT command, summary FROM runs WHERE run_id = ?", (wanted,)
-        ).fetchone()
-        if row and row["command"] == "run":
-            wanted = json.loads(row["summary"] or "{}").get("cinesync", {}).get("run_id", wanted)
-    else:
-        wanted = conn.execute(
-            "SELECT max(run_id) FROM link_changes JOIN runs USING (run_id) "
-            "WHERE state IN ('done', 'undone') AND command <> 'undo'"
-        ).fetchone()[0]
+    wanted = find_changing_run(conn, wanted)
     rows = conn.execute(
         "SELECT change_id, path, new_target, old_target, state FROM link_changes "
         "WHERE run_id = ? AND state IN ('done', 'undone') ORDER BY change_id DESC",
@@ -3939,38 +3959,35 @@ def undo_changes(
         for number, path, old, new, state in rows
         if state == DONE
     }
-    ready = []
-    for change in _within_reach(conn, settings, list(changes.values())):
-        stands = read_link(change.path)
-        if stands == change.old:
-            change.result = "would restore"
-            ready.append(change)
-        elif stands == change.new:
-            change.result, change.reason = DONE, "it was put back already"
-        else:
-            change.reason = "somebody else has changed it since"
+    ready = plan_undo(conn, settings, list(changes.values()))
     if run_id is not None:
         change_links(conn, settings, run_id, ready, must_work=False)
         undone = [(number,) for number, change in changes.items() if change.result == DONE]
         with transaction(conn):
             update = "UPDATE link_changes SET state = 'undone' WHERE change_id = ?"
             conn.executemany(update, undone)
+    result: JsonObject = {"applied": run_id is not None, "run_id": wanted}
+    result.update(count_undone(changes.values()))
+    if not changes:
+        done = "is undone already" if rows else "has changed no link"
+        result["message"] = f"run {wanted} {done}" if wanted else "no run has changed a link"
+    return result
+
+
+def count_undone(changes: Iterable[LinkChange]) -> JsonObject:
+    """Return what became of changes that were to be taken back, with its exit code."""
     names = {DONE: "restored", IN_ERROR: NOT_REPLACED}
     items = [
         {
             "path": change.path, "from": change.old, "to": change.new,
             "result": names.get(change.result, change.result), "reason": change.reason,
         }
-        for change in changes.values()
+        for change in changes
     ]  # fmt: skip
     counts = Counter(item["result"] for item in items)
-    result: JsonObject = {"applied": run_id is not None, "run_id": wanted, "items": items}
-    result.update(restored=counts["restored"], skipped=counts[NOT_REPLACED])
-    result["exit_code"] = EXIT_PARTIAL if result["skipped"] else EXIT_OK
-    if not changes:
-        done = "is undone already" if rows else "has changed no link"
-        result["message"] = f"run {wanted} {done}" if wanted else "no run has changed a link"
-    return result
+    code = EXIT_PARTIAL if counts[NOT_REPLACED] else EXIT_OK
+    numbers = {"restored": counts["restored"], "skipped": counts[NOT_REPLACED]}
+    return {"items": items, **numbers, "exit_code": code}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5367,9 +5384,18 @@ class Repair:
         if self.look(here) != BROKEN:
             return False
         try:
-            self.conn.execute(_JOURNAL_REMOVAL, (to_db(here), to_db(os.readlink(here)), utc_now()))
-            self.errand.note([action], "removed", removed=here)
+            text = os.readlink(here)
+            row = (to_db(here), to_db(text), utc_now())
+            number = self.conn.execute(_JOURNAL_REMOVAL, row).lastrowid
+            self.errand.note([action], removed=here)
+            # The server may have put a new link there since: what goes is what was seen.
+            if self.look(here) != BROKEN or os.readlink(here) != text:
+                self.conn.execute("DELETE FROM link_changes WHERE change_id = ?", (number,))
+                del action.progress["removed"]
+                self.errand.note([action])
+                return False
             os.unlink(here)
+            self.errand.note([action], "removed")
         except OSError as exc:
             text = f"cannot remove {here}: {exc.strerror}; make its directory writable"
             raise HttpError(

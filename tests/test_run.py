@@ -821,3 +821,31 @@ def test_a_root_that_is_gone_is_told_beside_a_mount() -> None:
     scan = {"exit_code": 4, "status": "refused", "message": "both", "mounts": mounts}
     step = {**scan, "roots": roots, "guard": {"tripped": False}}
     assert list(program.name_problems({"scan": step})) == ["scan refused: /mnt/a", "scan refused"]
+
+
+def test_a_link_that_the_server_has_just_replaced_stays(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.movies.recycle_bin = True  # it cannot move a dead link there, and answers 500
+    link = stage.link_of(stage.movie(stage.movies, "Iron Garden"))
+    new = stage.cloud / "imported.mkv"
+    stage.do("scan")
+    stage.do("ingest")
+    stage.do("queue")
+    look = program.Repair.look
+
+    def look_and_import(self: program.Repair, path: str) -> str:
+        state = look(self, path)
+        if not new.exists():
+            new.write_bytes(b"video")
+            link.unlink()
+            link.symlink_to(new)
+        return state
+
+    monkeypatch.setattr(program.Repair, "look", look_and_import)
+    for key, value in stage.refresherr.env.items():
+        monkeypatch.setenv(key, value)
+    program.main(["--data-dir", str(stage.refresherr.data_dir), "dispatch", *FAST])
+    assert new.exists() and link.is_symlink() and target_of(link) == new
+    assert stage.refresherr.query("SELECT * FROM link_changes") == []
+    assert "removed" not in stage.refresherr.query("SELECT progress FROM actions")[0][0]
