@@ -1519,6 +1519,17 @@ def find_link(conn: sqlite3.Connection, path: str) -> Optional[KnownLink]:
     return next(iter(find_links(conn, [path]).values()), None)
 
 
+IS_BROKEN = "status <> 'ok' AND status = 'broken'"  # so says the index ix_symlinks_not_ok
+
+
+def find_broken(conn: sqlite3.Connection) -> Iterator[Tuple[str, str, Optional[str]]]:
+    """Yield (path, target, broken since) of the broken links, those of old first."""
+    columns = "path, last_target, broken_since_utc"
+    query = f"SELECT {columns} FROM symlinks WHERE {IS_BROKEN} ORDER BY broken_since_utc, path"
+    for path, target, since in conn.execute(query):
+        yield from_db(path), from_db(target), since
+
+
 def record_symlink(path: str, target: str, status: str) -> None:
     """Record that the link at `path` points to `target` and is `status`, one of `STATUSES`."""
     if status not in STATUSES:
@@ -3701,15 +3712,11 @@ class Relinker:
     def load_broken(self, roots: Mapping[str, str]) -> List[BrokenLink]:
         """Return the links below some roots that have been broken long enough, oldest first."""
         server_ids, links = load_server_ids(self.conn), []
-        for name, target, since in self.conn.execute(
-            "SELECT path, last_target, broken_since_utc FROM symlinks "
-            "WHERE status <> 'ok' AND status = 'broken' ORDER BY broken_since_utc, path"
-        ):
-            path = from_db(name)
+        for path, target, since in find_broken(self.conn):
             root = find_ancestor(path, roots)
             if root is None:
                 continue
-            link = BrokenLink(path, from_db(target))
+            link = BrokenLink(path, target)
             self.items.append(link)
             if time.time() - (parse_time(since) or 0.0) < self.min_age:
                 link.reason = f"broken for less than {format_duration(self.min_age)}"
@@ -3867,7 +3874,7 @@ def load_server_ids(conn: sqlite3.Connection) -> Dict[str, Dict[str, str]]:
         for path, *values in conn.execute(
             f"SELECT symlink_path, tmdb_id, {tvdb}, imdb_id FROM {tables} t "
             f"ON t.instance = f.instance AND t.{number} = f.{parent} WHERE symlink_path IN "
-            "(SELECT path FROM symlinks WHERE status <> 'ok' AND status = 'broken')"
+            f"(SELECT path FROM symlinks WHERE {IS_BROKEN})"
         ):
             pairs = zip(("tmdb", "tvdb", "imdb"), values)
             ids[from_db(path)] = {name: str(value) for name, value in pairs if value}
@@ -4756,12 +4763,9 @@ def queue_repairs(conn: sqlite3.Connection, config: Config) -> JsonObject:
     skipped = Counter(dict.fromkeys(SKIPPED, 0))
     history, now = load_history(conn), time.time()
     owners: Dict[str, Optional[Owner]] = {}
-    for path, target, since_utc in conn.execute(
-        "SELECT path, last_target, broken_since_utc FROM symlinks "
-        "WHERE status <> 'ok' AND status = 'broken' ORDER BY broken_since_utc, path"
-    ):
-        path, since = from_db(path), parse_time(since_utc) or 0.0
-        owner = find_owner(conn, config.instances, path, from_db(target))
+    for path, target, since_utc in find_broken(conn):
+        since = parse_time(since_utc) or 0.0
+        owner = find_owner(conn, config.instances, path, target)
         reason = why_not(config.repair, since, history.get(path, ()), now)
         if not reason and is_replaced(conn, path, since):
             reason = "recovered"
@@ -5763,8 +5767,7 @@ def collect_stats(conn: sqlite3.Connection, settings: RepairSettings, top: int =
         return dict(conn.execute(f"SELECT {name}, count(*) FROM {table} GROUP BY 1"))
 
     links = count_statuses("symlinks")
-    broken = conn.execute("SELECT path FROM symlinks WHERE status <> 'ok' AND status = 'broken'")
-    worst = Counter(os.path.dirname(from_db(path)) for (path,) in broken)
+    worst = Counter(os.path.dirname(path) for path, _, _ in find_broken(conn))
     ranking = sorted(worst.items(), key=lambda item: (-item[1], item[0]))
     path = database_path(conn)
     files = [name for name in (path, f"{path}-wal") if os.path.exists(name)]
@@ -6103,7 +6106,7 @@ def collect_report(conn: sqlite3.Connection, config: Config, now: float) -> Json
     """Return what the report shows: the statistics, and what has become of links over time."""
     scan = _last_run(conn, "scan", ("message", "roots"))
     roots = config.scan.roots or tuple(root["path"] for root in scan.get("roots") or ())
-    broken = conn.execute("SELECT path FROM symlinks WHERE status <> 'ok' AND status = 'broken'")
+    shows = Counter(parse_media(path).name for path, _, _ in find_broken(conn))
     links, count = list_attention(conn, config, REPORT_ROWS)
     changes = """SELECT change_id, run_id, path, old_target, new_target, state, reason, command,
         changed_utc FROM link_changes LEFT JOIN runs USING (run_id) ORDER BY 1 DESC LIMIT 200"""
@@ -6115,7 +6118,7 @@ def collect_report(conn: sqlite3.Connection, config: Config, now: float) -> Json
         "roots": {root: _count_beneath(conn, root) for root in roots},
         "scans": trace_scans(conn, roots),
         "days": count_days(conn, int(now) // 86400 - REPORT_DAYS + 1),
-        "shows": Counter(parse_media(from_db(path)).name for (path,) in broken).most_common(10),
+        "shows": shows.most_common(10),
         "changes": conn.execute(changes).fetchall(),
         "last_actions": conn.execute(actions).fetchall(),
         "links": links,
@@ -6719,9 +6722,8 @@ def find_stale(conn: sqlite3.Connection, config: Config, now: float) -> List[str
 def find_repairable(conn: sqlite3.Connection, roots: Sequence[str]) -> bool:
     """Tell whether cinesync has anything to do: a broken link, or a journal to settle."""
     planned = "SELECT 1 FROM link_changes WHERE state = 'planned' LIMIT 1"
-    broken = "SELECT path FROM symlinks WHERE status <> 'ok' AND status = 'broken'"
     return conn.execute(planned).fetchone() is not None or any(
-        find_ancestor(from_db(path), roots) for (path,) in conn.execute(broken)
+        find_ancestor(path, roots) for path, _, _ in find_broken(conn)
     )
 
 
