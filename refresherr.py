@@ -88,7 +88,7 @@ from urllib.parse import (
 # ---------------------------------------------------------------------------------------------
 
 __version__ = "1.0.0"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 # fmt: off
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_PARTIAL, EXIT_REFUSED, EXIT_LOCKED = range(6)
@@ -1040,6 +1040,12 @@ def parse_season_folder(name: str) -> Optional[int]:
     return int(match[1] or match[2] or 0) if match else None
 
 
+def title_folder(path: str) -> str:
+    """Return the show's or movie's folder that a link lies in: its own, less a season folder."""
+    folder, _, name = path.rpartition("/")[0].rpartition("/")
+    return folder if parse_season_folder(name) is not None else f"{folder}/{name}"
+
+
 @functools.lru_cache(maxsize=4096)
 def normalise_title(title: str) -> str:
     """Return what stays of a title when CineSync, Sonarr or the scene write it into a name."""
@@ -1146,6 +1152,37 @@ CREATE INDEX ix_episode_files_path ON episode_files(original_path, instance)
 _V3_COLUMNS = {
     "symlinks": ("broken_since_utc TEXT", "error TEXT"),
     "actions": ("attempts INTEGER DEFAULT 0", "next_attempt_utc TEXT", "progress TEXT"),
+}
+
+# directories: what a scan knows of each library directory, to tell without reading it that nothing
+#   has changed (`targets` is packed by the scan, which alone reads it; a NULL mark asks for a look).
+# doubts: lost links that a defence holds ('empty', 'witness', 'guard', 'vanished'); what the loss
+#   guard holds belongs to a lot, which remembers how much was gone at once.
+# branches: the parts of a union (mergerfs, overlay), which hides it when one of them fails.
+# losses: every link that was judged broken, and when it came back; `gone_since_utc` starts anew
+#   when a scan could not tell.  Patience is judged from it.
+# notes: single facts that outlive a run, by name.
+_V4_TABLES = """
+CREATE TABLE directories (path TEXT PRIMARY KEY, mark TEXT, links INTEGER NOT NULL, targets BLOB);
+CREATE TABLE doubts (path TEXT PRIMARY KEY, defence TEXT NOT NULL, lot_id INTEGER,
+    since_utc TEXT NOT NULL);
+CREATE TABLE lots (lot_id INTEGER PRIMARY KEY, directory TEXT NOT NULL, links INTEGER NOT NULL,
+    titles INTEGER NOT NULL, since_utc TEXT NOT NULL);
+CREATE TABLE branches (union_point TEXT NOT NULL, path TEXT NOT NULL, mount_point TEXT NOT NULL,
+    fs_type TEXT NOT NULL, PRIMARY KEY (union_point, path));
+CREATE TABLE losses (loss_id INTEGER PRIMARY KEY, path TEXT NOT NULL, target TEXT NOT NULL,
+    title TEXT NOT NULL, mount_point TEXT NOT NULL, lost_utc TEXT NOT NULL, gone_since_utc TEXT,
+    back_utc TEXT, came_back_by_itself INTEGER NOT NULL DEFAULT 0);
+CREATE INDEX ix_losses_path ON losses(path);
+CREATE INDEX ix_losses_mount ON losses(mount_point, lost_utc);
+CREATE TABLE notes (name TEXT PRIMARY KEY, value TEXT);
+CREATE INDEX ix_movie_files_path ON movie_files(original_path, instance);
+CREATE INDEX ix_episode_files_path ON episode_files(original_path, instance)
+"""
+_V4_COLUMNS = {
+    "symlinks": ("read_utc TEXT", "read_error TEXT"),
+    "series": ("year INTEGER", "tags TEXT"),
+    "movies": ("tags TEXT",),
 }
 
 
@@ -1326,13 +1363,18 @@ def _create_all(conn: sqlite3.Connection, script: str) -> None:
         conn.execute(re.sub(r"(TABLE|INDEX)", r"\1 IF NOT EXISTS", statement, count=1))
 
 
-def _migrate_to_v3(conn: sqlite3.Connection) -> None:
-    _create_all(conn, _V1_TABLES)  # the container edition makes some tables only when needed
-    for table, columns in _V3_COLUMNS.items():
+def _add_columns(conn: sqlite3.Connection, added: Mapping[str, Sequence[str]]) -> None:
+    """Add the columns that a table does not have yet."""
+    for table, columns in added.items():
         old = _columns(conn, table)
         for column in columns:
             if column.split()[0] not in old:
                 conn.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
+
+
+def _migrate_to_v3(conn: sqlite3.Connection) -> None:
+    _create_all(conn, _V1_TABLES)  # the container edition makes some tables only when needed
+    _add_columns(conn, _V3_COLUMNS)
     _create_all(conn, _V3_TABLES)
     update = """UPDATE symlinks SET broken_since_utc = coalesce(last_seen_utc, first_seen_utc, ?)
         WHERE coalesce(status, last_status) IN ('broken', 'repairing')"""
@@ -1342,10 +1384,30 @@ def _migrate_to_v3(conn: sqlite3.Connection) -> None:
         conn.execute(f"UPDATE actions SET {column} = clean({column}) WHERE {column} <> ''")
 
 
+_HELD_IN_V3 = "held back by the mass-breakage guard: "  # then the directory: `symlinks.error`
+
+
+def _migrate_to_v4(conn: sqlite3.Connection) -> None:
+    _add_columns(conn, _V4_COLUMNS)
+    _create_all(conn, _V4_TABLES)
+    # What version 3 held remains held: each of its units becomes a lot.
+    held: Dict[str, List[Any]] = {}
+    select = "SELECT path, error FROM symlinks WHERE status = 'unreachable' AND error LIKE ?"
+    for path, error in conn.execute(select, (_HELD_IN_V3 + "%",)):
+        held.setdefault(error[len(_HELD_IN_V3) :], []).append(path)
+    for directory, paths in held.items():
+        titles = len({title_folder(from_db(path)) for path in paths})
+        insert = "INSERT INTO lots (directory, links, titles, since_utc) VALUES (?, ?, ?, ?)"
+        lot = conn.execute(insert, (directory, len(paths), titles, utc_now())).lastrowid
+        rows = [(path, lot, utc_now()) for path in paths]
+        conn.executemany("INSERT INTO doubts VALUES (?, 'guard', ?, ?)", rows)
+
+
 MIGRATIONS: Dict[int, Callable[[sqlite3.Connection], None]] = {
     1: lambda conn: _create_all(conn, _V1_TABLES),
     2: lambda conn: None,  # the container edition's: its own tables are none of our business
     3: _migrate_to_v3,
+    4: _migrate_to_v4,
 }
 
 

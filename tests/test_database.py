@@ -175,7 +175,7 @@ def test_version_3_adds_what_the_specification_says_and_no_more(tmp_path: Path) 
             assert now[: len(seed)] == seed
             assert {column[0] for column in now[len(seed) :]} == V3_COLUMNS.get(table, set())
         assert SEED_INDEXES.items() <= indexes_of(conn).items()
-        assert versions_of(conn) == [1, 2, 3]
+        assert versions_of(conn) == [1, 2, 3, 4]
         for (applied,) in conn.execute("SELECT applied_utc FROM schema_version"):
             assert datetime.datetime.fromisoformat(applied).utcoffset() == datetime.timedelta(0)
 
@@ -184,11 +184,11 @@ def test_versions_are_applied_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with contextlib.closing(program.get_connection(str(tmp_path / "chain.db"))) as conn:
-        for version in (1, 2, 3, 3):
+        for version in (1, 2, 3, 3, 4):
             monkeypatch.setattr(program, "SCHEMA_VERSION", version)
             program.initialize_schema(conn)
             assert versions_of(conn) == list(range(1, version + 1))
-            assert ("runs" in tables_of(conn)) == (version == 3)
+            assert ("runs" in tables_of(conn)) == (version >= 3)
 
 
 # --- Databases of the container edition ------------------------------------------------------
@@ -279,7 +279,7 @@ def test_container_databases_migrate_without_a_loss(
         before = everything_in(conn)
     assert refresherr("db", "check").code == 0
     with opened(refresherr.db_path) as conn:
-        assert versions_of(conn) == [1, 2, 3]
+        assert versions_of(conn) == [1, 2, 3, 4]
         assert {"cinesync_items", "cinesync_runs"} | V3_TABLES <= set(tables_of(conn))
         after = everything_in(conn)
     for table, rows in before.items():
@@ -318,7 +318,7 @@ def test_a_migrated_database_works(refresherr: Refresherr, library: Library) -> 
     assert stats.code == 0, stats.err
     assert stats.json["symlinks"]["total"] == 6
     assert stats.json["symlinks"]["broken"] == 2
-    assert stats.json["database"]["schema_version"] == 3
+    assert stats.json["database"]["schema_version"] == 4
     broken = refresherr("broken", "--json").json
     assert [link["path"] for link in broken["links"]] == ["/tv/Show/1.mkv", "/tv/Show/3.mkv"]
     assert all(link["since"] for link in broken["links"])
@@ -357,7 +357,7 @@ def test_no_backup_without_data(refresherr: Refresherr) -> None:
         conn.execute("INSERT INTO schema_version VALUES (1, 1, '2024-01-02T03:04:05')")
     assert refresherr("stats").code == 0
     with opened(refresherr.db_path) as conn:
-        assert versions_of(conn) == [1, 2, 3]
+        assert versions_of(conn) == [1, 2, 3, 4]
     assert files_beside(refresherr.db_path) == []
 
 
@@ -386,7 +386,7 @@ def test_a_failing_migration_rolls_back(
     monkeypatch.setitem(program.MIGRATIONS, 3, whole)
     with contextlib.closing(program.get_connection(str(path))) as conn:
         program.initialize_schema(conn)
-        assert versions_of(conn) == [1, 2, 3]
+        assert versions_of(conn) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -435,7 +435,7 @@ def test_signatures(name: str, parameters: List[Any]) -> None:
 def test_the_schema_documents_examples(api_db: Path) -> None:
     conn = program.get_connection()
     program.initialize_schema(conn)
-    assert versions_of(conn)[-1] == program.SCHEMA_VERSION == 3
+    assert versions_of(conn)[-1] == program.SCHEMA_VERSION == 4
     conn.close()
     program.record_symlink("/path/to/symlink", "/path/to/target", "ok")
     program.enqueue_action(
@@ -474,7 +474,7 @@ def test_the_schema_documents_examples(api_db: Path) -> None:
         assert [len(rows) for table, rows in content.items() if table != "schema_version"] == [
             0
         ] * (len(content) - 1)
-        assert versions_of(conn) == [1, 2, 3]
+        assert versions_of(conn) == [1, 2, 3, 4]
 
 
 def test_nuke_wants_a_confirmation(api_db: Path) -> None:
@@ -699,7 +699,7 @@ def test_many_writers_from_the_very_first_moment(
     total = processes * threads * rounds
     with opened(api_db) as conn:
         assert conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        assert versions_of(conn) == [1, 2, 3]
+        assert versions_of(conn) == [1, 2, 3, 4]
         counts = [
             conn.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
             for table in ("symlinks", "actions", "events")
@@ -755,7 +755,7 @@ def test_many_may_upgrade_a_database_at_once(api_db: Path, version: int) -> None
     assert failures == []
     assert len(list(api_db.parent.glob("*.bak"))) == 1
     with opened(api_db) as conn:
-        assert versions_of(conn)[-1] == 3
+        assert versions_of(conn)[-1] == 4
         assert conn.execute("SELECT count(*) FROM symlinks").fetchone() == before
 
 
@@ -1007,5 +1007,5 @@ def test_db_nuke(refresherr: Refresherr, library: Library) -> None:
     assert refresherr("db", "nuke", "--yes").code == 0
     assert refresherr.statuses() == {}
     with opened(refresherr.db_path) as conn:
-        assert versions_of(conn) == [1, 2, 3]
+        assert versions_of(conn) == [1, 2, 3, 4]
     assert mode_of(refresherr.db_path) == 0o600
