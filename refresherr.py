@@ -482,7 +482,9 @@ class ScanSettings:
         "\n/mnt/remote/realdebrid")
     ignore: Tuple[str, ...] = setting((), parse_list,
         "Skip paths that contain this; with *, ? or [ it is a glob on the name.",
-        "\ncinesync\n@eaDir", "IGNORE_SUBSTR")
+        "\ncinesync\n*.partial", "IGNORE_SUBSTR")
+    ignore_defaults: bool = setting(True, parse_bool,
+        "Skip what a NAS or a file system keeps for itself, such as @eaDir and #recycle.", "yes")
     workers: int = setting(0, parse_workers, "Look-ups at once on a slow mount.", "auto")
     stat_timeout: float = setting(30.0, parse_interval,
         "A target that has not answered by then is unreachable.", "30s")
@@ -852,6 +854,42 @@ def format_sample_config() -> str:
     return "\n".join(lines)
 
 
+_NOT_LIBRARY = (
+    r"@eaDir|#recycle|#snapshot|\.snapshots|\.zfs|@Recycle|@Recently-Snapshot|\.Trash-.*|"
+    r"lost\+found|\.stfolder|\.stversions"
+)
+
+
+class Ignore:
+    """What a scan skips: substrings of the path, globs on the name, and with `defaults` the
+    directories that a NAS or a file system keeps for itself, by their whole names.
+    """
+
+    def __init__(self, patterns: Sequence[str], defaults: bool) -> None:
+        import fnmatch
+
+        globs = [p for p in patterns if re.search(r"[*?[]", p)]
+        self._long = [p for p in patterns if p not in globs and "/" in p]
+        short = [re.escape(p) for p in patterns if p not in globs and "/" not in p]
+        whole = [fnmatch.translate(glob) for glob in globs] + [_NOT_LIBRARY] * defaults
+        self._substring = re.compile("|".join(short)).search if short else None
+        self._glob = re.compile("|".join(whole), re.DOTALL).fullmatch if whole else None
+        self.active = bool(patterns) or defaults
+
+    def matches(self, directory: str, name: str) -> bool:
+        """Tell whether an entry of a directory that is not ignored itself is to be skipped."""
+        if (self._substring and self._substring(name)) or (self._glob and self._glob(name)):
+            return True
+        path = f"{directory}/{name}/"
+        return any(path.find(p, max(0, len(directory) + 2 - len(p))) >= 0 for p in self._long)
+
+    def matches_beneath(self, root: str, path: str) -> bool:
+        """Tell whether `path`, or any directory between it and `root`, is to be skipped."""
+        top = root.rstrip("/") or "/"
+        steps = itertools.takewhile(lambda step: step != top, ancestors(path))
+        return any(self.matches(*step.rpartition("/")[::2]) for step in steps)
+
+
 # ---------------------------------------------------------------------------------------------
 # Mounts
 # ---------------------------------------------------------------------------------------------
@@ -1157,14 +1195,16 @@ _V3_COLUMNS = {
 # directories: what a scan knows of each library directory, to tell without reading it that nothing
 #   has changed (`targets` is packed by the scan, which alone reads it; a NULL mark asks for a look).
 # doubts: lost links that a defence holds ('empty', 'witness', 'guard', 'vanished'); what the loss
-#   guard holds belongs to a lot, which remembers how much was gone at once.
+#   guard holds belongs to a lot, which remembers how much was gone at once.  `goal` is where the
+#   file should be, `missing` the first name on the way that does not exist.
 # branches: the parts of a union (mergerfs, overlay), which hides it when one of them fails.
 # losses: every link that was judged broken, and when it came back; `gone_since_utc` starts anew
 #   when a scan could not tell.  Patience is judged from it.
 # notes: single facts that outlive a run, by name.
 _V4_TABLES = """
 CREATE TABLE directories (path TEXT PRIMARY KEY, mark TEXT, links INTEGER NOT NULL, targets BLOB);
-CREATE TABLE doubts (path TEXT PRIMARY KEY, defence TEXT NOT NULL, lot_id INTEGER,
+CREATE TABLE doubts (path TEXT PRIMARY KEY, defence TEXT NOT NULL, title TEXT NOT NULL,
+    goal TEXT NOT NULL, missing TEXT NOT NULL, mount_point TEXT NOT NULL, lot_id INTEGER,
     since_utc TEXT NOT NULL);
 CREATE TABLE lots (lot_id INTEGER PRIMARY KEY, directory TEXT NOT NULL, links INTEGER NOT NULL,
     titles INTEGER NOT NULL, since_utc TEXT NOT NULL);
@@ -1392,15 +1432,19 @@ def _migrate_to_v4(conn: sqlite3.Connection) -> None:
     _create_all(conn, _V4_TABLES)
     # What version 3 held remains held: each of its units becomes a lot.
     held: Dict[str, List[Any]] = {}
-    select = "SELECT path, error FROM symlinks WHERE status = 'unreachable' AND error LIKE ?"
-    for path, error in conn.execute(select, (_HELD_IN_V3 + "%",)):
-        held.setdefault(error[len(_HELD_IN_V3) :], []).append(path)
-    for directory, paths in held.items():
-        titles = len({title_folder(from_db(path)) for path in paths})
+    select = """SELECT path, coalesce(last_target, ''), error FROM symlinks
+        WHERE status = 'unreachable' AND error LIKE ?"""
+    for path, target, error in conn.execute(select, (_HELD_IN_V3 + "%",)):
+        held.setdefault(error[len(_HELD_IN_V3) :], []).append((from_db(path), from_db(target)))
+    for directory, links in held.items():
+        titles = len({title_folder(path) for path, _ in links})
         insert = "INSERT INTO lots (directory, links, titles, since_utc) VALUES (?, ?, ?, ?)"
-        lot = conn.execute(insert, (directory, len(paths), titles, utc_now())).lastrowid
-        rows = [(path, lot, utc_now()) for path in paths]
-        conn.executemany("INSERT INTO doubts VALUES (?, 'guard', ?, ?)", rows)
+        lot = conn.execute(insert, (directory, len(links), titles, utc_now())).lastrowid
+        for path, target in links:
+            goal = os.path.normpath(os.path.join(os.path.dirname(path), target))
+            texts = map(to_db, (path, "guard", title_folder(path), goal, goal))
+            insert = "INSERT INTO doubts VALUES (?, ?, ?, ?, ?, '/', ?, ?)"
+            conn.execute(insert, (*texts, lot, utc_now()))
 
 
 MIGRATIONS: Dict[int, Callable[[sqlite3.Connection], None]] = {
