@@ -18,8 +18,9 @@ The sections, bottom-up; each uses only those above it:
     Mounts                  what is mounted where
     Names                   what a path says about the show or movie behind it
     Database                connection, migrations, the public functions of the schema document
-    Scan: the worker        a process that walks and judges, and cannot be hung by a mount
-    Scan: the record        verdicts -> states, guards, rows, events
+    Look-ups                worker processes that look at what may hang, and can be killed
+    Scan: the verdict       a loss or an outage: all facts in, the decision out
+    Scan: the record        the walk, what is found and judged -> states, rows, events
     CineSync                broken links -> the files behind CineSync's links; and undo
     HTTP                    one careful client on urllib
     Sonarr and Radarr       what their API has in common, and what not
@@ -56,6 +57,7 @@ import json
 import logging
 import marshal
 import math
+import mmap
 import operator
 import os
 import re
@@ -76,7 +78,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 # isort: off
 # fmt: off
 from typing import (
-    Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence,
+    Any, Callable, Collection, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence,
     Set, TextIO, Tuple, Type, Union)
 from urllib.parse import (
     parse_qs, quote, quote_plus, unquote, unquote_to_bytes, urlencode, urlsplit)
@@ -927,6 +929,17 @@ def read_mounts(identity: bool = False) -> Dict[str, str]:
     with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as stream:
         mounts = parse_mountinfo(os.fsdecode(stream.read()), identity)
     return mounts or {"/": "unknown"}
+
+
+def read_overlay_branches(point: str) -> List[str]:
+    """Return the directories that an overlay is made of, as far as mountinfo names them."""
+    found: List[str] = []
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as stream:
+        for line in os.fsdecode(stream.read()).splitlines():
+            if parse_mountinfo(line) == {point: "overlay"}:
+                options = dict(re.findall(r"(lowerdir|upperdir)=([^,]*)", line))
+                found = [*options.get("lowerdir", "").split(":"), options.get("upperdir", "")]
+    return [path for path in found if path.startswith("/")]
 
 
 def watch_mounts() -> Callable[[], bool]:
@@ -1801,118 +1814,130 @@ def recorded_run(conn: sqlite3.Connection, command: str) -> Iterator[JsonObject]
 
 
 # ---------------------------------------------------------------------------------------------
-# Scan: the worker
+# Look-ups
 # ---------------------------------------------------------------------------------------------
-# The one mechanism for speed and for safety.  A forked process walks and judges and reports
-# through a pipe, while the parent keeps the database: two cores.  In it, threads take tasks from
-# one pile: a single thread on a local disk, many once something answers slowly.  A watch looks at
-# what each task has been waiting for; one that a dead mount holds is given up, and its thread
-# replaced.  A thread in the kernel's D state cannot be ended, nor can its process, so the parent
-# kills the worker at the end and does not wait for it (measured: any other way hangs).
+# What may hang is asked by worker processes: one that is killed lets go of everything, while a
+# thread in the kernel's D state cannot be ended (measured: any other way lingers).  This process
+# sends requests and keeps the database.  The path that a worker is about to touch stands in memory
+# shared with it, so it knows what hangs without a message: it kills that worker, seals off the
+# mount, and asks the rest anew.  One worker serves local disks; what lies on a slow mount goes to
+# another one with many threads.
 
-GONE_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-AUTO_WORKERS = 24  # a libfuse daemon has some ten threads; what waits for them costs nothing
-SLOW_SECONDS = 0.002  # a look-up that takes longer does not come from a local disk's cache
-SLOW_STREAK = 8  # so many: the whole mount is slow
-WINDOW = 16384  # links that wait to be judged together with others of their target directory
-BATCH = 4000  # links in one message to the parent, and in one transaction
-DOUBTFUL = 50000  # links that are looked at again; more than that is the guard's business
-SPREAD = 64  # directories on the pile before it is worth dividing
-SAMPLE = 100  # links judged before: where those wait for a slow mount, nothing is divided
-CACHE_SIZE = 20000  # directories remembered by each cache of the worker
-LOOKS = 4  # at what was gone, as long as mounts come and go
-STUCK_LIMIT = 3  # look-ups that time out on a mount before it counts as unresponsive
-HEARTBEAT = 1.0  # seconds between signs of life
-WORKER_ENDED = "the scan's worker process ended unexpectedly; run it again"
+# File systems on which a directory's time of change tells whether anything in it has changed.
+TRUSTED_TYPES = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "jfs", "bcachefs", "tmpfs"}
+UNION_TYPES = {"fuse.mergerfs", "mergerfs", "overlay", "aufs", "unionfs", "fuse", "autofs"}
+SENTINEL = "sentinel"  # in place of a file system's type
 F_SETPIPE_SZ = 1031  # Linux, missing from `fcntl` before 3.10
-
-# What the worker says of a link: (path, target, judgement, unit number, detail, root number).
-# The detail of JUDGED_GONE is the nearest existing directory if that is empty, with a slash behind
-# it where it is the target's own; of the others it is the reason.
-JUDGED_OK, JUDGED_GONE, JUDGED_UNKNOWN, JUDGED_BLOCKED = range(4)
-Judged = Tuple[str, str, int, int, str, int]
-# A link that waits to be judged: (path, its target as a path to ask for, its text, root number).
-Link = Tuple[str, str, str, int]
+GONE_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+NO_LISTING_ERRNOS = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
+AUTO_WORKERS = 24  # a libfuse daemon has some ten threads; what waits for them costs nothing
+AT_ONCE = 32  # requests in one message to the worker for local disks
+CACHE_SIZE = 20000  # directories that a worker remembers
+YOUNG_NS = 2 * 10**9  # a directory changed so lately may change again within the same time stamp
+WORTH_LISTING = 3  # so many names in a directory: one listing costs less than asking for each
+LISTED_PER_NAME = 64  # entries; beyond that asking costs less again
+UNVOUCHED = 16  # links of a directory that are looked at by themselves in each scan
+STUCK_LIMIT = 3  # paths that hang on a mount that answers, before it counts as unresponsive
+SLOW_DENIAL = 0.5  # seconds: an ENOENT that takes longer is a failure of the mount, too
+SLOT_SIZE = 16 + 4096  # the time, the length and the path of what a thread waits for
+WORKER_ENDED = "a worker process ended unexpectedly; run it again"
 
 HEALTHY, ABSENT, EMPTY, UNRESPONSIVE, ERROR = "healthy", "absent", "empty", "unresponsive", "error"
 
+# What is found of a link; its detail is: the real directory of the file that ends a chain of
+# links; a Loss's place; the reason; the point that is sealed off.
+FOUND, FOUND_BY_CHAIN, GONE, UNKNOWN, BLOCKED, NO_LINK = range(6)
+Request = Tuple[Any, ...]  # the kind, then plain values
+Answer = Any
+
+
+class ElsewhereError(Exception):
+    """A path leads to a slow mount: the worker with many threads is to ask for it."""
+
+
+class Location(NamedTuple):
+    """Where a path leads as the kernel walks it; names that do not exist stay in `real`.
+
+    `missing` is the first component that cannot be looked up, with its `errno`; `sealed` the point
+    at which the walk ended; `hops` how many links were followed.
+    """
+
+    real: str
+    mount: str
+    status: Optional[os.stat_result] = None
+    hops: int = 0
+    missing: str = ""
+    errno: int = 0
+    sealed: str = ""
+
+
+class Listing(NamedTuple):
+    """The names in a directory, each with whether it is a link; the mark; whether that is all."""
+
+    names: Dict[str, bool]
+    mark: str
+    is_whole: bool
+
+
+class Look(NamedTuple):
+    """What a look at a single link found.
+
+    `blocked` is why its mount is not to be trusted, `file` the real file that could be read, if
+    that was asked.  Of one whose target is gone: the first name that is `missing`, whether the
+    directory above it is empty, or lists the name all the same, and the `mount` it is on.
+    """
+
+    path: str
+    finding: int
+    detail: str = ""
+    blocked: str = ""
+    empty: str = ""
+    file: str = ""
+    target: str = ""  # the text of the link
+    goal: str = ""  # where the file should be
+    missing: str = ""
+    mount: str = ""
+    is_listed: bool = False
+
 
 @dataclasses.dataclass(frozen=True)
-class ScanJob:
-    """What a worker is to do; everything it may not ask for once it runs.
+class View:
+    """What a worker knows when it starts: what is mounted, and what it may not touch.
 
-    `remembered` maps the mount points that earlier scans saw in use to their file system types.
-    With `look_only` the worker says how roots and mounts are, and walks nothing.  `links` are
-    looked at in place of roots; with `read` a good one must lead to a file that can be read.
+    `mounts` maps mount points to file system types, `sealed` the points beneath which nothing is
+    touched to (state, reason).
     """
 
-    roots: Tuple[str, ...]
-    ignore: Tuple[str, ...] = ()
-    mount_checks: Tuple[str, ...] = ()
-    remembered: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    workers: int = 0
-    stat_timeout: float = 30.0
-    look_only: bool = False
-    links: Tuple[str, ...] = ()
-    read: bool = False
+    mounts: Mapping[str, str]
+    sealed: Mapping[str, Tuple[str, str]]
+    stat_timeout: float
+    ignore: Ignore
+
+    def is_slow(self, mount: str) -> bool:
+        """Tell whether a mount may keep those waiting who ask it."""
+        return is_network_type(self.mounts[mount]) or self.mounts[mount] == "autofs"
+
+    def is_trusted(self, mount: str) -> bool:
+        """Tell whether a directory's times say that nothing in it has changed."""
+        return self.mounts[mount] in TRUSTED_TYPES
 
 
-@dataclasses.dataclass(eq=False)
-class Place:
-    """A directory whose health decides about all targets beneath it.
+def mark_of(status: os.stat_result, now_ns: int) -> str:
+    """Return what tells that a directory of a trusted file system has not changed.
 
-    `role` says why it is watched: 'check' (configured), 'remembered' (a mount point of earlier
-    scans), 'seen' (mounted now, nothing more is known) or 'stuck' (a single path that hangs).
-    `probe` is what is asked: a sentinel file speaks for its directory.
+    '' where it changed so lately that a further change might not show.
     """
+    if now_ns - status.st_ctime_ns < YOUNG_NS:
+        return ""
+    return f"{status.st_dev}.{status.st_ino}.{status.st_ctime_ns}.{os.geteuid()}"
 
-    point: str
-    role: str
-    fs_type: str = ""
-    probe: str = ""
-    state: str = HEALTHY
-    reason: str = ""
-    used: bool = False  # some target was looked for beneath it
-    announced: bool = False
-    answered: float = 0.0
-    timeouts: int = 0
-    slow_answers: int = 0  # look-ups in a row that took long
 
-    def __post_init__(self) -> None:
-        self.probe = self.probe or self.point
+def digest(names: Iterable[str]) -> str:
+    """Return the mark of a listing, where times cannot be trusted."""
+    import hashlib
 
-    @property
-    def is_down(self) -> bool:
-        return self.state != HEALTHY and self.role != "stuck"
-
-    def examine(self) -> Tuple[str, str]:
-        """Ask the place how it is; may hang.  Returns (state, reason); finds its real `point`."""
-        self.point = os.path.realpath(self.point)
-        try:
-            if stat.S_ISREG(os.stat(self.probe).st_mode) and self.role == "check":
-                self.point = os.path.dirname(os.path.realpath(self.probe))
-                with open(self.probe, "rb") as stream:
-                    stream.read(1)
-                return HEALTHY, ""
-            self.point = os.path.realpath(self.probe)
-            empty = False
-            with contextlib.suppress(PermissionError):  # mounted and alive, not for us to list
-                empty = is_empty(self.probe)
-        except FileNotFoundError:
-            return ABSENT, f"{self.probe} does not exist"
-        except OSError as exc:
-            return ERROR, f"{self.probe}: {exc.strerror}"
-        mounts = read_mounts()  # after the look-up: that mounts what autofs only promises
-        fs_type = mounts.get(self.point)
-        if fs_type is None and len(mounts) == 1 and os.path.ismount(self.point):
-            fs_type = self.fs_type or "unknown"  # no procfs here
-        if fs_type is None:
-            return ABSENT, f"{self.probe} is not a mount point; nothing is mounted there"
-        if self.role == "remembered" and fs_type != self.fs_type:
-            hint = f"if that is meant, run scan --forget-mount {self.point}"
-            return ABSENT, f"{self.point} is {fs_type} now and was {self.fs_type}; {hint}"
-        self.fs_type = fs_type
-        return (EMPTY, f"{self.probe} is mounted but empty") if empty else (HEALTHY, "")
+    text = "\0".join(sorted(names))
+    return "=" + hashlib.md5(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def why_closed(directory: str) -> str:
@@ -1932,848 +1957,681 @@ def is_empty(directory: str) -> bool:
         return next(entries, None) is None
 
 
-@dataclasses.dataclass(eq=False)
-class Spot:
-    """A physical directory and what it stands on: what all links into it have in common.
+class Slots:
+    """Memory shared between the processes: what each thread of a worker waits for."""
 
-    `child` is the directory beneath the mount point that leads there, '' for that itself; `place`
-    is the one that decides about it.
-    """
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._memory = mmap.mmap(-1, count * SLOT_SIZE)
+        self._own = threading.local()
 
-    real: str
-    mount: Place
-    child: str
-    place: Place
-    slow: bool = False
-    device: int = -1
-    good: bool = False  # some target here was good, and `unit` is known
-    unit: int = -1
+    def claim(self, number: int) -> None:
+        """Make slot `number` that of the thread that calls."""
+        self._own.start = number * SLOT_SIZE
 
+    def touch(self, path: str) -> float:
+        """Note what the thread is about to wait for; '' for nothing.  Returns the time."""
+        start, now = self._own.start, time.monotonic()
+        memory = self._memory
+        memory[start : start + 8] = bytes(8)
+        if path:
+            name = os.fsencode(path)[: SLOT_SIZE - 16]
+            memory[start + 8 : start + 16 + len(name)] = len(name).to_bytes(8, "big") + name
+            memory[start : start + 8] = int(now * 1e9).to_bytes(8, "big")
+        return now
 
-@dataclasses.dataclass(eq=False)
-class Task:
-    """`todo`, directories to walk, or `links` into `head`, to judge; and what came of it.
-
-    What a task found counts only once it is finished: a thread that hangs takes it along, and
-    what was `taken` is given to another.  `path` is what it waits for, for the watch to see.
-    """
-
-    todo: List[Tuple[str, int]]  # directories and their root numbers
-    head: str = ""
-    links: Sequence[Link] = ()
-    found: List[Judged] = dataclasses.field(default_factory=list)
-    later: List[Tuple[str, List[Link]]] = dataclasses.field(default_factory=list)
-    doubtful: List[Link] = dataclasses.field(default_factory=list)
-    ignored: int = 0
-    path: str = ""
-    place: Optional[Place] = None
-    since: float = dataclasses.field(default_factory=time.monotonic)
-    suspected: float = 0.0  # the `since` of a wait that is already looked into
-
-    def __post_init__(self) -> None:
-        self.taken = list(self.todo)
-
-    def touch(self, path: str, place: Optional[Place] = None) -> None:
-        """Note what the thread is about to wait for."""
-        self.since = time.monotonic()
-        self.path, self.place = path, place
-
-    def add(self, link: Link, judgement: int, unit: int, detail: str = "") -> None:
-        self.found.append((link[0], link[2], judgement, unit, detail, link[3]))
+    def waiting(self) -> List[Tuple[str, float]]:
+        """Return (path, since when) of all threads that wait for something."""
+        found = []
+        for start in range(0, self.count * SLOT_SIZE, SLOT_SIZE):
+            since = self._memory[start : start + 8]
+            length = int.from_bytes(self._memory[start + 8 : start + 16], "big")
+            name = self._memory[start + 16 : start + 16 + length]
+            if any(since) and since == self._memory[start : start + 8]:
+                found.append((os.fsdecode(name), int.from_bytes(since, "big") / 1e9))
+        return found
 
 
-class Ignore:
-    """The ignore patterns: substrings of the path, or globs on the name."""
+class Looker:
+    """Looks at directories and links; lives in a worker process, asked by all its threads."""
 
-    def __init__(self, patterns: Sequence[str]) -> None:
-        import fnmatch
-
-        globs = [p for p in patterns if re.search(r"[*?[]", p)]
-        self._long = [p for p in patterns if p not in globs and "/" in p]
-        short = [re.escape(p) for p in patterns if p not in globs and "/" not in p]
-        whole = [f"(?:{fnmatch.translate(glob)})" for glob in globs]
-        self._substring = re.compile("|".join(short)).search if short else None
-        self._glob = re.compile("|".join(whole)).match if whole else None
-        self.active = bool(patterns)
-
-    def matches(self, directory: str, name: str) -> bool:
-        """Tell whether an entry of a directory that is not ignored itself is to be skipped."""
-        if (self._substring and self._substring(name)) or (self._glob and self._glob(name)):
-            return True
-        path = f"{directory}/{name}/"
-        return any(path.find(p, max(0, len(directory) + 2 - len(p))) >= 0 for p in self._long)
-
-    def matches_beneath(self, root: str, path: str) -> bool:
-        """Tell whether `path`, or any directory between it and `root`, is to be skipped."""
-        top = root.rstrip("/") or "/"
-        steps = itertools.takewhile(lambda step: step != top, ancestors(path))
-        return any(self.matches(*step.rpartition("/")[::2]) for step in steps)
-
-
-class Surveyor:
-    """Walks roots and judges links; lives in the worker process.
-
-    `send` takes a tuple whose first item names the message:
-    ('good', root number, paths, targets, units), ('links', [Judged]), ('mount', point, type),
-    ('unit', number, mount point, child directory), ('unread', directory, reason),
-    ('root', number, state, reason, real path, covered), ('ignored', count), ('beat',),
-    ('looks', the items of `Look`), ('done', places, blocked units, uninhabited directories).
-    """
-
-    def __init__(self, job: ScanJob, send: Send) -> None:
-        self.job = job
-        self.send = send
-        self.limit = format_duration(job.stat_timeout)
-        self.ignore = Ignore(job.ignore)
-        self.covered_roots: Dict[str, int] = {}
-        # Where things are.
-        self.places: Dict[str, List[Place]] = {}
-        self.sealed: Set[str] = set()  # unhealthy points: nothing there or beneath is touched
-        self.stuck = False  # some of them are single files
-        self.slow: Tuple[str, ...] = ()  # mount points with a slash behind
-        self.units: Dict[Tuple[str, str, str], int] = {}
-        self.unit_points: Dict[int, str] = {}  # the places that decided about them
-        self.inhabited: Set[int] = set()  # hashes of the directories above good targets
-        self.empty_dirs: Set[str] = set()
-        floor = Place("/", "seen")
-        self.floor = Spot("", floor, "", floor)
-        # The caches.
-        self.locate = functools.lru_cache(CACHE_SIZE)(self.look_up)
-        self.stand = functools.lru_cache(CACHE_SIZE)(self.look_around)
-        # The crew's state, all under one lock.
-        self.change = threading.Condition()
-        self.crew = 0  # threads at work, or waiting for some
-        self.tasks: Set[Task] = set()  # what they are at
-        self.here = threading.local()  # .task is the thread's own
-        self.walks: List[Tuple[str, int]] = []
-        self.waiting: OrderedDict[str, List[Link]] = OrderedDict()  # by directory of targets
-        self.waiting_count = 0
-        self.found: List[Judged] = []  # not yet sent
-        self.ignored = 0
-        self.doubtful: List[Link] = []  # gone at first sight
-        self.wanted: Dict[str, List[str]] = {}  # the job's links, by directory
-        self.files: Dict[str, str] = {}  # what they lead to, if it could be read
-        self.holding = bool(job.links)  # whether what is found is not to be sent yet
-        self.doubts = DOUBTFUL  # how many of them there may be; none in the second look
-        self.crash: Optional[BaseException] = None
-        self.over = threading.Event()  # not `change`: the watch is not to be woken by every task
-        self.spreading = False  # whether to stop once there is a pile to split
-        self.half = 0  # 1 in the twin
-
-    # The whole errand
-
-    def run(self) -> None:
-        """Do the job and say 'done'."""
-        self.open_places()
-        self.open_roots()
-        self.open_links()
-        if not self.job.look_only:
-            self.spreading = not self.job.links
-            self.work()
-            pipe = self.split()
-            self.work()
-            self.flush()
-            self.send(("ignored", self.ignored))
-            if pipe is not None:
-                (self.end_twin if self.half else self.join_twin)(pipe)
-            self.look_again()
-        self.report()
-
-    def open_places(self) -> None:
-        """Learn what is mounted, and ask what must be healthy whether it is."""
-        mounts = {"/": "unknown", **read_mounts()}
-        self.add_slow(*(point for point, kind in mounts.items() if is_network_type(kind)))
-        known = {**mounts, **self.job.remembered}
-        watched = []
-        for check in self.job.mount_checks:
-            # While it cannot be looked at, only its name and place tell a sentinel from a mount.
-            folder, name = os.path.split(check)
-            is_file = check not in known and ("." in name or find_ancestor(folder, known) != "/")
-            watched.append(Place(folder if is_file else check, "check", probe=check))
-        watched += [Place(p, "remembered", kind) for p, kind in self.job.remembered.items()]
-        for place in watched:
-            place.used = self.job.look_only
-        self.probe(watched)
-        for place in watched + [Place(point, "seen", kind) for point, kind in mounts.items()]:
-            self.places.setdefault(place.point, []).append(place)
-
-    def open_roots(self) -> None:
-        """Look at every root, hang-safe, and put the good ones on the pile; overlaps once."""
-        looks = [functools.partial(self.examine_root, root) for root in self.job.roots]
-        real, closed = {}, {}
-        for number, answer in enumerate(self.ask_all(looks)):
-            state, reason, path = answer or (ERROR, f"did not answer within {self.limit}", "")
-            if state == "scanned":
-                real[number], closed[number] = path, reason
-            else:
-                self.send(("root", number, state, reason, path, False))
-        for place in self.everywhere():
-            # A library may have mounts in it: their links vanish with them.
-            inside = any(is_under(place.point, path) for path in real.values())
-            place.used = place.used or (inside and place.state != HEALTHY)
-        for number, path in real.items():
-            holding = [other for other, above in real.items() if is_under(path, above)]
-            outer = [o for o in holding if real[o] != path or o < number]
-            self.send(("root", number, "scanned", closed[number], path, bool(outer)))
-            if not outer:
-                self.walks.append((self.job.roots[number].rstrip("/"), number))
-            for other in outer:
-                seen_as = self.job.roots[other].rstrip("/") + path[len(real[other].rstrip("/")) :]
-                self.covered_roots[seen_as] = number
-
-    def open_links(self) -> None:
-        """Put the directories of the job's links on the pile."""
-        for path in self.job.links:
-            self.wanted.setdefault(path.rpartition("/")[0], []).append(path)
-        self.walks += [(folder, 0) for folder in self.wanted]
-
-    def examine_root(self, root: str) -> Tuple[str, str, str]:
-        """Return (state, reason, real path) of a root: 'scanned', 'missing', 'error', 'refused'."""
-        spot = self.locate(root)
-        place, path = spot.place, spot.real
-        place.used = place.used or place.state != HEALTHY
-        if place.state not in (HEALTHY, EMPTY):
-            return "refused", place.reason, path
-        try:
-            if not stat.S_ISDIR(os.stat(root).st_mode):
-                return ERROR, "is not a directory", path
-            return "scanned", why_closed(root) if self.job.look_only else "", path
-        except FileNotFoundError:
-            return "missing", "does not exist", path
-        except OSError as exc:
-            return ERROR, exc.strerror or "cannot be read", path
-
-    def look_again(self) -> None:
-        """Judge anew what was gone at first sight: a mount may have been away for a moment.
-
-        And anew, if anything was mounted or unmounted meanwhile: it may have been away again.
-        """
-        self.doubts = 0
-        self.holding, sure = True, self.found
-        for _ in range(LOOKS):
-            has_changed = watch_mounts()
-            self.found = []
-            self.forget()
-            for link in self.doubtful:
-                self.put_off(link[1].rpartition("/")[0], [link])
-            slow = any(self.is_slow(head) for head in self.waiting)
-            self.work((self.job.workers or AUTO_WORKERS) if slow else 1)
-            # Once more: a mount may have gone while its targets were looked for.
-            self.probe([p for p in self.everywhere() if p.used and p.state == HEALTHY])
-            if not has_changed():
-                break
-        self.found += sure
-        self.holding = bool(self.job.links)
-        self.flush()
-
-    def split(self) -> Optional[int]:
-        """Fork a twin that takes every other directory of the pile, where a second core is idle.
-
-        Returns the pipe between the two; None if all is done, or something answers slowly.
-        """
-        is_worth_it, self.spreading = self.spreading and bool(self.walks), False
-        if not is_worth_it or len(os.sched_getaffinity(0)) < 2:
-            return None
-        self.thread.join()  # a fork copies the locks, but not those who would release them
-        self.flush()
-        pipe = os.pipe()
-        self.half = int(fork_quietly() == 0)
-        self.walks = self.walks[self.half :: 2]
-        if self.half:
-            self.ignored, self.doubtful = 0, []
-        os.close(pipe[not self.half])
-        return pipe[self.half]
-
-    def end_twin(self, writer: int) -> None:
-        """Leave to the first half what it must know for the verdicts, and end this process."""
-        places = {(p.point, p.role): (p.state, p.reason) for p in self.everywhere() if p.used}
-        known = (self.unit_points, self.empty_dirs, self.inhabited, self.doubtful)
-        write_frame(writer, (places, *known))
-        os._exit(0)
-
-    def join_twin(self, reader: int) -> None:
-        """Wait for the twin, and add what it found to this half's knowledge."""
-        frames, knowledge = Frames(reader), None
-        while knowledge is None:
-            self.send(("beat",))
-            knowledge = frames.take(HEARTBEAT)
-        places, unit_points, empty_dirs, inhabited, doubtful = knowledge
-        self.doubtful += doubtful
-        self.unit_points.update(unit_points)
-        self.empty_dirs |= empty_dirs
-        self.inhabited |= inhabited
-        for place in self.everywhere():
-            state, reason = places.get((place.point, place.role), (None, ""))
-            place.used = place.used or state is not None
-            if state not in (None, HEALTHY):
-                self.seal(place, state, reason)
-
-    def report(self) -> None:
-        """Say how the places are at the end, and which units they take down with them."""
-        listed = [
-            (p.point, p.fs_type, p.state, p.reason, p.role)
-            for p in self.everywhere()
-            if p.role == "check" or (p.used and p.role != "stuck")
-        ]
-        places = {number: self.stand(point).place for number, point in self.unit_points.items()}
-        blocked = {number: place.reason for number, place in places.items() if place.is_down}
-        parents = {directory: os.path.dirname(directory) for directory in self.empty_dirs}
-        uninhabited = [d for d, p in parents.items() if p == "/" or hash(p) not in self.inhabited]
-        looks = []
-        for path, _, judgement, unit, detail, _ in self.found:
-            near = detail.rstrip("/") or detail
-            empty = near if judgement == JUDGED_GONE and near in uninhabited else ""
-            file = self.files.get(path, "")
-            looks.append((path, judgement, detail, blocked.get(unit, ""), empty, file))
-        if self.job.links:
-            self.send(("looks", looks))
-        self.send(("done", listed, blocked, uninhabited))
-
-    # Asking the places
-
-    def everywhere(self) -> List[Place]:
-        return [place for group in self.places.values() for place in group]
-
-    def probe(self, places: Sequence[Place]) -> None:
-        """Ask all places at once how they are, and seal off what is not well."""
-        answers = self.ask_all([place.examine for place in places])
-        for place, answer in zip(places, answers):
-            if answer is None:
-                answer = UNRESPONSIVE, f"{place.probe} did not answer within {self.limit}"
-            if answer[0] != HEALTHY:
-                self.seal(place, *answer)
-
-    def seal(self, place: Place, state: str, reason: str) -> None:
-        place.state, place.reason = state, reason
-        self.sealed.add(place.point)
+    def __init__(self, view: View, slots: Slots, is_threaded: bool) -> None:
+        self.view, self.slots, self.is_threaded = view, slots, is_threaded
+        self.sealed = dict(view.sealed)
+        self.ignore = view.ignore
+        self.good: Counter[str] = Counter()  # targets found, by mount point; not yet told
+        self.newly_sealed: Dict[str, Tuple[str, str]] = {}  # nor these
+        self.cost: Dict[str, float] = defaultdict(
+            float
+        )  # seconds of look-ups that failed, by mount point
+        self.crossings = {os.path.dirname(point) for point in view.mounts}
+        self.locks = [threading.RLock() for _ in range(64)]
+        self.round = 0
         self.forget()
 
     def forget(self) -> None:
         """Empty the caches: something is no longer what it was."""
-        self.locate.cache_clear()
-        self.stand.cache_clear()
+        self.locate = functools.lru_cache(CACHE_SIZE)(self.look_up)
+        self.list_names = functools.lru_cache(8)(lambda directory: set(os.listdir(directory)))
+        self.listings: OrderedDict[str, Listing] = OrderedDict()
 
-    def ask_all(self, questions: Sequence[Callable[[], Any]]) -> List[Any]:
-        """Ask all at once and return the answers; None for one that does not come in time."""
-        answers: List[Any] = [None] * len(questions)
+    def seal(self, point: str, state: str, reason: str) -> None:
+        """Touch nothing at a path or beneath it any more."""
+        self.sealed[point] = state, reason
+        self.forget()
 
-        def ask(number: int, question: Callable[[], Any]) -> None:
-            answers[number] = question()
+    def ask(self, call: Callable[[str], Any], path: str, mount: str) -> Any:
+        """Return call(path), the path noted for the parent to see, the cost of a failure booked.
 
-        threads = [threading.Thread(target=ask, args=a, daemon=True) for a in enumerate(questions)]
-        for thread in threads:
-            thread.start()
-        deadline = time.monotonic() + self.job.stat_timeout
-        for thread in threads:
-            while thread.is_alive() and time.monotonic() < deadline:
-                thread.join(HEARTBEAT / 10)
-                self.send(("beat",))
-        return list(answers)
-
-    # The crew: threads, their tasks and the watch over them
-
-    def work(self, count: int = 1) -> None:
-        """Have a crew of `count` threads, to begin with, do what is on the piles."""
-        self.over.clear()
-        self.hire(count)
-        self.watch()
-
-    def hire(self, count: int) -> None:
-        """Have `count` threads at work; more cost nothing where they wait for a mount."""
-        with self.change:
-            while self.crew < count:
-                self.crew += 1
-                self.thread = threading.Thread(target=self.labour, daemon=True)
-                self.thread.start()
-
-    def hire_all(self) -> None:
-        self.spreading = False
-        if self.crew == 1:
-            self.hire(self.job.workers or AUTO_WORKERS)
-
-    def labour(self) -> None:
-        """Take tasks until none is left, or one was given up: what that found is thrown away."""
-        try:
-            task = self.next_task()
-            while task:
-                self.here.task = task
-                if task.links:
-                    self.judge_links(task, task.head, task.links)
-                else:
-                    self.walk(task)
-                task = self.next_task() if self.finish_task(task) else None
-        except BaseException as exc:  # a bug: the errand cannot be trusted any more
-            self.crash = exc
-            self.over.set()
-
-    def next_task(self) -> Optional[Task]:
-        """Return what to do next; None when there is nothing left to do for this thread."""
-        with self.change:
-            task = self.change.wait_for(lambda: self.take_task() or not self.tasks)
-            if isinstance(task, Task):
-                self.tasks.add(task)
-                return task
-            self.crew -= 1
-            if not self.crew:
-                self.over.set()
-            return None
-
-    def take_task(self) -> Optional[Task]:
-        """Take the links of a directory, or one to walk; the whole pile for a single thread."""
-        if self.is_time_to_judge():
-            head, links = self.waiting.popitem(last=False)
-            self.waiting_count -= len(links)
-            return Task([], head, links)
-        is_enough = len(self.found) + self.waiting_count >= SAMPLE and len(self.walks) >= SPREAD
-        if not self.walks or (self.spreading and is_enough):
-            return None
-        start = -1 if self.crew > 1 else 0
-        todo, self.walks[start:] = self.walks[start:], []
-        return Task(todo)
-
-    def is_time_to_judge(self) -> bool:
-        """Tell whether the links that wait are enough, or all that will come."""
-        is_walking = self.walks or any(not task.links for task in self.tasks)
-        return bool(self.waiting) and (self.waiting_count >= WINDOW or not is_walking)
-
-    def put_off(self, head: str, links: Sequence[Link]) -> None:
-        self.waiting.setdefault(head, []).extend(links)
-        self.waiting_count += len(links)
-
-    def finish_task(self, task: Task) -> bool:
-        """Add what a task found to what is to be sent; False if it was given up meanwhile."""
-        with self.change:
-            if task not in self.tasks:
-                return False
-            self.tasks.remove(task)
-            self.walks += task.todo
-            for head, links in task.later:
-                self.put_off(head, links)
-            self.found += task.found
-            self.doubtful += task.doubtful
-            self.ignored += task.ignored
-            self.change.notify(len(task.todo))
-            if not self.tasks or self.is_time_to_judge():
-                self.change.notify_all()
-        if task.later:
-            self.hire_all()
-        if len(self.found) >= BATCH:
-            self.flush()
-        return True
-
-    def flush(self) -> None:
-        """Send what has been judged.  Good links, most of all, travel as three lists."""
-        if self.holding:
-            return
-        with self.change:
-            found, self.found = self.found, []
-        rest = [judged for judged in found if judged[2] != JUDGED_OK]
-        if rest:
-            self.send(("links", rest))
-            found = [judged for judged in found if judged[2] == JUDGED_OK]
-        for root in {judged[5] for judged in found}:
-            paths, targets, _, units, *_ = zip(*(j for j in found if j[5] == root))
-            self.send(("good", root, list(paths), list(targets), list(units)))
-
-    def watch(self) -> None:
-        """Wait for the crew; give up tasks that wait too long for a path."""
-        limit = self.job.stat_timeout
-        while not self.over.wait(min(HEARTBEAT, limit / 8)):
-            with self.change:
-                waiting = [task for task in self.tasks if task.path]
-            now = time.monotonic()
-            for task in waiting:
-                age = now - task.since
-                if age >= limit:
-                    self.give_up(task)
-                elif age >= min(1.0, limit / 4) and task.suspected != task.since:
-                    task.suspected = task.since
-                    self.hire_all()
-                    place = task.place or self.stand(task.path).place
-                    threading.Thread(target=self.suspect, args=(place,), daemon=True).start()
-            self.flush()
-            self.send(("beat",))
-        if self.crash:
-            raise self.crash
-
-    def suspect(self, place: Place) -> None:
-        """Ask the mount of a path that keeps us waiting whether it is alive at all."""
-        with contextlib.suppress(OSError):  # an error is an answer, too
-            is_empty(place.point)
-        place.answered = time.monotonic()
-
-    def give_up(self, task: Task) -> None:
-        """Replace a thread that hangs; its task is done anew without what it hangs on."""
-        with self.change:
-            if task not in self.tasks:
-                return
-            self.tasks.remove(task)
-            place = task.place or self.stand(task.path).place
-            place.timeouts += 1
-            if place.answered > task.since and place.timeouts <= STUCK_LIMIT:
-                place = Place(task.path.rstrip("/"), "stuck")  # the mount is alive
-                self.stuck = True
-                self.places.setdefault(place.point, []).insert(0, place)
-            place.used = True
-            self.seal(place, UNRESPONSIVE, f"{place.point} did not answer within {self.limit}")
-            self.walks += task.taken
-            if task.links:
-                self.put_off(task.head, task.links)
-            self.crew -= 1
-            self.hire(self.crew + 1)
-            self.change.notify_all()
-
-    # Walking and judging
-
-    def walk(self, task: Task) -> None:
-        """Walk a directory; while only one thread is at work, go on with those beneath it."""
-        while task.todo:
-            directory, root = task.todo.pop()
-            task.touch(directory + "/")
-            try:
-                self.walk_directory(task, directory, root)
-            except OSError as exc:
-                self.send(("unread", directory or "/", exc.strerror))
-            enough = SAMPLE if self.spreading else BATCH
-            if self.crew > 1 or task.later or len(task.found) >= enough:
-                return
-
-    def walk_directory(self, task: Task, directory: str, root: int) -> None:
-        """Judge the links of one directory; put them off where their targets are slow."""
-        if self.wanted:
-            groups = self.read_wanted(task, directory)
-        elif self.sealed and self.locate(directory).place.state == UNRESPONSIVE:
-            raise TimeoutError(errno.ETIMEDOUT, "it did not answer in time")
-        else:
-            groups = self.read_directory(task, directory, root)
-        task.since = time.monotonic()
-        for head, links in groups.items():
-            if self.is_slow(head) or self.locate(head).slow:
-                task.later.append((head, links))
-            else:
-                self.judge_links(task, head, links)
-
-    def read_wanted(self, task: Task, folder: str) -> Dict[str, List[Link]]:
-        """Return those of the job's links that are in a directory, by their targets' directories.
-
-        What is no link stands for itself; what is not there gets no verdict, unless its own place
-        is unwell.
+        A mount whose failing look-ups have cost a `stat_timeout` together is asked no further.
         """
-        groups: Dict[str, List[Link]] = defaultdict(list)
-        place = self.locate(folder).place
-        for path in self.wanted[folder]:
-            try:
-                text = "" if place.state == UNRESPONSIVE else os.readlink(path)
-            except OSError as exc:
-                text = "" if exc.errno in GONE_ERRNOS else path
-            if text:
-                target = os.path.join(folder + "/", text)
-                groups[target.rpartition("/")[0]].append((path, target, text, 0))
-            elif place.state != HEALTHY:
-                link = (path, "", "", 0)
-                task.add(link, JUDGED_UNKNOWN, self.unit_of(self.floor), place.reason)
-        return groups
+        began = self.slots.touch(path)
+        try:
+            return call(path)
+        except OSError as exc:
+            took = time.monotonic() - began
+            if self.is_threaded and (exc.errno not in GONE_ERRNOS or took > SLOW_DENIAL):
+                self.cost[mount] += took
+                limit = self.view.stat_timeout
+                if self.cost[mount] > limit and mount not in self.sealed:
+                    why = f"{mount}: look-ups that failed ({exc.strerror}) took more than "
+                    self.newly_sealed[mount] = UNRESPONSIVE, why + format_duration(limit)
+                    self.seal(mount, *self.newly_sealed[mount])
+            raise
 
-    def read_directory(self, task: Task, directory: str, root: int) -> Dict[str, List[Link]]:
-        """Return the links of a directory by their targets' directories; add those in it to do."""
-        prefix = directory + "/"
-        ignore = self.ignore
-        groups: Dict[str, List[Link]] = defaultdict(list)
-        with os.scandir(prefix) as entries:
+    def look_up(self, path: str, hops: int = 0) -> Location:
+        """Return where a path leads.  This is `locate` without its cache."""
+        head, _, name = path.rpartition("/")
+        parent = self.locate(head, hops) if head else Location("/", "/", os.lstat("/"), hops)
+        if name in ("", "."):
+            return parent
+        if name == "..":
+            return self.locate(os.path.dirname(parent.real), parent.hops)
+        real = f"{parent.real.rstrip('/')}/{name}"
+        mount = real if real in self.view.mounts else parent.mount
+        if parent.errno or parent.sealed:
+            return parent._replace(real=real)
+        if real in self.sealed:
+            return Location(real, mount, None, parent.hops, sealed=real)
+        if not self.is_threaded and self.view.is_slow(mount):
+            raise ElsewhereError
+        try:
+            status = self.ask(os.lstat, real, mount)
+            if not stat.S_ISLNK(status.st_mode):
+                return Location(real, mount, status, parent.hops)
+            if parent.hops >= 40:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            text = self.ask(os.readlink, real, mount)
+        except OSError as exc:
+            return Location(real, mount, None, parent.hops, real, exc.errno or errno.EIO)
+        return self.locate(os.path.join(parent.real, text), parent.hops + 1)
+
+    # Directories
+
+    def list_targets(self, place: Location, wanted: int) -> Listing:
+        """Return the names in a directory of targets, as far as that is worth its cost."""
+        with self.locks[hash(place.real) % len(self.locks)]:
+            listing = self.listings.get(place.real)
+            if listing is None:
+                listing = self.ask(
+                    functools.partial(self.list_some, wanted), place.real, place.mount
+                )
+                if self.view.is_trusted(place.mount) and place.status:
+                    listing = listing._replace(mark=mark_of(place.status, time.time_ns()))
+                self.listings[place.real] = listing
+                if len(self.listings) > (512 if self.is_threaded else 8):
+                    self.listings.popitem(last=False)
+            return listing
+
+    def list_some(self, wanted: int, directory: str) -> Listing:
+        """List a directory; only its beginning where that is long and little is wanted of it."""
+        with os.scandir(directory) as entries:
+            some = itertools.islice(entries, LISTED_PER_NAME * (wanted + 4))
+            names = {entry.name: entry.is_symlink() for entry in some}
+            is_whole = next(entries, None) is None
+        told = (name + "@" * is_link for name, is_link in names.items())
+        return Listing(names, digest(told) if is_whole else "", is_whole)
+
+    def mark_targets(self, head: str, wanted: int) -> str:
+        """Return the present mark of a directory of targets, '' if it has none."""
+        place = self.locate(head or "/")
+        if not place.status or place.real in self.crossings:
+            return ""
+        if self.view.is_trusted(place.mount):
+            return mark_of(place.status, time.time_ns())
+        try:
+            return self.list_targets(place, wanted).mark
+        except OSError:
+            return ""
+
+    def visit(self, path: str, mark: str, packed: bytes) -> Answer:
+        """Look at a library directory, and at what its links lead to.
+
+        Returns None if it is as it was: ('same', subdirectories, links, [odd]), or else ('read',
+        mark, packed, subdirectories, names, texts, [odd], ignored), ('gone',), ('unread', reason).
+        An odd link is (name, text, finding, detail); all others are good.
+        """
+        try:
+            place = self.locate(path)
+            if place.sealed:
+                return "unread", self.sealed[place.sealed][1]
+            if place.errno:
+                raise OSError(place.errno, os.strerror(place.errno))
+            is_trusted = self.view.is_trusted(place.mount) and place.status
+            own = mark_of(place.status, time.time_ns()) if is_trusted and place.status else ""
+            if own and own == mark:
+                same = self.compare(path, packed)
+                if same:
+                    return same
+            return self.read(path, place, own, mark, packed)
+        except OSError as exc:
+            return ("gone",) if exc.errno in GONE_ERRNOS else ("unread", exc.strerror)
+
+    def compare(self, path: str, packed: bytes) -> Answer:
+        """Return what `visit` does of a directory with the same links; None if their targets'
+        directories are not what they were, or one that was good is not.
+        """
+        folders, links, targets, unvouched = marshal.loads(packed)
+        for head, mark, _, count in targets:
+            if head and self.mark_targets(head, count) != mark:
+                return None
+        texts = [text for _, text, _ in unvouched]
+        odd, _ = self.judge(path.rstrip("/") + "/", texts)
+        for number, (_, _, was_good) in enumerate(unvouched):
+            if (odd.get(number, (FOUND,))[0] in (FOUND, FOUND_BY_CHAIN)) != was_good:
+                return None
+        for head, _, real, count in targets:
+            if head:
+                self.good[self.locate(real).mount] += count
+        rows = [(unvouched[n][0], texts[n], *finding) for n, finding in odd.items()]
+        return "same", folders, links, rows
+
+    def read(self, path: str, place: Location, own: str, mark: str, packed: bytes) -> Answer:
+        """Return what `visit` does of a directory that is read in full."""
+        folders, names, ignored = self.ask(self.list_library, path, place.mount)
+        texts = []
+        prefix = path.rstrip("/") + "/"
+        read_link = functools.partial(self.ask, os.readlink, mount=place.mount)
+        for name in list(names):
+            try:
+                texts.append((read_link if self.is_threaded else os.readlink)(prefix + name))
+            except OSError as exc:
+                if exc.errno not in (errno.ENOENT, errno.EINVAL):
+                    raise
+                names.remove(name)  # it has gone, or is no link any more
+        if not self.view.is_trusted(place.mount):
+            own = digest(itertools.chain(folders, (f"{n}/{t}" for n, t in zip(names, texts))))
+            same = self.compare(path, packed) if own == mark else None
+            if same:
+                return same
+        odd, targets = self.judge(prefix, texts)
+        vouched = {head for head, mark, *_ in targets if mark}
+        rows, unvouched = [], []
+        for number, text in enumerate(texts):
+            finding = odd.get(number)
+            if finding:
+                rows.append((names[number], text, *finding))
+            head = text.rpartition("/")[0] if text[0] == "/" else (prefix + text).rpartition("/")[0]
+            if finding or head not in vouched:
+                is_good = not finding or finding[0] == FOUND_BY_CHAIN
+                unvouched.append((names[number], text, is_good))
+        if len(unvouched) > UNVOUCHED:
+            own, unvouched = "", []
+        packed = marshal.dumps((folders, len(names), targets, unvouched), 2)
+        return "read", own, packed, folders, names, texts, rows, ignored
+
+    def list_library(self, path: str) -> Tuple[List[str], List[str], int]:
+        """Return the directories and the links in a library directory, and how many are ignored."""
+        folders: List[str] = []
+        names: List[str] = []
+        ignored = 0
+        with os.scandir(path + "/") as entries:
             for entry in entries:
                 is_link = entry.is_symlink()
                 if not is_link and not entry.is_dir(follow_symlinks=False):
                     continue
-                path = prefix + entry.name
-                if ignore.active and ignore.matches(directory, entry.name):
-                    task.ignored += 1
-                elif not is_link:
-                    task.todo.append((path, self.covered_roots.get(path, root)))
+                if self.ignore.active and self.ignore.matches(path.rstrip("/"), entry.name):
+                    ignored += 1
                 else:
-                    try:
-                        text = os.readlink(path)
-                    except OSError as exc:
-                        if exc.errno not in (errno.ENOENT, errno.EINVAL):
-                            self.send(("unread", path, exc.strerror))
-                        continue
-                    target = text if text[0] == "/" else prefix + text
-                    groups[target.rpartition("/")[0]].append((path, target, text, root))
-        return groups
+                    (names if is_link else folders).append(entry.name)
+        return sorted(folders), sorted(names), ignored
 
-    def add_slow(self, *points: str) -> None:
-        self.slow += tuple(point.rstrip("/") + "/" for point in points)
+    # Links
 
-    def is_slow(self, directory: str) -> bool:
-        return f"{directory}/".startswith(self.slow)
+    def judge(
+        self, prefix: str, texts: Sequence[str]
+    ) -> Tuple[Dict[int, Tuple[int, Any]], List[Tuple[str, str, str, int]]]:
+        """Judge links by their texts, each directory of targets at once.
 
-    def judge_links(self, task: Task, head: str, links: Sequence[Link]) -> None:
-        """Judge links into one directory.
-
-        Where answers take long, one listing costs less than asking for every name.  A thread that
-        meets a slow mount unawares leaves it to many, directory by directory.
+        Returns ({number of the link: (finding, detail)} of all but those simply found, [(directory
+        of targets, its mark, where it really is, good links)]); '' for a directory that vouches
+        for nothing.
         """
-        spot = self.locate(head)
-        mount = spot.mount
-        listed: Set[str] = set()
-        may_list = len(task.links) > 3 and spot.place.state == HEALTHY and not self.job.read
-        for number, link in enumerate(links):
-            if may_list and mount.slow_answers >= SLOW_STREAK:
-                listed, may_list = self.list_targets(task, spot, links), False
-            if link[1] in listed:
-                task.add(link, JUDGED_OK, self.mark_good(link[1], spot, spot.device))
-                continue
-            self.judge(task, spot, link)
-            now = time.monotonic()
-            mount.slow_answers = mount.slow_answers + 1 if now - task.since > SLOW_SECONDS else 0
-            task.since = now
-            if mount.slow_answers >= SLOW_STREAK and not self.is_slow(mount.point):
-                self.add_slow(mount.point)
-                self.forget()
-                self.hire_all()
-                task.later.append((head, list(links[number + 1 :])))
-                return
+        groups: Dict[str, List[Tuple[int, str]]] = defaultdict(list)
+        for number, text in enumerate(texts):
+            target = text if text[:1] == "/" else prefix + text
+            groups[target.rpartition("/")[0]].append((number, target))
+        odd: Dict[int, Tuple[int, Any]] = {}
+        targets = []
+        for head, links in groups.items():
+            mark = self.judge_group(head, links, odd)
+            place = self.locate(head or "/")
+            good = sum(number not in odd for number, _ in links)
+            if good:
+                self.good[place.mount] += good
+                targets.append((head, mark, place.real, good))
+        for finding, detail in odd.values():
+            if finding == FOUND_BY_CHAIN:
+                self.good[self.locate(detail).mount] += 1
+                targets.append(("", "", detail, 1))
+        return odd, targets
 
-    def list_targets(self, task: Task, spot: Spot, links: Sequence[Link]) -> Set[str]:
-        """Return the targets that exist for sure; not those that are links, and may lead nowhere.
+    def judge_group(
+        self, head: str, links: Sequence[Tuple[int, str]], odd: Dict[int, Tuple[int, Any]]
+    ) -> str:
+        """Judge links into one directory into `odd`; return the mark that vouches for the rest."""
+        place = self.locate(head or "/")
+        is_trusted, listing = self.view.is_trusted(place.mount), None
+        is_plain = bool(place.status) and place.hops < 30 and place.real not in self.crossings
+        if is_plain and len(links) >= WORTH_LISTING:
+            with contextlib.suppress(OSError):
+                listing = self.list_targets(place, len(links))
+        for number, target in links:
+            name = target.rpartition("/")[2]
+            is_link = listing.names.get(name) if listing else None
+            if is_link is None and is_plain and not (listing and listing.is_whole):
+                with contextlib.suppress(OSError):
+                    status = self.ask(os.lstat, f"{place.real}/{name}", place.mount)
+                    is_link = stat.S_ISLNK(status.st_mode)
+            if is_link is not False or name in ("", ".", ".."):
+                finding = self.follow(target)
+                if finding[0] != FOUND:
+                    odd[number] = finding
+        if listing:
+            return listing.mark
+        return (
+            mark_of(place.status, time.time_ns())
+            if is_plain and is_trusted and place.status
+            else ""
+        )
 
-        Stops early where a listing would cost more than asking for each name.
-        """
-        wanted = {link[1].rpartition("/")[2]: link[1] for link in links}
-        found: Set[str] = set()
-        task.touch(spot.real, spot.place)
-        with contextlib.suppress(OSError), os.scandir(spot.real) as entries:
-            some = itertools.islice(entries, 64 * len(wanted))
-            sure = (wanted[e.name] for e in some if e.name in wanted and not e.is_symlink())
-            found.update(itertools.islice(sure, len(wanted)))
-        task.touch(spot.real, spot.place)
-        return found
+    def follow(self, target: str) -> Tuple[int, Any]:
+        """Judge one target by walking all the way: (finding, detail)."""
+        end = self.locate(target)
+        if end.sealed:
+            return BLOCKED, end.sealed
+        if end.errno in GONE_ERRNOS or (not end.errno and end.hops >= 40):
+            return GONE, (end.missing or end.real, end.real, end.mount)
+        if end.errno:
+            return UNKNOWN, os.strerror(end.errno)
+        return (FOUND_BY_CHAIN, os.path.dirname(end.real))
 
-    def judge(self, task: Task, spot: Spot, link: Link) -> None:
-        """Judge a link by looking at its target, or leave that to the second look."""
-        path, target, text, root = link
-        place = task.place = spot.place
-        task.path = target
-        if place.state != HEALTHY:
-            place.used = True
-            judgement = JUDGED_BLOCKED if place.is_down else JUDGED_UNKNOWN
-            task.add(link, judgement, self.unit_of(spot), place.reason)
-            return
+    def look(self, path: str, wants_file: bool) -> Look:
+        """Look at a single link, all facts anew; what is no link stands for itself."""
+        text, target = "", path
         try:
-            if target in self.sealed:
-                raise TimeoutError(errno.ETIMEDOUT, f"it did not answer within {self.limit}")
-            device = os.stat(target).st_dev
-            if self.job.read:
-                self.read_file(path, target)
+            place = self.locate(os.path.dirname(path))
+            if place.sealed:
+                return Look(path, BLOCKED, blocked=self.sealed[place.sealed][1])
+            text = self.ask(os.readlink, path, place.mount)
+            target = os.path.join(os.path.dirname(path), text)
+        except OSError as exc:
+            if exc.errno in GONE_ERRNOS:
+                return Look(path, NO_LINK)
+        end = self.locate(target)
+        if end.sealed:
+            return Look(path, BLOCKED, blocked=self.sealed[end.sealed][1], target=text)
+        try:
+            if end.errno not in (0, *GONE_ERRNOS):
+                raise OSError(end.errno, os.strerror(end.errno))
+            self.ask(os.stat, path, end.mount)
+            file = self.ask(self.read_file, path, end.mount) if wants_file else ""
+            return Look(path, FOUND, file=file, target=text, goal=end.real, mount=end.mount)
         except OSError as exc:
             if exc.errno not in GONE_ERRNOS:
-                spot.mount.used = place.used = True  # is it only this one?
-                task.add(link, JUDGED_UNKNOWN, self.unit_of(spot), exc.strerror or str(exc))
-            elif len(self.doubtful) < self.doubts:
-                task.doubtful.append(link)
-            else:
-                self.judge_gone(task, link)
-            return
-        is_known = spot.good and device == spot.device
-        unit = spot.unit if is_known else self.mark_good(target, spot, device)
-        task.found.append((path, text, JUDGED_OK, unit, "", root))
+                return Look(path, UNKNOWN, exc.strerror or str(exc), target=text, mount=end.mount)
+        missing = end.missing or end.real
+        look = Look(path, GONE, target=text, goal=end.real, missing=missing, mount=end.mount)
+        try:
+            near = os.path.dirname(missing)
+            names = self.ask(self.list_names, near, end.mount)
+        except OSError as exc:
+            if exc.errno in (*GONE_ERRNOS, *NO_LISTING_ERRNOS):  # ENOTDIR: a file stands there
+                return look
+            return look._replace(finding=UNKNOWN, detail=f"{near}: {exc.strerror}")
+        is_listed = end.errno == errno.ENOENT and os.path.basename(missing) in names
+        return look._replace(empty="" if names else near, is_listed=is_listed or not end.missing)
 
-    def read_file(self, path: str, full: str) -> None:
-        """Say which file a link leads to in the end.  OSError if it is none that can be read."""
-        real = os.path.realpath(full)
+    def read_file(self, path: str) -> str:
+        """Return which file a path leads to in the end.  OSError if it is none to be read."""
+        real = os.path.realpath(path)
         if not stat.S_ISREG(os.stat(real).st_mode):  # opening a pipe would wait for ever
             raise OSError(errno.EINVAL, f"{real} is not a file")
         with open(real, "rb", buffering=0) as stream:
             stream.read(1)
-        self.files[path] = real
+        return real
 
-    def judge_gone(self, task: Task, link: Link) -> None:
-        """Find out where a target is missing, at the end of what may be a chain of links."""
-        final = self.locate(link[1]).real
-        directory = final if final in self.places else os.path.dirname(final)
-        spot = self.stand(directory)
-        spot.mount.used = spot.place.used = True
-        judgement, detail = JUDGED_GONE, ""
-        for near in ancestors(directory):
-            if near in self.sealed:
-                if spot.place.role == "stuck":
-                    judgement, detail = JUDGED_UNKNOWN, spot.place.reason
-                break
+    # Mounts and roots
+
+    def examine_root(self, root: str, tries_to_write: bool) -> Tuple[str, str, str]:
+        """Return (state, reason, real path) of a root: 'scanned', 'missing', 'error', 'refused'."""
+        place = self.locate(root)
+        if place.sealed:
+            return "refused", self.sealed[place.sealed][1], place.real
+        try:
+            if not stat.S_ISDIR(self.ask(os.stat, root, place.mount).st_mode):
+                return ERROR, "is not a directory", place.real
+            return "scanned", why_closed(root) if tries_to_write else "", place.real
+        except FileNotFoundError:
+            return "missing", "does not exist", place.real
+        except OSError as exc:
+            return ERROR, exc.strerror or "cannot be read", place.real
+
+    def examine_mount(self, probe: str, role: str, fs_type: str) -> Tuple[str, str, str, str]:
+        """Return (state, reason, point, type) of a mount that is watched; a sentinel speaks for
+        its directory.
+        """
+        point = probe
+        sealed = find_ancestor(probe, self.sealed)
+        if sealed is not None:
+            return (*self.sealed[sealed], sealed, fs_type)
+        try:
+            status = self.ask(os.stat, probe, probe)
+            point = os.path.realpath(probe)
+            if stat.S_ISREG(status.st_mode) and role == "check":
+                with open(probe, "rb") as stream:
+                    stream.read(1)
+                return HEALTHY, "", os.path.dirname(point), SENTINEL
+            empty = False
             try:
-                if is_empty(near):
-                    self.empty_dirs.add(near)
-                    detail = near + "/" if near == directory else near
-                break
+                empty = self.ask(is_empty, probe, probe)
             except OSError as exc:
-                if exc.errno not in GONE_ERRNOS:
-                    judgement, detail = JUDGED_UNKNOWN, f"{near}: {exc.strerror}"
-                    break
-        task.add(link, judgement, self.unit_of(spot), detail)
+                if exc.errno not in NO_LISTING_ERRNOS:  # alive, but not to be listed
+                    raise
+        except FileNotFoundError:
+            return ABSENT, f"{probe} does not exist", point, fs_type
+        except OSError as exc:
+            return ERROR, f"{probe}: {exc.strerror}", point, fs_type
+        mounts = read_mounts()  # after the look-up: that mounts what autofs only promises
+        found = mounts.get(point)
+        if found is None and len(mounts) == 1 and os.path.ismount(point):
+            found = fs_type or "unknown"  # no procfs here
+        if found is None:
+            return ABSENT, f"{probe} is not a mount point; nothing is mounted there", point, ""
+        if role == "remembered" and found != fs_type:
+            hint = f"if that is meant, run scan --forget-mount {point}"
+            return ABSENT, f"{point} is {found} now and was {fs_type}; {hint}", point, found
+        if empty:
+            return EMPTY, f"{probe} is mounted but empty", point, found
+        return HEALTHY, "", point, found
 
-    def mark_good(self, target: str, spot: Spot, device: int) -> int:
-        """Note that a good target lies in a directory; return the unit it really lies in.
+    def list_branches(self, union: str, fs_type: str) -> List[Tuple[str, str, str, str]]:
+        """Return (path, mount point, its type, problem) of each part of a union."""
+        names: List[str] = []
+        if fs_type == "overlay":
+            names = read_overlay_branches(union)
+        else:
+            with contextlib.suppress(OSError):
+                call = functools.partial(os.getxattr, attribute="user.mergerfs.branches")
+                text = os.fsdecode(self.ask(call, f"{union}/.mergerfs", union))
+                names = [branch.rpartition("=")[0] or branch for branch in text.split(":")]
+        return [(name, *self.examine_branch(name)) for name in names]
 
-        A target on another device than its directory is a chain of links that leads elsewhere.
+    def examine_branch(self, path: str) -> Tuple[str, str, str]:
+        """Return (mount point, its type, problem) of a part of a union; '!' before a problem that
+        counts even where the part was never seen well.
         """
-        if device != spot.device:
-            spot = self.locate(os.path.dirname(os.path.realpath(target)))
-        if not spot.good:
-            spot.unit = self.unit_of(spot)
-            spot.good = True
-            if not spot.mount.announced:
-                spot.mount.announced = spot.mount.used = True
-                self.send(("mount", spot.mount.point, spot.mount.fs_type))
-            for directory in ancestors(spot.real):
-                if hash(directory) in self.inhabited:
-                    break
-                self.inhabited.add(hash(directory))
-                if directory == spot.mount.point:
-                    break
-        return spot.unit
+        sealed = find_ancestor(path, self.sealed)
+        if sealed is not None:
+            return "", "", f"!{self.sealed[sealed][1]}"
+        try:
+            status = self.ask(os.stat, path, path)
+            mounts = {"/": "unknown", **read_mounts()}
+            point = find_ancestor(os.path.realpath(path), mounts) or "/"
+            empty = stat.S_ISDIR(status.st_mode) and self.ask(is_empty, path, path)
+            return point, mounts[point], f"{path} is empty" if empty else ""
+        except OSError as exc:
+            # One that is not there may be out of our sight, in another container's.
+            return "", "", f"{'!' * (exc.errno not in GONE_ERRNOS)}{path}: {exc.strerror}"
 
-    # Where things are
-
-    def look_up(self, path: str, hops: int = 0) -> Spot:
-        """Return where a path leads, as the kernel walks it; names that do not exist stay.
-
-        Nothing beneath a sealed point is touched.  This is `locate` without its cache.
-        """
-        head, _, name = path.rpartition("/")
-        parent = self.locate(head, hops) if head else self.stand("/")
-        if name in ("", "."):
-            return parent
-        if name == "..":
-            return self.locate(os.path.dirname(parent.real), hops)
-        spot = self.stand(f"{parent.real.rstrip('/')}/{name}")
-        if self.sealed and find_ancestor(spot.real, self.sealed):
-            return spot
-        task: Optional[Task] = getattr(self.here, "task", None)
-        if task:
-            task.touch(spot.real, spot.place)
+    def is_alive(self, mount: str) -> bool:
+        """Tell that a mount answers, be it with an error."""
         with contextlib.suppress(OSError):
-            status = os.lstat(spot.real)
-            spot.device = status.st_dev
-            if stat.S_ISLNK(status.st_mode) and hops < 40:
-                text = os.readlink(spot.real)
-                return self.locate(os.path.join(parent.real, text), hops + 1)
-        return spot
-
-    def look_around(self, real: str) -> Spot:
-        """Return what a physical directory stands on, without touching it; `stand` has a cache.
-
-        That is its mount point, mounted or remembered, and of all places around it the nearest
-        one that is not well, else the nearest.
-        """
-        own = self.places.get(real, [])
-        above = self.stand(real.rpartition("/")[0] or "/") if real != "/" else self.floor
-        if not own:
-            return Spot(real, above.mount, above.child or real, above.place, above.slow)
-        place = min([*own, above.place], key=lambda place: place.state == HEALTHY)
-        mounts = [place for place in own if place.role in ("remembered", "seen")]
-        mount, child = (mounts[0], "") if mounts else (above.mount, above.child or real)
-        slow = place.state == HEALTHY and (self.is_slow(real) or self.stuck)
-        return Spot(real, mount, child, place, slow)
-
-    def unit_of(self, spot: Spot) -> int:
-        """Return the number of the guard's unit that a directory belongs to."""
-        key = (spot.mount.point, spot.child, spot.place.point)
-        number = self.units.get(key)
-        if number is None:
-            with self.change:
-                number = self.units.setdefault(key, 2 * len(self.units) + self.half)
-                self.unit_points[number] = spot.place.point
-            self.send(("unit", number, spot.mount.point, spot.child))
-        return number
+            is_empty(mount)
+        return True
 
 
 class Frames:
     """Reads what `write_frame` wrote into a pipe."""
 
     def __init__(self, reader: int) -> None:
-        self._reader = reader
+        self.reader = reader
         self._buffer = bytearray()
 
-    def take(self, timeout: float) -> Any:
-        """Return the next frame; None if nothing came for `timeout` seconds.
-
-        Not for the pipe's end: a process that the kernel holds keeps its pipes open.
-        """
+    def read(self) -> Iterator[Any]:
+        """Wait for data and yield all frames that are complete.  EOFError at the pipe's end."""
+        data = os.read(self.reader, 1 << 20)
+        if not data:
+            raise EOFError
         buffer = self._buffer
-        while True:
-            end = 4 + int.from_bytes(buffer[:4], "big")
-            if len(buffer) >= end:
-                message = marshal.loads(memoryview(buffer)[4:end])
-                del buffer[:end]
-                return message
-            if not select.select([self._reader], [], [], timeout)[0]:
-                return None
-            data = os.read(self._reader, 1 << 20)
-            if not data:
-                raise RefresherrError(WORKER_ENDED)
-            buffer += data
+        buffer += data
+        start, size = 0, len(buffer)
+        while start + 4 <= size:
+            end = start + 4 + int.from_bytes(buffer[start : start + 4], "big")
+            if end > size:
+                break
+            yield marshal.loads(memoryview(buffer)[start + 4 : end])
+            start = end
+        del buffer[:start]
 
 
-def write_frame(writer: int, message: Any) -> None:
-    """Write a message of plain values into a pipe, its length before it."""
+def to_frame(message: Any) -> bytes:
+    """Return a message of plain values with its length before it."""
     data = marshal.dumps(message)
-    data = len(data).to_bytes(4, "big") + data
-    while data:
-        data = data[os.write(writer, data) :]
+    return len(data).to_bytes(4, "big") + data
 
 
-Send = Callable[[Tuple[Any, ...]], None]
+Source = Callable[[], Optional[Request]]
 
 
-class Worker:
-    """The parent's end: starts the worker process, reads its messages, lets it go.
+class WorkerProcess:
+    """The parent's end of a worker: sends batches of requests without ever waiting, and reads."""
 
-    An `errand` other than the job itself must end with ('done',) and say 'beat' while it works.
-    """
+    def __init__(self, pool: WorkerPool, threads: int) -> None:
+        self.threads = threads
+        self.slots = Slots(threads)
+        self.batches: Dict[int, List[Request]] = {}  # sent, not yet answered
+        self._number = 0
+        self._unsent = bytearray()
+        requests, self._writer = os.pipe()
+        reader, answers = os.pipe()
+        for descriptor in (self._writer, answers):
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(descriptor, F_SETPIPE_SZ, 1 << 20)  # let both run ahead
+        self.pid = fork_quietly()
+        if self.pid == 0:
+            _run_worker(pool, self.slots, requests, answers)
+        os.close(requests)
+        os.close(answers)
+        os.set_blocking(self._writer, False)
+        self.frames = Frames(reader)
 
-    def __init__(self, job: ScanJob, errand: Optional[Callable[[Send], None]] = None) -> None:
-        self._stall_limit = job.stat_timeout + 3 * HEARTBEAT
-        self._reader, writer = os.pipe()
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(writer, F_SETPIPE_SZ, 1 << 20)  # let the worker run ahead
-        self._pid = fork_quietly()
-        if self._pid == 0:
-            _run_worker(errand or (lambda send: Surveyor(job, send).run()), writer)
-        os.close(writer)
+    def send(self, requests: List[Request], sealed: Mapping[str, Tuple[str, str]]) -> None:
+        """Ask requests, as far as the pipe takes them; `sealed` is news."""
+        self._number += 1
+        if requests:
+            self.batches[self._number] = requests
+        self._unsent += to_frame((self._number, requests, dict(sealed)))
+        self.push()
 
-    def messages(self) -> Iterator[Tuple[Any, ...]]:
-        """Yield the worker's messages up to 'done'.  RefresherrError if it dies or stalls."""
-        frames = Frames(self._reader)
-        silence, has_ended = 0.0, False
-        while silence < self._stall_limit:
-            message = frames.take(HEARTBEAT)
-            if message is None:
-                silence += HEARTBEAT
-                if has_ended:  # its twin may keep the pipe open
-                    raise RefresherrError(WORKER_ENDED)
-                # One that has just ended may have said its last words since we looked.
-                has_ended = os.waitpid(self._pid, os.WNOHANG)[0] != 0
-                continue
-            silence = 0.0
-            if message[0] == "crash":
-                raise RefresherrError(message[1]) if message[2] else RuntimeError(message[1])
-            yield message
-            if message[0] == "done":
-                return
-        raise RefresherrError(
-            "the scan hangs in the kernel and was given up; what was judged is recorded. "
-            "Look at the mounts with `doctor`"
-        )
+    def push(self) -> bool:
+        """Write what is left to be sent; False if some is left."""
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+            while self._unsent:
+                del self._unsent[: os.write(self._writer, self._unsent)]
+        return not self._unsent
 
     def close(self) -> None:
         """Kill the worker; never wait for one that the kernel holds."""
-        os.close(self._reader)
-        for kill in (os.killpg, os.kill):  # the twin, too; and if there is no group yet, the one
-            with contextlib.suppress(ProcessLookupError):
-                kill(self._pid, signal.SIGKILL)
+        os.close(self._writer)
+        os.close(self.frames.reader)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             for _ in range(20):
-                if os.waitpid(self._pid, os.WNOHANG)[0]:
+                if os.waitpid(self.pid, os.WNOHANG)[0]:
                     return
                 time.sleep(0.005)
+
+
+class WorkerPool:
+    """Has requests answered by workers, and what hangs sealed off.
+
+    `answerers` maps the kind of a request to what answers it: a function that takes the Looker and
+    the rest of the request.  None as an answer to anything has it asked again where threads are.
+    """
+
+    def __init__(
+        self, view: View, workers: int = 0, answerers: Optional[Mapping[str, Answerer]] = None
+    ) -> None:
+        self.view = view
+        self.mounts = dict(view.mounts)
+        self.sealed = dict(view.sealed)
+        self.good: Counter[str] = Counter()  # targets found, by mount point
+        self.threads = workers or AUTO_WORKERS
+        self.answerers = {**ANSWERERS, **(answerers or {})}
+        self._processes: Dict[bool, WorkerProcess] = {}  # by whether it has many threads
+        self._again: Dict[bool, Deque[Request]] = {False: deque(), True: deque()}
+        self._suspects: Set[Tuple[str, float]] = set()
+        self._alive: Dict[str, float] = {}  # when a mount last answered, by mount point
+        self._stuck: Counter[str] = Counter()
+
+    def close(self) -> None:
+        """End all workers; the next request starts new ones, which remember nothing."""
+        for process in self._processes.values():
+            process.close()
+        self._processes = {}
+
+    def ask_all(self, requests: Iterable[Request], at_once: bool = True) -> List[Answer]:
+        """Return the answers in the order of the requests; None for one that hangs."""
+        asked = list(requests)
+        found = dict(self.run(functools.partial(next, iter(asked), None), at_once))
+        return [found.get(request) for request in asked]
+
+    def run(self, source: Source, at_once: bool = False) -> Iterator[Tuple[Request, Answer]]:
+        """Yield (request, answer) as they come, until all is answered.
+
+        `source` returns the next request, None if there is none for now: an answer may bring more.
+        With `at_once` many threads ask side by side, whatever the requests lead to.
+        """
+        while True:
+            self._send(source, at_once)
+            if not any(process.batches for process in self._processes.values()):
+                return
+            yield from self._receive()
+            self._check_hangs()
+
+    def _send(self, source: Source, at_once: bool) -> None:
+        """Keep the workers busy, but not with more than they will soon get to."""
+        local, threaded = self._again[False], self._again[True]
+        while True:
+            process = self._processes.get(False)
+            if (
+                at_once
+                or (process and len(process.batches) >= 2)
+                or len(threaded) > 4 * self.threads
+            ):
+                break
+            while len(local) < AT_ONCE:
+                request = source()
+                if request is None:
+                    break
+                local.append(request)
+            if not local:
+                break
+            batch = [local.popleft() for _ in range(min(AT_ONCE, len(local)))]
+            self._process(False).send(batch, {})
+        while at_once and len(threaded) < 4 * self.threads:
+            request = source()
+            if request is None:
+                break
+            threaded.append(request)
+        while threaded and len(self._process(True).batches) < 2 * self.threads:
+            self._process(True).send([threaded.popleft()], {})
+
+    def _process(self, is_threaded: bool) -> WorkerProcess:
+        process = self._processes.get(is_threaded)
+        if process is None:
+            process = WorkerProcess(self, self.threads if is_threaded else 1)
+            self._processes[is_threaded] = process
+        return process
+
+    def _receive(self) -> Iterator[Tuple[Request, Answer]]:
+        """Yield the answers that have come, or nothing after a while."""
+        readers = {process.frames.reader: process for process in self._processes.values()}
+        pause = min(0.25, self.view.stat_timeout / 16)
+        for process in readers.values():
+            pause = pause if process.push() else min(pause, 0.01)
+        for reader in select.select(list(readers), [], [], pause)[0]:
+            process = readers[reader]
+            try:
+                for number, answers, sealed, good in process.frames.read():
+                    if number < 0:
+                        raise RefresherrError(answers) if sealed else RuntimeError(answers)
+                    self.good.update(good)
+                    for point, (state, reason) in sealed.items():
+                        self.seal(point, state, reason, process)
+                    for request, answer in zip(process.batches.pop(number), answers):
+                        if request[0] == "alive":
+                            self._alive[request[1]] = time.monotonic()
+                        elif answer is None and process.threads == 1:
+                            self._again[True].append(request)
+                        else:
+                            yield request, answer
+            except EOFError:
+                raise RefresherrError(WORKER_ENDED) from None
+
+    def seal(
+        self, point: str, state: str, reason: str, teller: Optional[WorkerProcess] = None
+    ) -> None:
+        """Have no worker touch a path, or what lies beneath it, any more."""
+        self.sealed[point] = state, reason
+        for process in self._processes.values():
+            if process is not teller:
+                process.send([], {point: (state, reason)})
+
+    def _check_hangs(self) -> None:
+        """Look at what each thread waits for; kill a worker that waits too long."""
+        limit, now = self.view.stat_timeout, time.monotonic()
+        for is_threaded, process in list(self._processes.items()):
+            waiting = process.slots.waiting()
+            oldest = max((now - since for _, since in waiting), default=0.0)
+            for path, since in waiting:
+                # Does the mount still answer, or is it only this path that hangs?
+                if now - since > limit / 4 and (path, since) not in self._suspects:
+                    self._suspects.add((path, since))
+                    self._process(True).send([("alive", self._mount_of(path))], {})
+            if oldest >= limit:
+                del self._processes[is_threaded]
+                process.close()
+                requests = [r for batch in process.batches.values() for r in batch]
+                self._again[is_threaded].extendleft(r for r in requests if r[0] != "alive")
+                for path, since in waiting:
+                    if now - since > limit * 0.75:
+                        self._give_up(path, since)
+
+    def _give_up(self, path: str, since: float) -> None:
+        """Seal off a path that hangs: by itself where its mount still answers."""
+        mount = self._mount_of(path)
+        self._stuck[mount] += 1
+        is_mount = self._alive.get(mount, 0.0) < since or self._stuck[mount] > STUCK_LIMIT
+        point = mount if is_mount else path
+        if find_ancestor(point, self.sealed) is None:
+            reason = f"{point} did not answer within {format_duration(self.view.stat_timeout)}"
+            self.seal(point, UNRESPONSIVE, reason)
+
+    def _mount_of(self, path: str) -> str:
+        return find_ancestor(path, self.mounts) or "/"
 
 
 def fork_quietly() -> int:
@@ -2792,7 +2650,7 @@ def fork_quietly() -> int:
         return os.fork()
 
 
-def _run_worker(errand: Callable[[Send], None], writer: int) -> None:
+def _run_worker(pool: WorkerPool, slots: Slots, requests: int, answers: int) -> None:
     """Be the worker process; never returns."""
     try:
         gc.disable()
@@ -2800,469 +2658,1398 @@ def _run_worker(errand: Callable[[Send], None], writer: int) -> None:
         os.setsid()  # Ctrl-C is the parent's business
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         null = os.open(os.devnull, os.O_RDWR)
-        writer = fcntl.fcntl(writer, fcntl.F_DUPFD, 100)  # above all others
+        requests = fcntl.fcntl(requests, fcntl.F_DUPFD, 100)  # above all others
+        answers = fcntl.fcntl(answers, fcntl.F_DUPFD, requests + 1)
         for descriptor in (0, 1, 2):
             os.dup2(null, descriptor)  # a stuck worker must not keep anybody's pipe open
-        os.closerange(3, writer)  # nor the database, nor the lock
-        # A byte in a pipe is a lock between all threads of the worker and of its twin.
-        take, give = os.pipe()
-        os.write(give, b"!")
-
-        def send(message: Tuple[Any, ...]) -> None:
-            os.read(take, 1)
-            try:
-                write_frame(writer, message)
-            finally:
-                os.write(give, b"!")
-
-        errand(send)
-    except BrokenPipeError:
+        os.closerange(3, requests)  # nor the database, nor the lock
+        os.closerange(requests + 1, answers)
+        view = dataclasses.replace(pool.view, sealed=pool.sealed)
+        _serve(Looker(view, slots, slots.count > 1), pool.answerers, requests, answers)
+    except BaseException:
         pass
-    except RefresherrError as exc:
-        send(("crash", str(exc), True))
-    except BaseException as exc:
-        send(("crash", f"{type(exc).__name__}: {exc}\n{traceback.format_exc()}", False))
     finally:
         os._exit(0)
+
+
+def _serve(looker: Looker, answerers: Mapping[str, Answerer], requests: int, answers: int) -> None:
+    """Answer batches of requests until the pipe ends."""
+    import queue
+
+    todo: queue.Queue[Tuple[int, List[Request]]] = queue.Queue()
+    lock = threading.Lock()
+
+    def tell(number: int, found: Any, is_expected: bool = False) -> None:
+        with lock:
+            sealed, good = dict(looker.newly_sealed), dict(looker.good)
+            looker.newly_sealed.clear()
+            looker.good.clear()
+            data = to_frame((number, found, is_expected if number < 0 else sealed, good))
+            while data:
+                data = data[os.write(answers, data) :]
+
+    def answer(request: Request) -> Answer:
+        try:
+            return answerers[request[0]](looker, *request[1:])
+        except ElsewhereError:
+            return None
+
+    def work(slot: int) -> None:
+        looker.slots.claim(slot)
+        try:
+            while True:
+                number, batch = todo.get()
+                found = [answer(request) for request in batch]
+                looker.slots.touch("")
+                tell(number, found)
+        except RefresherrError as exc:
+            tell(-1, str(exc), True)
+        except BrokenPipeError:
+            os._exit(0)
+        except BaseException as exc:
+            tell(-1, f"{type(exc).__name__}: {exc}\n{traceback.format_exc()}")
+
+    for slot in range(looker.slots.count):
+        threading.Thread(target=work, args=(slot,), daemon=True).start()
+    frames = Frames(requests)
+    while True:
+        for number, batch, sealed in frames.read():
+            for point, (state, reason) in sealed.items():
+                looker.seal(point, state, reason)
+            if batch:
+                todo.put((number, batch))
+
+
+Answerer = Callable[..., Answer]
+ANSWERERS: Dict[str, Answerer] = {
+    "visit": Looker.visit,
+    "look": lambda looker, *asked: tuple(looker.look(*asked)),
+    "root": Looker.examine_root,
+    "mount": Looker.examine_mount,
+    "branches": Looker.list_branches,
+    "branch": Looker.examine_branch,
+    "alive": Looker.is_alive,
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Scan: the verdict
+# ---------------------------------------------------------------------------------------------
+# A target that cannot be found is a loss only if no defence stops it: a check or a remembered mount
+# that fails, an empty directory, no witness, the loss guard.  The facts of all losses come in, the
+# verdicts go out; nothing here asks the disk or the database.
+
+GUARD_TITLES = 3  # titles lost together before the guard looks at shares
+MANY_TITLES = 10  # so many, and a quarter of the share is enough
+FEW_OF_PLACE = 0.05  # less than this of a place's titles is no provider's folder
+FRESH_SHARE = 0.5  # the guard's share while most links were never judged before
+DEEP = 3  # a directory missing so many levels above the file needs to have been seen once
+CONTRADICTION, UNWELL, BARE, NO_WITNESS, GUARD, VANISHED, ACCEPTED = (
+    "contradiction", "mount", "empty", "witness", "guard", "vanished", "accepted")  # fmt: skip
+
+
+class Loss(NamedTuple):
+    """A link that was not known broken and whose target cannot be found.
+
+    `goal` is where its file should be, `missing` the first name on the way that does not exist;
+    `doubt` is the defence that held it in an earlier scan, `lot` the guard's lot it belongs to.
+    """
+
+    path: str
+    title: str
+    goal: str
+    missing: str
+    mount: str
+    is_local: bool = True
+    is_empty: bool = False  # the directory in which the name is missing
+    is_listed: bool = False  # by that directory, all the same
+    was_good: bool = False  # once
+    is_fresh: bool = False  # no scan before this one has met the link
+    doubt: str = ""
+    lot: Optional[int] = None
+
+    @property
+    def near(self) -> str:
+        """The nearest directory that exists."""
+        return os.path.dirname(self.missing)
+
+    @property
+    def levels(self) -> int:
+        """How many levels above the file the first missing name is; 0 for the file itself."""
+        return self.goal[len(self.missing) :].count("/")
+
+
+class Doubt(NamedTuple):
+    """Why a loss is not believed: the defence, the words for it, the directory to accept."""
+
+    defence: str
+    reason: str
+    directory: str
+
+
+@dataclasses.dataclass
+class Ground:
+    """What is known of the directories around the losses, from the whole database.
+
+    Counts of a directory are of good links into it and all beneath it on the same mount.
+    """
+
+    good: Counter[str] = dataclasses.field(default_factory=Counter)
+    fresh: Counter[str] = dataclasses.field(
+        default_factory=Counter
+    )  # judged now for the first time
+    titles: Dict[str, Set[str]] = dataclasses.field(default_factory=dict)
+    more_titles: Counter[str] = dataclasses.field(default_factory=Counter)  # of flat libraries
+    unwell: Mapping[str, str] = dataclasses.field(default_factory=dict)  # {point: reason}
+    unions: Mapping[str, str] = dataclasses.field(default_factory=dict)  # the same, by its branches
+    failing: str = ""  # why no loss on a file system made of others is believed
+    sentinels: Sequence[str] = ()  # directories for which a file has spoken
+    once_good: Set[str] = dataclasses.field(default_factory=set)  # missing names beneath which
+    lost_titles: Dict[str, Set[str]] = dataclasses.field(default_factory=dict)
+    # Some library directories with good links into each directory.
+    samples: Dict[str, List[str]] = dataclasses.field(default_factory=dict)
+
+    def count_titles(self, directory: str) -> int:
+        """Return how many titles lead into a directory, good or lost."""
+        named = self.titles.get(directory, set()) | self.lost_titles.get(directory, set())
+        return len(named) + self.more_titles[directory]
+
+
+class Lot(NamedTuple):
+    """What the guard held at once: it lets go when little of it is still gone."""
+
+    number: int
+    directory: str
+    links: int
+    titles: int
+
+
+class HeldUnit(NamedTuple):
+    """A directory with losses that the guard holds."""
+
+    directory: str
+    losses: List[Loss]
+
+
+def directories_above(loss: Loss) -> Iterator[str]:
+    """Yield the directories that still stand, from the nearest up to the mount point."""
+    for directory in ancestors(loss.near):
+        yield directory
+        if directory == loss.mount:
+            return
+
+
+def find_place(loss: Loss, ground: Ground) -> str:
+    """Return the directory whose good targets speak for a loss: the nearest one that exists, or
+    the first above it where links of two titles lead, on the same mount.
+
+    On the root file system it is the nearest one, for what is not mounted leads there; one level
+    above it where the file alone is missing.
+    """
+    steps = list(directories_above(loss))
+    if loss.mount == "/":
+        steps = [step for step in steps[: 2 if loss.levels == 0 else 1] if step != "/"]
+    wide = (step for step in steps if ground.count_titles(step) > 1)
+    return next(wide, steps[-1] if steps else "/")
+
+
+def explain_loss(loss: Loss, ground: Ground) -> Optional[Doubt]:
+    """Return what the first three defences say against a loss, None if they let it pass."""
+    missing, near = loss.missing, loss.near
+    point = find_ancestor(missing, ground.unwell)
+    if point is not None:
+        return Doubt(UNWELL, ground.unwell[point], point)
+    if loss.mount in ground.unions:
+        return Doubt(UNWELL, f"{loss.mount}: {ground.unions[loss.mount]}", loss.mount)
+    if ground.failing and not loss.is_local:
+        what = f"no loss on {loss.mount} is believed meanwhile"
+        return Doubt(UNWELL, f"{ground.failing}; {what}", loss.mount)
+    if loss.is_listed:
+        why = f"{near} lists {os.path.basename(missing)}, but it cannot be looked up"
+        return Doubt(CONTRADICTION, why, near)
+    parent = os.path.dirname(near)
+    is_root = near == loss.mount
+    if loss.is_empty and (
+        is_root or (loss.is_local and (parent == "/" or not ground.good[parent]))
+    ):
+        return Doubt(BARE, f"{near} is empty: perhaps nothing is mounted there", near)
+    place = find_place(loss, ground)
+    if any(is_under(sentinel, place) for sentinel in ground.sentinels):
+        return None
+    was_seen = loss.levels < DEEP or missing in ground.once_good
+    if was_seen and (ground.good[near] or ground.good[place]):
+        return None
+    if loss.levels:
+        what = f"{missing} does not exist here: is the volume mapped into this container?"
+    else:
+        what = f"nothing beneath {place} can be found, of all that links lead to"
+    return Doubt(NO_WITNESS, what, missing if loss.levels else place)
+
+
+def is_too_much(gone: int, of_links: int, titles: int, share: float) -> bool:
+    """Tell whether more is gone at once than is lost by itself."""
+    return (titles >= GUARD_TITLES and gone > share * of_links) or (
+        titles >= MANY_TITLES and gone > share / 4 * of_links
+    )
+
+
+def is_let_go(lot: Lot, links: int, titles: int, share: float) -> bool:
+    """Tell whether so little of a lot is still gone that the guard lets go of it."""
+    return titles < GUARD_TITLES or links <= share * lot.links
+
+
+def find_suspicious(losses: Sequence[Loss], ground: Ground, share: float) -> Set[str]:
+    """Return the directories of which too much is gone at once: missing ones that took many
+    titles along, and standing ones that lost too large a share.
+    """
+    found = set()
+    by_missing: Dict[str, List[Loss]] = defaultdict(list)
+    beneath: Dict[str, List[Loss]] = defaultdict(list)
+    for loss in losses:
+        if loss.levels:
+            by_missing[loss.missing].append(loss)
+        for directory in directories_above(loss):
+            beneath[directory].append(loss)
+    for missing, group in by_missing.items():
+        titles = len({loss.title for loss in group})
+        folders = len({os.path.dirname(loss.goal) for loss in group})
+        of_place = ground.count_titles(find_place(group[0], ground))
+        is_small = titles < FEW_OF_PLACE * of_place and titles < MANY_TITLES
+        if titles >= GUARD_TITLES and folders >= GUARD_TITLES and not is_small:
+            found.add(missing)
+    for directory, group in beneath.items():
+        of_links = len(group) + ground.good[directory]
+        fresh = ground.fresh[directory] + sum(loss.is_fresh for loss in group)
+        limit = max(share, FRESH_SHARE) if fresh * 2 > of_links else share
+        if is_too_much(len(group), of_links, len({loss.title for loss in group}), limit):
+            found.add(directory)
+    return found
+
+
+def hold_losses(
+    losses: Sequence[Loss], held: Sequence[Loss], ground: Ground, share: float
+) -> List[HeldUnit]:
+    """Return the units of losses that the guard holds; `held` are those that it holds already."""
+    if share >= 1.0:
+        return []
+    suspicious = find_suspicious([*losses, *held], ground, share)
+    groups: Dict[str, List[Loss]] = defaultdict(list)
+    for loss in losses:
+        if loss.levels and loss.missing in suspicious:
+            groups[loss.missing].append(loss)
+            continue
+        above = [directory for directory in directories_above(loss) if directory in suspicious]
+        if above:
+            groups[above[-1]].append(loss)
+    units: Dict[str, List[Loss]] = defaultdict(list)
+    for group in groups.values():
+        # Named by the smallest directory that holds it all: that is what may be accepted.
+        stands = [loss.missing if loss.levels else loss.near for loss in group]
+        units[os.path.commonpath(stands)] += group
+    return [HeldUnit(directory, group) for directory, group in units.items()]
+
+
+def survey_losses(losses: Iterable[Loss], ground: Ground) -> None:
+    """Note for the ground which titles are lost where, and what was good once."""
+    for loss in losses:
+        for directory in directories_above(loss):
+            ground.lost_titles.setdefault(directory, set()).add(loss.title)
+        if loss.was_good:
+            ground.once_good.add(loss.missing)
+
+
+class Verdicts(NamedTuple):
+    """What is decided: the doubts about losses by path, what the guard holds anew, and what it
+    lets go.  A loss without a doubt is believed.
+    """
+
+    doubts: Dict[str, Doubt]
+    units: List[HeldUnit]
+    released: Set[int]
+
+
+def judge_losses(
+    losses: Sequence[Loss], elsewhere: Sequence[Loss], removed: Sequence[Loss], ground: Ground,
+    lots: Sequence[Lot], share: float, accepted: Sequence[str] = (),
+) -> Verdicts:  # fmt: skip
+    """Decide about all losses of a scan.
+
+    `elsewhere` are losses that the guard holds already and that this scan has not met, `removed`
+    those whose links are gone themselves: they make a lot no smaller.  `accepted` are directories
+    whose loss the user confirms: of what an earlier scan has seen and held.
+    """
+    survey_losses([*losses, *elsewhere], ground)
+    doubts: Dict[str, Doubt] = {}
+    open_losses, held = [], []
+    still = [loss for loss in (*losses, *elsewhere, *removed) if loss.lot is not None]
+    released = {lot.number for lot in lots if is_lot_over(lot, still, share)}
+    for loss in losses:
+        doubt = explain_loss(loss, ground)
+        is_mine = any(is_under(loss.goal, d) or is_under(loss.missing, d) for d in accepted)
+        if loss.doubt and (loss.doubt == ACCEPTED or is_mine):
+            if doubt and doubt.defence in (UNWELL, CONTRADICTION):
+                doubts[loss.path] = doubt
+        elif doubt:
+            doubts[loss.path] = doubt
+        elif loss.lot is not None and loss.lot not in released:
+            held.append(loss)
+        else:
+            open_losses.append(loss)
+    names = {lot.number: lot.directory for lot in lots}
+    for loss in held:
+        doubts[loss.path] = guard_doubt(names[loss.lot or 0])
+    units = hold_losses(open_losses, [*held, *elsewhere], ground, share)
+    for unit in units:
+        doubts.update((loss.path, guard_doubt(unit.directory)) for loss in unit.losses)
+    return Verdicts(doubts, units, released)
+
+
+def is_lot_over(lot: Lot, still: Sequence[Loss], share: float) -> bool:
+    """Tell whether the guard lets go of a lot, counted in its directory and all beneath it."""
+    gone = [loss for loss in still if loss.lot == lot.number or is_under(loss.goal, lot.directory)]
+    return is_let_go(lot, len(gone), len({loss.title for loss in gone}), share)
+
+
+GUARD_WORDS = "held by the loss guard: "
+
+
+def guard_doubt(directory: str) -> Doubt:
+    """Return the doubt about a loss that the guard holds."""
+    return Doubt(GUARD, f"{GUARD_WORDS}too much is gone at once from {directory}", directory)
 
 
 # ---------------------------------------------------------------------------------------------
 # Scan: the record
 # ---------------------------------------------------------------------------------------------
-# What the worker says becomes rows and events here.  Good and unreachable links are recorded as
-# they come; links whose target is gone wait in a temporary table until the whole walk is known,
-# since only the whole tells breakage from an outage.
+# The walk goes from directory to directory, from each root down.  One that is as the last scan left
+# it costs its row and nothing more; of the others every link is compared with its row.  What is
+# found is recorded at once; what cannot be found waits in a temporary table for the verdict.
 
-GUARD_MINIMUM = 10  # good links gone at once before the guard looks at shares
-GUARD_CHILD_LINKS = 50  # links into a directory of a mount before it is a unit of its own
-GUARD_FRESH_SHARE = 0.5  # the guard's share while most links of a unit were never judged
-# How `symlinks.error` begins where it must be remembered:
-HELD = "held back by the mass-breakage guard: "  # then the unit
-UNJUDGED = "never judged: "  # then the reason
+BATCH = 4000  # rows in one transaction
+ROWS_AT_ONCE = 100  # in one statement
+LOOKS = 4  # at what was gone, as long as mounts come and go
+DOUBTFUL = 50000  # links that are looked at again; more than that is the guard's business
+FULL_READING = 64  # scans in which every directory is read in full once
+SAMPLE = 100  # directories that `doctor` looks at
+SAMPLES, WITNESSES = 3, 4  # library directories, and good links of each, that speak for a place
+NEVER_JUDGED = "never judged: "  # `symlinks.error` begins so where no scan has seen the link good
 _TALLIED = ("examined", OK, BROKEN, UNREACHABLE)
 
 
-class Unit(NamedTuple):
-    """What the guard judges as a whole: a mount point, or a directory (`child`) directly in one.
+@dataclasses.dataclass(frozen=True)
+class ScanJob:
+    """What a scan is to do.
 
-    `counts` are of links: 'total'; 'ok'; 'known broken' before this scan, which prove nothing;
-    'fresh', never judged before; 'gone' now, and not known broken.
+    `all_roots` are the configured ones besides; `accept` are directories whose losses, seen and
+    held by an earlier scan, are confirmed; with `full` every directory is read.
     """
 
-    mount: str
-    child: str
-    counts: Counter[str]
-
-
-def is_suspicious(counts: Counter[str], limit: float) -> bool:
-    """Tell whether more of a unit is gone at once than breaks by itself; `limit` is a share."""
-    good = counts["total"] - counts["known broken"]
-    if counts["fresh"] * 2 > good:
-        limit = max(limit, GUARD_FRESH_SHARE)
-    return counts["gone"] >= GUARD_MINIMUM and counts["gone"] > limit * good
+    roots: Tuple[str, ...]
+    settings: ScanSettings
+    all_roots: Tuple[str, ...] = ()
+    accept: Tuple[str, ...] = ()
+    full: bool = False
 
 
 def never_judged(known: Optional[KnownLink]) -> bool:
     """Tell whether no scan has ever seen whether the link is good."""
-    return known is None or known.error.startswith(UNJUDGED)
+    return known is None or known.error.startswith(NEVER_JUDGED)
 
 
-class ScanRecord:
-    """Compares what a worker says with the database and writes the differences.
+@dataclasses.dataclass
+class WatchedMount:
+    """A mount whose health decides about what lies beneath: a 'check', or 'remembered'."""
 
-    Every message of kind KIND has its `take_KIND`; `finish` follows the last.  Every batch is one
-    short transaction: a scan that is interrupted leaves true rows.
+    point: str
+    role: str
+    fs_type: str = ""
+    state: str = HEALTHY
+    reason: str = ""
+
+
+class Watch:
+    """The pool of workers, and the mounts that are watched: asked before a scan and after it."""
+
+    def __init__(
+        self, conn: sqlite3.Connection, settings: ScanSettings,
+        answerers: Optional[Mapping[str, Answerer]] = None,
+    ) -> None:  # fmt: skip
+        self.conn, self.settings, self.answerers = conn, settings, answerers
+        self.types = {"/": "unknown", **read_mounts()}
+        rows = conn.execute("SELECT mount_point, fs_type FROM mounts")
+        self.remembered = {from_db(point): fs_type for point, fs_type in rows}
+        self.mounts: List[WatchedMount] = []
+        self.pool = self.open_pool({})
+
+    def close(self) -> None:
+        """End the workers."""
+        self.pool.close()
+
+    def open_pool(self, sealed: Mapping[str, Tuple[str, str]]) -> WorkerPool:
+        settings = self.settings
+        points = {**self.types, **{p: t for p, t in self.remembered.items() if p not in self.types}}
+        ignore = Ignore(settings.ignore, settings.ignore_defaults)
+        view = View(points, sealed, settings.stat_timeout, ignore)
+        return WorkerPool(view, settings.workers, self.answerers)
+
+    def probe(self) -> None:
+        """Ask all watched mounts at once how they are, and seal off what cannot be walked."""
+        asked = [("mount", check, "check", "") for check in self.settings.mount_checks]
+        asked += [("mount", point, "remembered", kind) for point, kind in self.remembered.items()]
+        self.mounts = []
+        for request, answer in zip(asked, self.pool.ask_all(asked)):
+            state, reason, point, fs_type = answer
+            self.mounts.append(WatchedMount(point, request[2], fs_type, state, reason))
+            is_closed = state in (ABSENT, UNRESPONSIVE) or (
+                state == ERROR and request[2] == "check"
+            )
+            if is_closed or (state == EMPTY and request[2] == "check"):
+                self.pool.seal(point, state, reason)
+        self.types = {"/": "unknown", **read_mounts()}  # autofs mounts what is asked for
+
+    def restart(self) -> None:
+        """Have everything looked at anew: the workers forget what they know."""
+        self.pool.close()
+        stuck = {p: why for p, why in self.pool.sealed.items() if why[0] == UNRESPONSIVE}
+        self.pool = self.open_pool(stuck)
+        self.probe()
+
+    def unwell(self) -> Dict[str, str]:
+        """Return {point: reason} of all that is not healthy."""
+        found = {point: reason for point, (_, reason) in self.pool.sealed.items()}
+        found.update({m.point: m.reason for m in self.mounts if m.state != HEALTHY})
+        return found
+
+    def failing(self) -> str:
+        """Return why no loss on a file system made of others may be believed, '' if it may."""
+        for mount in self.mounts:
+            if mount.state != HEALTHY and (mount.role == "check" or self.is_used(mount.point)):
+                return mount.reason
+        return ""
+
+    def is_used(self, point: str) -> bool:
+        """Tell whether some known link leads beneath a mount point."""
+        condition, values = beneath(point, "last_target")
+        select = f"SELECT 1 FROM symlinks WHERE status <> 'missing' AND {condition} LIMIT 1"
+        if self.conn.execute(select, values).fetchone():
+            return True
+        select = "SELECT good_targets FROM mounts WHERE mount_point = ?"
+        row = self.conn.execute(select, (to_db(point),)).fetchone()
+        return bool(row and row[0])
+
+    def look(self, paths: Iterable[str], read: bool = False) -> Dict[str, Look]:
+        """Look at links, and with `read` whether the files they lead to can be read."""
+        requests = (("look", path, read) for path in paths)
+        source = functools.partial(next, requests, None)
+        return {request[1]: Look(*look) for request, look in self.pool.run(source)}
+
+    def is_local(self, mount: str) -> bool:
+        """Tell whether nothing else has to be well for a file system to be."""
+        kind = self.types.get(mount, "unknown")
+        return not (is_network_type(kind) or kind in UNION_TYPES)
+
+    def make_loss(self, look: Look, title: str, old: Optional[KnownLink], **known: Any) -> Loss:
+        """Return what a look at a link that leads nowhere has found."""
+        return Loss(
+            look.path, title, look.goal, look.missing, look.mount, self.is_local(look.mount),
+            bool(look.empty), look.is_listed, not never_judged(old), old is None, **known,
+        )  # fmt: skip
+
+    def make_ground(self, mounts: Iterable[str]) -> Ground:
+        """Return what the mounts say about losses on some of them."""
+        unions = self.examine_unions(mounts)
+        sentinels = [mount.point for mount in self.mounts if mount.fs_type == SENTINEL]
+        return Ground(
+            unwell=self.unwell(), unions=unions, failing=self.failing(), sentinels=sentinels
+        )
+
+    def examine_unions(self, points: Iterable[str]) -> Dict[str, str]:
+        """Return {union: problem} of those that have lost a branch; remember the branches."""
+        kinds = {point: self.types.get(point, "") for point in points}
+        unions = [p for p, kind in kinds.items() if kind in UNION_TYPES]
+        asked = [("branches", point, kinds[point]) for point in unions]
+        problems: Dict[str, str] = {}
+        for union, branches in zip(unions, self.pool.ask_all(asked) if asked else ()):
+            select = "SELECT path, mount_point, fs_type FROM branches WHERE union_point = ?"
+            found = self.conn.execute(select, (to_db(union),))
+            known = {from_db(path): (from_db(point), kind) for path, point, kind in found}
+            for path, point, kind, problem in branches or ():
+                if path in known and not problem and known[path] != (point, kind):
+                    problem = f"{path} was on {known[path][0]} ({known[path][1]}), not on {point}"
+                if problem and (path in known or problem.startswith("!")):
+                    problems.setdefault(union, "its branch " + problem.lstrip("!"))
+                elif not problem:
+                    known[path] = point, kind
+            listed = {branch[0] for branch in branches or ()}
+            rows = [(to_db(union), to_db(p), to_db(known[p][0]), known[p][1]) for p in known
+                if p in listed]  # fmt: skip
+            with transaction(self.conn):
+                self.conn.execute("DELETE FROM branches WHERE union_point = ?", (to_db(union),))
+                self.conn.executemany("INSERT INTO branches VALUES (?, ?, ?, ?)", rows)
+        return problems
+
+
+class LinkWriter:
+    """Collects rows of links, events and directories, and writes them in short transactions.
+
+    A scan that is interrupted leaves true rows.
     """
 
-    def __init__(self, conn: sqlite3.Connection, job: ScanJob, limit: float = 0.2) -> None:
-        self.conn, self.job = conn, job
-        self.limit = limit  # a share; 1.0 switches the guard off, infinity accepts any loss
-        self.now = datetime.datetime.now(datetime.timezone.utc).isoformat()  # no two scans share it
+    def __init__(self, conn: sqlite3.Connection, now: str) -> None:
+        self.conn, self.now = conn, now
+        self.changes: Counter[str] = Counter()
+        self.links: List[Tuple[Any, ...]] = []
+        self.events: List[Event] = []
+        self.directories: List[Tuple[Any, ...]] = []
+        self.cleared: List[Tuple[Any, ...]] = []  # paths whose doubts have ended
+        self.doubts: List[Tuple[Any, ...]] = []
+        self.losses: List[Tuple[Any, ...]] = []
+
+    def record(
+        self, path: str, target: str, status: str, reason: str, old: Optional[KnownLink]
+    ) -> None:
+        """Note a judgement: its row, and its event if there is one."""
+        if status == UNREACHABLE and never_judged(old) and not reason.startswith(NEVER_JUDGED):
+            reason = NEVER_JUDGED + reason
+        change = classify_change(old, status)
+        if old is None:
+            self.changes["new"] += 1
+        if change:
+            self.changes[change] += 1
+            self.events.append(link_event(path, target, change, status))
+        self.links.append(link_row(path, target, status, reason, self.now, old))
+        if len(self.links) >= BATCH:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has been collected."""
+        with transaction(self.conn):
+            for start in range(0, len(self.links), ROWS_AT_ONCE):
+                rows = self.links[start : start + ROWS_AT_ONCE]
+                values = ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?)"] * len(rows))
+                statement = _WRITE_LINK.replace("(?, ?, ?, ?, ?, ?, ?, ?)", values)
+                self.conn.execute(statement, [value for row in rows for value in row])
+            _write_events(self.conn, self.events)
+            upsert = """INSERT INTO directories (path, mark, links, targets) VALUES (?, ?, ?, ?)
+                ON CONFLICT(path) DO UPDATE SET mark = excluded.mark, links = excluded.links,
+                targets = excluded.targets"""
+            self.conn.executemany(upsert, self.directories)
+            self.conn.executemany("DELETE FROM doubts WHERE path = ?", self.cleared)
+            insert = "INSERT OR REPLACE INTO doubts VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+            self.conn.executemany(insert, self.doubts)
+            insert = """INSERT INTO losses (path, target, title, mount_point, lost_utc,
+                gone_since_utc) VALUES (?, ?, ?, ?, ?, ?)"""
+            self.conn.executemany(insert, self.losses)
+        self.links, self.events, self.directories = [], [], []
+        self.cleared, self.doubts, self.losses = [], [], []
+
+
+class Folder(NamedTuple):
+    """A library directory that is to be visited, and what the last scan noted of it."""
+
+    path: str
+    root: int
+    rowid: int = 0
+    mark: str = ""
+    packed: bytes = b""
+
+
+class Walk:
+    """Visits the directories of the roots, and records what their links lead to."""
+
+    def __init__(self, conn: sqlite3.Connection, job: ScanJob, watch: Watch) -> None:
+        self.conn, self.job, self.watch = conn, job, watch
+        # No two scans share it.
+        self.now = datetime.datetime.now(datetime.timezone.utc).isoformat()
+        self.writer = LinkWriter(conn, self.now)
         tally = {"state": "scanned", "reason": "", **dict.fromkeys(_TALLIED, 0)}
         self.roots: List[JsonObject] = [{"path": root, **tally} for root in job.roots]
-        self.units: Dict[int, Unit] = {}
-        self.mounts: List[JsonObject] = []
-        self.changes: Counter[str] = Counter()
+        self.real: Dict[int, str] = {}  # where the roots that are walked really are
+        self.root_paths = {root.rstrip("/") or "/" for root in (*job.roots, *job.all_roots)}
+        self.covered: Dict[str, int] = {}  # other roots within them, as the walk meets them
         self.ignored = 0
-        self.unread: Set[str] = set()
-        self.refusals: Set[str] = set()  # reasons for which something was not judged
-        self.guard: List[Tuple[int, str]] = []  # links it holds back, and why
-        self._real: Dict[str, str] = {}  # {root: its real path} of those that are walked
-        self._mounted: Dict[str, str] = {}
-        self._blocked: Dict[int, str] = {}  # units of which nothing may be said, and why
-        self._unwell: Dict[str, str] = {}  # points beneath which no link counts as vanished
-        self._uninhabited: Set[str] = set()
-        self._rows: List[Tuple[Any, ...]] = []  # to be written by the next _flush()
-        self._events: List[Event] = []
-        remembered = conn.execute("SELECT mount_point, first_seen_utc FROM mounts")
-        self._remembered = {from_db(point): since for point, since in remembered}
-        self._last_rowid = conn.execute("SELECT max(rowid) FROM symlinks").fetchone()[0] or 0
-        self._seen = 0  # of the rows that stood there before this scan
+        self.unread: Dict[str, str] = {}
+        self.vanished: List[Tuple[int, str, str]] = []
+        self.new_targets: Dict[str, str] = {}  # {target: path} of links not known before
+        self.refusals: Dict[str, int] = {}  # reasons for which something was not judged
+        self.cleared: Set[str] = set()  # links whose doubts have ended
+        self.blocked: Set[str] = set()  # sealed points that links lead to
+        rows = conn.execute("SELECT path, defence, lot_id FROM doubts")
+        self.doubts = {from_db(path): (defence, lot) for path, defence, lot in rows}
+        newest = "SELECT coalesce(max(rowid), 0) FROM "
+        self.last_link = int(conn.execute(newest + "symlinks").fetchone()[0])
+        self.last_folder = int(conn.execute(newest + "directories").fetchone()[0])
+        self.visited = bytearray(self.last_folder // 8 + 1)
+        self.seen = 0  # rows that stood there before this scan and were met
+        self.turn = self._next_turn()
+        self.todo: List[Tuple[str, int]] = []
+        self.ready: Deque[Folder] = deque()
+        self.asked: Dict[str, Folder] = {}
         conn.execute("PRAGMA wal_autocheckpoint=8000")  # 32 MB: fewer pages are written twice
         conn.execute("DROP TABLE IF EXISTS temp.gone")
         conn.execute("CREATE TEMP TABLE gone (link)")
 
-    @property
-    def examined(self) -> int:
-        return sum(root["examined"] for root in self.roots)
-
-    def take(self, message: Tuple[Any, ...]) -> None:
-        """Record one message of the worker."""
-        getattr(self, f"take_{message[0]}")(*message[1:])
-
-    def take_beat(self) -> None:
-        """Nothing is said but that the worker lives."""
-
-    def take_ignored(self, count: int) -> None:
-        self.ignored += count
-
-    def take_unread(self, directory: str, reason: str) -> None:
-        self.unread.add(directory)
-        log.warning("cannot read %s: %s; its links stay as they were", directory, reason)
-
-    def take_unit(self, number: int, mount: str, child: str) -> None:
-        self.units[number] = Unit(mount, child, Counter())
-
-    def take_mount(self, point: str, fs_type: str) -> None:
-        """Remember a mount point that good targets, or the library itself, live on."""
-        if fs_type == "autofs" or point in self._remembered:
-            return
-        insert = "INSERT OR IGNORE INTO mounts VALUES (?, ?, 0, ?, ?)"
+    def _next_turn(self) -> int:
+        """Count the scans; -1 where every directory is to be read."""
+        settings = self.job.settings
+        rules = repr((settings.ignore, settings.ignore_defaults))
+        notes = dict(self.conn.execute("SELECT name, value FROM notes WHERE name LIKE 'scan %'"))
+        turn = int(notes.get("scan turn") or 0) + 1
         with transaction(self.conn):
-            self.conn.execute(insert, (to_db(point), fs_type, self.now, self.now))
+            rows = [("scan turn", str(turn)), ("scan rules", rules)]
+            self.conn.executemany("INSERT OR REPLACE INTO notes VALUES (?, ?)", rows)
+        is_same = notes.get("scan rules") == rules and not self.job.full
+        return turn % FULL_READING if is_same else -1
 
-    def take_root(self, number: int, state: str, reason: str, real: str, covered: bool) -> None:
-        # Now, not before: the worker has asked all mounts by now, which mounts autofs' promises.
-        self._mounted = self._mounted or read_mounts(identity=True)
-        root = self.job.roots[number]
-        self.roots[number].update(state=ERROR if state == "refused" else state, reason=reason)
-        if state != "scanned":
-            log.error("root %s: %s; its known links stay as they were", root, reason)
+    def open_roots(self) -> None:
+        """Look at every root, and put the good ones on the pile; what overlaps is walked once."""
+        answers = self.watch.pool.ask_all([("root", root, False) for root in self.job.roots])
+        for number, (state, reason, real) in enumerate(answers):
+            if state == "scanned":
+                self.real[number] = real.rstrip("/")
+                continue
+            self.roots[number].update(state=ERROR if state == "refused" else state, reason=reason)
+            log.error(
+                "root %s: %s; its known links stay as they were", self.job.roots[number], reason
+            )
             if state == "refused":
-                self._refuse(reason)
+                self.refuse(reason)
+        real = dict(self.real)
+        for number, path in real.items():
+            holding = [o for o, above in real.items() if is_under(path or "/", above or "/")]
+            outer = [o for o in holding if real[o] != path or o < number]
+            if not outer:
+                self.todo.append((self.job.roots[number].rstrip("/") or "/", number))
+            for other in outer:
+                seen_as = self.job.roots[other].rstrip("/") + path[len(real[other]) :]
+                self.covered[seen_as] = number
+                self.real.pop(number, None)
+
+    def refuse(self, reason: str, links: int = 0) -> None:
+        """Have the scan end as refused, and count the links for which that is the reason."""
+        self.refusals[reason] = self.refusals.get(reason, 0) + links
+
+    def run(self, progress: Callable[[str], None]) -> None:
+        """Visit all that is to be visited."""
+        for request, answer in self.watch.pool.run(self.next_request):
+            folder = self.asked.pop(request[1])
+            self.take(folder, answer)
+            examined = sum(root["examined"] for root in self.roots)
+            progress(f"{examined:,} links examined")
+        self.writer.flush()
+
+    def next_request(self) -> Optional[Request]:
+        """Return what is to be visited next, None if that is nothing for now."""
+        if not self.ready:
+            self.fetch()
+        if not self.ready:
+            return None
+        folder = self.ready.popleft()
+        self.asked[folder.path] = folder
+        return "visit", folder.path, folder.mark, folder.packed
+
+    def fetch(self) -> None:
+        """Load what is noted of the next directories."""
+        chosen = self.todo[-_LOOKUP:][::-1]
+        del self.todo[-_LOOKUP:]
+        known: Dict[str, Tuple[Any, ...]] = {}
+        if self.last_folder and chosen:
+            keys = [to_db(path) for path, _ in chosen]
+            marks = ",".join("?" * len(keys))
+            select = f"SELECT path, rowid, mark, targets FROM directories WHERE path IN ({marks})"
+            known = {from_db(path): row for path, *row in self.conn.execute(select, keys)}
+        for path, root in chosen:
+            rowid, mark, packed = known.get(path, (0, "", b""))
+            if rowid > self.last_folder:
+                rowid = 0
+            if self.turn < 0 or rowid % FULL_READING == self.turn:
+                mark = ""
+            self.ready.append(Folder(path, root, rowid, mark or "", packed or b""))
+
+    def take(self, folder: Folder, answer: Answer) -> None:
+        """Record what a visit found."""
+        kind = answer[0]
+        if kind == "unread":
+            self.unread[folder.path] = answer[1]
+            log.warning("cannot read %s: %s; its links stay as they were", folder.path, answer[1])
             return
-        if not covered:
-            self._real[root] = real.rstrip("/")
-        for point, fs_type in read_mounts().items():
-            # What the library itself lives on: its links vanish with it.
-            if is_under(point, real) or is_under(real, point):
-                self.take_mount(point, fs_type)
+        if kind == "gone":
+            return  # its rows are found at the end, as of all that was not visited
+        if folder.rowid:
+            self.visited[folder.rowid // 8] |= 1 << folder.rowid % 8
+        prefix = folder.path.rstrip("/") + "/"
+        if kind == "same":
+            _, folders, links, odd = answer
+            self.tally(folder.root, links, len(odd))
+            self.seen += links
+        else:
+            _, mark, packed, folders, names, texts, odd, ignored = answer
+            self.ignored += ignored
+            row = (to_db(folder.path), mark or None, len(names), packed)
+            self.writer.directories.append(row)
+            self.compare(folder, prefix, names, texts, {name for name, *_ in odd})
+            self.tally(folder.root, len(names), len(odd))
+        for name in reversed(folders):
+            path = prefix + name
+            self.todo.append((path, self.covered.get(path, folder.root)))
+        if odd:
+            is_flat = self.is_flat(folder, answer)
+            self.take_odd(folder, prefix, odd, is_flat)
 
-    def take_done(self, places: List[Any], blocked: Dict[int, str], uninhabited: List[str]) -> None:
-        self._blocked, self._uninhabited = blocked, set(uninhabited)
-        names = ("mount_point", "fs_type", "state", "reason")
-        worst: Dict[str, JsonObject] = {}
-        for place in sorted(places, key=lambda place: (place[0], place[2] == HEALTHY)):
-            worst.setdefault(place[0], dict(zip(names, place)))
-        self.mounts = list(worst.values())
-        for mount in self.mounts:
-            if mount["state"] != HEALTHY:
-                self._unwell[mount["mount_point"]] = mount["reason"]
-                self._refuse(mount["reason"])
-        self._compare_mounts()
+    def tally(self, root: int, links: int, odd: int) -> None:
+        self.roots[root]["examined"] += links
+        self.roots[root][OK] += links - odd
 
-    def _compare_mounts(self) -> None:
-        """Refuse what was mounted or unmounted in the middle of the scan; remember what came."""
-        now, types = read_mounts(identity=True), read_mounts()
-        for point in {*now, *self._mounted}:
-            if now.get(point) == self._mounted.get(point):
-                continue
-            reason = f"{point} was mounted or unmounted during the scan"
-            self._unwell[point] = reason
-            for number, unit in self.units.items():
-                if unit.mount == point:
-                    self._blocked.setdefault(number, reason)
-            condition, values = beneath(point, "last_target")
-            sql = f"SELECT 1 FROM symlinks WHERE {condition} LIMIT 1"
-            if point in types and self.conn.execute(sql, values).fetchone():
-                self.take_mount(point, types[point])
-        self._unwell.update((p, f"{p} is absent") for p in self._remembered if p not in now)
-
-    def _refuse(self, reason: str, consequence: str = "nothing beneath it is judged") -> None:
-        """Have the scan end as refused, and say why, once."""
-        if reason not in self.refusals:
-            self.refusals.add(reason)
-            log.warning("%s; %s", reason, consequence)
-
-    # Links, as they come
-
-    def take_good(self, root: int, paths: List[str], targets: List[str], units: List[int]) -> None:
-        """Record good links.  Mostly nothing has changed, and moving `last_seen_utc` on is all."""
-        with transaction(self.conn), contextlib.suppress(UnicodeEncodeError):
-            rows = zip(itertools.repeat(self.now), paths, targets)
-            if self._last_rowid and self.conn.executemany(_SEE_LINK, rows).rowcount == len(paths):
-                self._seen += len(paths)
-                for name in ("examined", OK):
-                    self.roots[root][name] += len(paths)
-                for number, count in Counter(units).items():
-                    self.units[number].counts.update(total=count, ok=count)
-                return
-        links = zip(paths, targets, units)
-        self.take_links([(path, target, JUDGED_OK, unit, "", root) for path, target, unit in links])
-
-    def take_links(self, links: Sequence[Judged]) -> None:
-        """Weigh every link; record what can be judged by itself, put aside what is gone."""
-        known = find_links(self.conn, [link[0] for link in links]) if self._last_rowid else {}
-        gone = []
-        for link in links:
-            path, _, judgement, _, reason, _ = link
+    def compare(
+        self, folder: Folder, prefix: str, names: List[str], texts: List[str], odd: Set[str]
+    ) -> None:
+        """Compare the links of a directory that was read with their rows; write the differences."""
+        paths = [prefix + name for name in names]
+        known = find_links(self.conn, paths) if self.last_link and paths else {}
+        self.seen += sum(row.rowid <= self.last_link and row.status != MISSING
+            for row in known.values())  # fmt: skip
+        for name, path, text in zip(names, paths, texts):
             old = known.get(path)
-            self._weigh(link, old)
-            if judgement == JUDGED_GONE:
-                gone.append((marshal.dumps((link, old and tuple(old))),))
+            if old is None and self.last_link:
+                self.new_targets[text] = path
+            if name in odd:
                 continue
-            if judgement == JUDGED_BLOCKED:
-                self._refuse(reason)
-            self._settle(link, OK if judgement == JUDGED_OK else UNREACHABLE, reason, old)
-        with transaction(self.conn):
-            self.conn.executemany("INSERT INTO temp.gone VALUES (?)", gone)
-        self._flush()
+            if old and old.status == OK and old.target == text and not old.broken_since:
+                continue
+            self.writer.record(path, text, OK, "", old)
+            self.clear_doubt(path)
+        if folder.rowid:
+            links = marshal.loads(folder.packed)[1] if folder.packed else 0
+            if links > len(known):
+                self.find_vanished(prefix, set(paths))
 
-    def _weigh(self, link: Judged, old: Optional[KnownLink]) -> None:
-        """Count a link for its root and for the guard."""
-        _, _, judgement, number, _, root = link
-        counts = self.units[number].counts
-        self.roots[root]["examined"] += 1
-        counts["total"] += 1
-        counts["ok"] += judgement == JUDGED_OK
-        if old is None:
-            self.changes["new"] += 1
-        else:
-            self._seen += old.rowid <= self._last_rowid
-        if old and old.broken_since:
-            counts["known broken"] += 1
-        else:
-            counts["fresh"] += never_judged(old)
-            counts["gone"] += judgement == JUDGED_GONE
-
-    def _settle(self, link: Judged, status: str, reason: str, old: Optional[KnownLink]) -> None:
-        """Record a verdict: make its row, and its event if there is one."""
-        path, target, _, _, _, root = link
-        self.roots[root][status] += 1
-        if status == UNREACHABLE:
-            if old and old.error.startswith(HELD):
-                reason = old.error  # an outage in between does not end what the guard holds
-            elif never_judged(old) and not reason.startswith((HELD, UNJUDGED)):
-                reason = UNJUDGED + reason
-        change = classify_change(old, status)
-        if change:
-            self.changes[change] += 1
-            self._events.append(link_event(path, target, change, status))
-        self._rows.append(link_row(path, target, status, reason, self.now, old))
-        if len(self._rows) >= BATCH:
-            self._flush()
-
-    def _flush(self) -> None:
-        with transaction(self.conn):
-            self.conn.executemany(_WRITE_LINK, self._rows)
-            _write_events(self.conn, self._events)
-        self._rows, self._events = [], []
-
-    # The end of the walk: what is gone, what has vanished
-
-    def finish(self) -> None:
-        """Judge the links whose targets are gone, then those that are gone themselves."""
-        suspicious = self._find_suspicious()
-        reasons: Counter[str] = Counter()
-        for (packed,) in self.conn.execute("SELECT link FROM temp.gone ORDER BY rowid"):
-            link, known = marshal.loads(packed)
-            old = KnownLink(*known) if known else None
-            status, reason = self._verdict(link, old, suspicious)
-            if status != BROKEN:
-                reasons[reason.replace(UNJUDGED, "")] += 1
-            self._settle(link, status, reason, old)
-        self._flush()
-        for reason in [reason for reason in reasons if reason.startswith(HELD)]:
-            name, count = reason[len(HELD) :], reasons.pop(reason)
-            counts = suspicious.get(name, Counter())
-            good = counts["total"] - counts["known broken"]
-            whole = f" of {good:,}" if good else ""
-            text = f"{count:,}{whole} good links into {name} lost their targets at once"
-            self.guard.append((count, text))
-        for reason, count in reasons.most_common(5):
-            self._refuse(reason, f"{plural(count, 'link')} into it not judged")
-        # Two counts by index: mostly nothing has vanished.
-        if sum(self._count(root) - self._count_missing(root) for root in self._real) != self._seen:
-            for root in self._real:
-                self._record_vanished(root)
-        found: Counter[str] = Counter()
-        for unit in self.units.values():
-            found[unit.mount] += unit.counts["ok"]
-        update = "UPDATE mounts SET good_targets = ?, last_seen_utc = ? WHERE mount_point = ?"
-        rows = [(count, self.now, to_db(point)) for point, count in found.items() if count]
-        with transaction(self.conn):
-            self.conn.executemany(update, rows)
-
-    def _find_suspicious(self) -> Dict[str, Counter[str]]:
-        """Return what is counted where too much is gone at once: by mount point or directory."""
-        groups: Dict[str, Counter[str]] = {}
-        for number, unit in self.units.items():
-            if number in self._blocked:
-                unit.counts["gone"] = 0
-            for name in {unit.mount, unit.child or unit.mount}:
-                groups.setdefault(name, Counter()).update(unit.counts)
-        mounts = {unit.mount for unit in self.units.values()}
-        return {
-            name: counts
-            for name, counts in groups.items()
-            if (name in mounts or counts["total"] >= GUARD_CHILD_LINKS)
-            and is_suspicious(counts, self.limit)
-        }
-
-    def _verdict(
-        self, link: Judged, old: Optional[KnownLink], guarded: Iterable[str]
-    ) -> Tuple[str, str]:
-        """Return (status, reason): broken only where the file system is proven healthy."""
-        _, _, _, number, detail, _ = link
-        unit = self.units[number]
-        if number in self._blocked:
-            return UNREACHABLE, self._blocked[number]
-        emptied = detail and (detail.rstrip("/") or "/")
-        if emptied in self._uninhabited and not self._is_lone_loss(link, old):
-            # What another edition called good, before we knew its mount, was never judged by us.
-            known_then = old and old.last_seen >= self._remembered.get(unit.mount, "~")
-            mark = "" if known_then else UNJUDGED
-            return UNREACHABLE, f"{mark}{emptied} is empty: perhaps nothing is mounted there"
-        if self.limit < 1.0 and old and old.error.startswith(HELD):
-            return UNREACHABLE, old.error  # held until it is back, or accepted
-        if not (old and old.broken_since):
-            for name in (unit.child, unit.mount):
-                if name in guarded:
-                    return UNREACHABLE, HELD + name
-        return BROKEN, ""
-
-    def _is_lone_loss(self, link: Judged, old: Optional[KnownLink]) -> bool:
-        """Tell whether a target that left an empty directory is likelier gone than not mounted.
-
-        That is so if it was seen good or broken there, on a mount that was remembered then, and
-        its own directory still stands; or if somebody has accepted the loss.
-        """
-        _, target, _, number, detail, _ = link
-        since = self._remembered.get(self.units[number].mount)
-        if old is None or never_judged(old) or since is None:
-            return False
-        return self.limit == math.inf or (
-            detail.endswith("/")
-            and from_db(old.target) == target
-            and old.last_seen >= since
-            and (old.status != UNREACHABLE or bool(old.broken_since) or old.error.startswith(HELD))
-        )
-
-    def _count(self, root: str, condition: str = "1") -> int:
-        """Count the rows beneath a root that stood there before this scan."""
-        place, values = beneath(root)
-        query = f"SELECT count(*) FROM symlinks WHERE {condition} AND {place} AND rowid <= ?"
-        return int(self.conn.execute(query, [*values, self._last_rowid]).fetchone()[0])
-
-    def _count_missing(self, root: str) -> int:
-        return self._count(root, "status <> 'ok' AND status = 'missing'")  # so says the index
-
-    def _record_vanished(self, root: str) -> None:
-        """Mark as missing the links that a complete walk of their directories did not meet."""
-        ignore = Ignore(self.job.ignore)
-        place, values = beneath(root)
-        unseen = f"""SELECT rowid, path FROM symlinks
-            WHERE status IS NOT 'missing' AND last_seen_utc IS NOT ? AND {place} AND rowid <= ?"""
-        gone: List[Tuple[int]] = []
-        ignored: List[Tuple[int]] = []
-        for rowid, name in self.conn.execute(unseen, [self.now, *values, self._last_rowid]):
+    def find_vanished(self, prefix: str, present: Set[str]) -> None:
+        """Find the rows of links that their directory does not hold any more."""
+        condition, values = beneath(prefix)
+        select = f"""SELECT rowid, path, last_target FROM symlinks WHERE {condition}
+            AND status <> 'missing' AND rowid <= ?"""
+        for rowid, name, target in self.conn.execute(select, (*values, self.last_link)):
             path = from_db(name)
-            point = find_ancestor(self._real[root] + path[len(root.rstrip("/")) :], self._unwell)
-            if find_ancestor(path, self.unread):
-                continue
-            if ignore.active and ignore.matches_beneath(root, path):
-                ignored.append((rowid,))
-            elif point:
-                self._refuse(self._unwell[point])
+            if "/" not in path[len(prefix) :] and path not in present:
+                self.vanished.append((rowid, path, from_db(target)))
+
+    def take_odd(self, folder: Folder, prefix: str, odd: List[Any], is_flat: bool) -> None:
+        """Record the links that are not simply found; those that are gone wait for the verdict."""
+        known = find_links(self.conn, [prefix + name for name, *_ in odd])
+        count: Counter[str] = Counter()
+        gone = []
+        for name, text, finding, detail in odd:
+            path = prefix + name
+            old = known.get(path)
+            if finding == FOUND_BY_CHAIN:
+                count[OK] += 1
+                if not (old and old.status == OK and old.target == text):
+                    self.writer.record(path, text, OK, "", old)
+                self.clear_doubt(path)
+            elif finding == GONE:
+                title = path if is_flat else title_folder(path)
+                link = (path, text, detail, old and tuple(old), folder.root, title)
+                gone.append((marshal.dumps(link),))
             else:
-                gone.append((rowid,))
+                reason = detail
+                if finding == BLOCKED:
+                    self.blocked.add(detail)
+                    state, reason = self.watch.pool.sealed.get(detail, (UNRESPONSIVE, detail))
+                    is_path = state == UNRESPONSIVE and detail not in self.watch.pool.mounts
+                    if not is_path:
+                        self.refuse(reason, 1)
+                count[UNREACHABLE] += 1
+                self.writer.record(path, text, UNREACHABLE, reason, old)
+        self.roots[folder.root][OK] += count[OK]
+        self.roots[folder.root][UNREACHABLE] += count[UNREACHABLE]
+        if gone:
+            with transaction(self.conn):
+                self.conn.executemany("INSERT INTO temp.gone VALUES (?)", gone)
+
+    def clear_doubt(self, path: str) -> None:
+        """Note that a link is good: no defence holds it any more."""
+        if path in self.doubts:
+            self.cleared.add(path)
+            self.writer.cleared.append((to_db(path),))
+
+    def is_flat(self, folder: Folder, answer: Answer) -> bool:
+        """Tell whether each link of a directory is a title by itself."""
+        if answer[0] == "same":
+            _, _, targets, unvouched = marshal.loads(folder.packed)
+            heads = {head for head, *_ in targets if head}
+            heads.update(text.rpartition("/")[0] for _, text, _ in unvouched)
+        else:
+            heads = {text.rpartition("/")[0] for text in answer[5]}
+        return is_flat_folder(folder.path, len(heads), self.root_paths)
+
+
+def is_flat_folder(path: str, target_folders: int, roots: Collection[str]) -> bool:
+    """Tell whether each link of a library directory is a title by itself: in a root, or where they
+    lead into many directories; not in a season.
+    """
+    if parse_season_folder(path.rpartition("/")[2]) is not None:
+        return False
+    return target_folders >= GUARD_TITLES or path in roots
+
+
+class Pending(NamedTuple):
+    """A link that was not found, as the walk has put it aside."""
+
+    path: str
+    text: str
+    where: Tuple[str, str, str]  # the first missing name, the goal, the mount point
+    old: Optional[KnownLink]
+    root: int
+    title: str
+
+
+class Judgement:
+    """The end of a scan: what is gone is looked at again and judged, then what has vanished."""
+
+    def __init__(self, walk: Walk, share: float) -> None:
+        self.walk, self.share, self.now = walk, share, walk.now
+        self.conn, self.watch, self.writer = walk.conn, walk.watch, walk.writer
+        self.mounted = read_mounts(identity=True)
+        self.good: Counter[str] = Counter()
+        self.unwell: Dict[str, str] = {}
+        self.loss_mounts: Set[str] = set()
+        self.losses: List[Loss] = []
+        self.elsewhere: List[Loss] = []  # what the guard holds and this scan has not met
+        self.removed: List[Loss] = []  # the same, and the links are gone themselves
+        self.units: List[JsonObject] = []
+        self.unseen: List[Tuple[int]] = []  # rows of links that were not met
+        accept = self.walk.job.accept
+        real = self.watch.pool.ask_all([("root", path, False) for path in accept])
+        self.accepted = [path for path in (*accept, *(answer[2] for answer in real)) if path]
+
+    def run(self) -> None:
+        """Judge all that the walk has put aside."""
+        self.good.update(self.watch.pool.good)
+        pending, known_broken = self.load_pending()
+        looks = self.look_again(pending)
+        self.unwell = {**self.watch.unwell(), **self.find_remounted()}
+        self.loss_mounts = {look.mount for look in looks.values() if look.mount}
+        ground = self.survey(pending, looks)
+        for link in known_broken:
+            point = find_ancestor(link.where[0], self.unwell)
+            reason = self.unwell[point] if point else ""
+            self.settle(link, UNREACHABLE if point else BROKEN, reason, link.where[2])
+            if point:
+                self.walk.refuse(reason, 1)
+        self.judge(pending, looks, ground)
+        self.writer.flush()
+        self.record_vanished()
+        self.record_seen()
+
+    def load_pending(self) -> Tuple[Dict[str, Pending], List[Pending]]:
+        """Return the links that were not found: those to be judged, and those known as broken."""
+        pending, known_broken = {}, []
+        for (packed,) in self.conn.execute("SELECT link FROM temp.gone ORDER BY rowid"):
+            path, text, where, old, root, title = marshal.loads(packed)
+            link = Pending(path, text, where, KnownLink(*old) if old else None, root, title)
+            if link.old and link.old.broken_since:
+                known_broken.append(link)
+            else:
+                pending[path] = link
+        return pending, known_broken
+
+    def look_again(self, pending: Mapping[str, Pending]) -> Dict[str, Look]:
+        """Look once more, all anew: a mount may have been away for a moment.
+
+        And again as long as anything is mounted or unmounted meanwhile.
+        """
+        looks: Dict[str, Look] = {}
+        for _ in range(LOOKS if pending else 0):
+            has_changed = watch_mounts()
+            self.watch.restart()
+            looks = self.watch.look(itertools.islice(pending, DOUBTFUL))
+            self.watch.probe()  # a mount may have gone while its targets were looked for
+            if not has_changed():
+                break
+        for path, link in itertools.islice(pending.items(), DOUBTFUL, None):
+            missing, goal, mount = link.where
+            looks[path] = Look(path, GONE, missing=missing, goal=goal, mount=mount)
+        return looks
+
+    def find_remounted(self) -> Dict[str, str]:
+        """Return {point: reason} of what was mounted or unmounted in the middle of the scan."""
+        now = read_mounts(identity=True)
+        points = {p for p in {*now, *self.mounted} if now.get(p) != self.mounted.get(p)}
+        return {point: f"{point} was mounted or unmounted during the scan" for point in points}
+
+    # The ground of the verdict
+
+    def survey(self, pending: Mapping[str, Pending], looks: Mapping[str, Look]) -> Ground:
+        """Gather what the verdict must know; only around the losses, if there are any."""
+        ground = self.watch.make_ground({*self.good, *self.loss_mounts})
+        ground.unwell = self.unwell
+        for path, look in looks.items():
+            if look.finding == GONE:
+                defence, lot = self.walk.doubts.get(path, ("", None))
+                link = pending[path]
+                loss = self.watch.make_loss(look, link.title, link.old, doubt=defence, lot=lot)
+                self.losses.append(loss)
+        met = {loss.path for loss in self.losses} | self.walk.cleared
+        rows = """SELECT path, title, goal, missing, mount_point, lot_id, s.status FROM doubts
+            LEFT JOIN symlinks s USING (path) WHERE defence = 'guard'"""
+        for name, title, goal, missing, mount, lot, status in self.conn.execute(rows):
+            if from_db(name) not in met:
+                texts = [from_db(value) for value in (name, title, goal, missing, mount)]
+                loss = Loss(*texts)._replace(doubt=GUARD, lot=lot)  # type: ignore[arg-type]
+                (self.elsewhere if status == UNREACHABLE else self.removed).append(loss)
+        if self.losses:
+            wanted = {d for loss in (*self.losses, *self.elsewhere)
+                for near in directories_above(loss) for d in (near, os.path.dirname(near))}  # fmt: skip
+            is_first = self.walk.last_folder == 0 < self.walk.last_link  # of this edition's
+            newest = sys.maxsize if is_first else self.walk.last_folder
+            count_good(self.conn, ground, wanted, self.watch.types, self.walk.root_paths, newest)
+        return ground
+
+    def judge(
+        self, pending: Mapping[str, Pending], looks: Mapping[str, Look], ground: Ground
+    ) -> None:
+        """Judge what was looked at again, and record the verdicts."""
+        rows = self.conn.execute("SELECT lot_id, directory, links, titles FROM lots")
+        lots = [Lot(number, from_db(d), links, titles) for number, d, links, titles in rows]
+        verdicts = judge_losses(
+            self.losses, self.elsewhere, self.removed, ground, lots, self.share, self.accepted
+        )
+        by_path = {loss.path: loss for loss in self.losses}
+        numbers = self.write_lots(verdicts, lots)
+        for path, look in looks.items():
+            link, loss = pending[path], by_path.get(path)
+            doubt = verdicts.doubts.get(path)
+            if look.finding == FOUND:
+                self.settle(link, OK, "", look.mount)
+            elif look.finding == NO_LINK:
+                self.walk.roots[link.root]["examined"] -= 1
+            elif loss is None:
+                reason = look.blocked or look.detail
+                self.settle(link, UNREACHABLE, reason, look.mount)
+                if look.blocked and find_ancestor(look.goal, self.unwell):
+                    self.walk.refuse(reason, 1)
+            elif doubt:
+                self.settle(link, UNREACHABLE, doubt.reason, look.mount)
+                self.hold(loss, doubt, numbers.get(path, loss.lot))
+            else:
+                self.settle(link, BROKEN, "", look.mount)
+                if loss.doubt:
+                    self.hold(loss, Doubt(ACCEPTED, "", ""), None)
+        self.tell_units(verdicts, ground, lots)
+
+    def settle(self, link: Pending, status: str, reason: str, mount: str) -> None:
+        """Record a verdict on a link that was not found at first."""
+        self.walk.roots[link.root][status] += 1
+        if status == BROKEN and not (link.old and link.old.broken_since):
+            values = map(to_db, (link.path, link.text, link.title, mount))
+            self.writer.losses.append((*values, self.now, self.now))
+        elif status == BROKEN and link.old and link.old.status == BROKEN:
+            return  # it is as it was
+        if status == OK:
+            self.walk.clear_doubt(link.path)
+        self.writer.record(link.path, link.text, status, reason, link.old)
+
+    def hold(self, loss: Loss, doubt: Doubt, lot: Optional[int]) -> None:
+        """Remember that a loss is in doubt, or that the doubt was ended by the user."""
+        is_guard = doubt.defence == GUARD
+        if doubt.defence == CONTRADICTION:
+            return
+        if doubt.defence == UNWELL:
+            self.walk.refuse(doubt.reason, 1)
+            return
+        if doubt.defence in (BARE, NO_WITNESS):
+            advice = f"; if it is gone for good, `scan --accept {shell_quote(doubt.directory)}`"
+            self.walk.refuse(doubt.reason + advice, 1)
+        values = (loss.path, doubt.defence, loss.title, loss.goal, loss.missing, loss.mount)
+        row = (*map(to_db, values), lot if is_guard else None, self.now)
+        self.writer.doubts.append(row)
+
+    def write_lots(self, verdicts: Verdicts, lots: Sequence[Lot]) -> Dict[str, int]:
+        """Write what is held anew; return the number of its lot for each loss."""
+        known = {lot.directory: lot for lot in lots if lot.number not in verdicts.released}
+        numbers: Dict[str, int] = {}
+        with transaction(self.conn):
+            for unit in verdicts.units:
+                held = [loss for loss in (*self.losses, *self.elsewhere) if loss.lot is not None]
+                gone = unit.losses + [x for x in held if is_under(x.goal, unit.directory)]
+                titles = len({loss.title for loss in gone})
+                lot = known.get(unit.directory)
+                if lot:
+                    number = lot.number
+                    update = "UPDATE lots SET links = ?, titles = ? WHERE lot_id = ?"
+                    size = max(lot.links, len(gone)), max(lot.titles, titles)
+                    self.conn.execute(update, (*size, number))
+                else:
+                    insert = """INSERT INTO lots (directory, links, titles, since_utc)
+                        VALUES (?, ?, ?, ?)"""
+                    row = (to_db(unit.directory), len(gone), titles, self.now)
+                    number = int(self.conn.execute(insert, row).lastrowid or 0)
+                numbers.update((loss.path, number) for loss in unit.losses)
+        return numbers
+
+    def tell_units(self, verdicts: Verdicts, ground: Ground, lots: Sequence[Lot]) -> None:
+        """Say what the guard holds of what this scan has met, each directory for itself."""
+        sizes = {lot.directory: lot.links for lot in lots}
+        groups: Dict[str, List[Loss]] = defaultdict(list)
+        for loss in self.losses:
+            doubt = verdicts.doubts.get(loss.path)
+            if doubt and doubt.defence == GUARD:
+                groups[doubt.directory].append(loss)
+        for directory, losses in sorted(groups.items()):
+            gone = len(losses)
+            self.add_unit(directory, gone, {x.title for x in losses},
+                gone + ground.good[directory], max(gone, sizes.get(directory, 0)))  # fmt: skip
+
+    def add_unit(
+        self, directory: str, links: int, titles: Set[str], of_links: int, lot: int
+    ) -> None:
+        accept = f"scan --accept {shell_quote(directory)}"
+        self.units.append({
+            "directory": directory, "links": links, "titles": len(titles), "of_links": of_links,
+            "lot": lot, "accept": accept,
+        })  # fmt: skip
+
+    # What is no longer met
+
+    def record_vanished(self) -> None:
+        """Mark as missing the links that a complete walk of their directories did not meet."""
+        walk = self.walk
+        ignore = self.watch.pool.view.ignore
+        if self.count_rows() != walk.seen + len(walk.vanished):
+            walk.vanished += self.find_unmet()
+        gone: Dict[int, List[Tuple[int, str, str]]] = defaultdict(list)
+        ignored = []
+        for row in walk.vanished:
+            rowid, path, _ = row
+            number = self.root_of(path)
+            real = walk.real[number] + path[len(walk.job.roots[number].rstrip("/")) :]
+            point = find_ancestor(real, self.unwell)
+            if find_ancestor(path, walk.unread) or point:
+                self.unseen.append((rowid,))
+                if point:
+                    walk.refuse(self.unwell[point], 1)
+            elif ignore.active and ignore.matches_beneath(walk.job.roots[number], path):
+                ignored.append((rowid,))
+            else:
+                gone[number].append(row)
         with transaction(self.conn):
             self.conn.executemany("DELETE FROM symlinks WHERE rowid = ?", ignored)
-        present = self._count(root, "status IS NOT 'missing'")
-        if GUARD_MINIMUM <= len(gone) > self.limit * present:
-            text = f"{len(gone):,} of {plural(present, 'link')} vanished from {root} at once"
-            self.guard.append((len(gone), text))
+        expected = load_removed(self.conn) if gone else set()
+        for number, rows in gone.items():
+            self.judge_vanished(walk.job.roots[number], rows, expected)
+
+    def judge_vanished(
+        self, root: str, rows: List[Tuple[int, str, str]], expected: Set[str]
+    ) -> None:
+        """Record the links that have vanished from a root, unless they are too many at once."""
+        doubts, targets = self.walk.doubts, self.walk.new_targets
+        by_itself = [
+            (rowid, path)
+            for rowid, path, target in rows
+            if path not in expected and target not in targets
+            and not (doubts.get(path, ("",))[0] == VANISHED
+                and any(is_under(path, directory) for directory in self.accepted))
+        ]  # fmt: skip
+        titles = {title_folder(path) if os.path.dirname(path) != root.rstrip("/") else path
+            for _, path in by_itself}  # fmt: skip
+        present = self.count_rows([root]) - self.count_missing([root])
+        if self.share < 1.0 and is_too_much(len(by_itself), present, len(titles), self.share):
+            self.unseen += [(row[0],) for row in rows]
+            self.add_unit(root, len(by_itself), titles, present, len(by_itself))
+            self.units[-1]["vanished"] = True
+            held = [(to_db(path), VANISHED, *[""] * 4, None, self.now) for _, path in by_itself]
+            self.writer.doubts += held
+            self.writer.flush()
             return
-        self.changes["vanished"] += len(gone)
-        select = "SELECT path, last_target FROM symlinks WHERE rowid = ?"
-        rows = (map(from_db, self.conn.execute(select, key).fetchone()) for key in gone)
-        events = (link_event(path, target, "vanished", MISSING) for path, target in rows)
+        self.writer.changes["vanished"] += len(rows)
         # Not _WRITE_LINK: what is missing was not seen now.
         update = "UPDATE symlinks SET status = 'missing', last_status = 'missing' WHERE rowid = ?"
         with transaction(self.conn):
-            _write_events(self.conn, events)
-            self.conn.executemany(update, gone)
+            _write_events(self.conn, (link_event(p, t, "vanished", MISSING) for _, p, t in rows))
+            self.conn.executemany(update, [(row[0],) for row in rows])
+
+    def root_of(self, path: str) -> int:
+        roots = {root.rstrip("/") or "/": n for n, root in enumerate(self.walk.job.roots)
+            if n in self.walk.real}  # fmt: skip
+        return roots[find_ancestor(path, roots) or "/"]
+
+    def walked_roots(self) -> List[str]:
+        return [self.walk.job.roots[number] for number in self.walk.real]
+
+    def count_rows(self, roots: Optional[Sequence[str]] = None, condition: str = "1") -> int:
+        """Count the rows beneath roots that stood there before this scan."""
+        total = 0
+        for root in self.walked_roots() if roots is None else roots:
+            place, values = beneath(root)
+            query = f"SELECT count(*) FROM symlinks WHERE {condition} AND {place} AND rowid <= ?"
+            total += self.conn.execute(query, [*values, self.walk.last_link]).fetchone()[0]
+        return total - (0 if condition != "1" else self.count_missing(roots))
+
+    def count_missing(self, roots: Optional[Sequence[str]] = None) -> int:
+        # So says the index.
+        return self.count_rows(roots, "status <> 'ok' AND status = 'missing'")
+
+    def find_unmet(self) -> List[Tuple[int, str, str]]:
+        """Return (rowid, path, target) of the links of directories that were not visited."""
+        walk, found = self.walk, []
+        known = {path for _, path, _ in walk.vanished}
+        self.conn.create_function(
+            "folder_of", 1, lambda name: to_db(os.path.dirname(from_db(name)))
+        )
+        for root in self.walked_roots():
+            place, values = beneath(root, "s.path")
+            select = f"""SELECT s.rowid, s.path, s.last_target, coalesce(d.rowid, 0) FROM symlinks s
+                LEFT JOIN directories d ON d.path = folder_of(s.path)
+                WHERE {place} AND s.status IS NOT 'missing' AND s.rowid <= ?"""
+            for rowid, name, target, folder in self.conn.execute(select, [*values, walk.last_link]):
+                path = from_db(name)
+                is_new = folder > walk.last_folder
+                is_met = is_new or walk.visited[folder // 8] >> folder % 8 & 1
+                if not is_met and path not in known:
+                    found.append((rowid, path, from_db(target)))
+        return found
+
+    def record_seen(self) -> None:
+        """Move on what tells of the links and mounts when they were last seen, and of the losses
+        whether they are still gone.
+        """
+        ranges = [beneath(root, "+path") for root in self.walked_roots()]
+        with transaction(self.conn):
+            self.conn.execute("CREATE TEMP TABLE IF NOT EXISTS unseen (id INTEGER PRIMARY KEY)")
+            self.conn.execute("DELETE FROM temp.unseen")
+            insert = "INSERT OR IGNORE INTO temp.unseen VALUES (?)"
+            self.conn.executemany(insert, self.unseen)
+            if ranges:
+                where = " OR ".join(condition for condition, _ in ranges)
+                values = [value for _, some in ranges for value in some]
+                update = f"""UPDATE symlinks SET last_seen_utc = ? WHERE rowid <= ? AND ({where})
+                    AND status IS NOT 'missing'"""
+                if self.unseen:
+                    update += " AND rowid NOT IN (SELECT id FROM temp.unseen)"
+                self.conn.execute(update, [self.now, self.walk.last_link, *values])
+            self.remember_mounts()
+            for statement in _SETTLE_LOSSES:
+                self.conn.execute(statement, {"now": self.now})
+
+    def remember_mounts(self) -> None:
+        """Remember the mounts on which good targets, or the library itself, live."""
+        types = read_mounts()
+        points = {point for point in self.good if point in types}
+        for real in self.walk.real.values():
+            # Its links vanish with what the library itself lives on.
+            points |= {p for p in types if is_under(p, real) or is_under(real, p)}
+        rows = [
+            (to_db(point), types[point], self.good[point], self.now, self.now)
+            for point in points - {"/"}
+            if types[point] != "autofs" and point not in self.unwell
+        ]
+        insert = """INSERT INTO mounts VALUES (?, ?, ?, ?, ?) ON CONFLICT(mount_point) DO UPDATE
+            SET last_seen_utc = excluded.last_seen_utc,
+            good_targets = CASE WHEN excluded.good_targets THEN excluded.good_targets
+                ELSE good_targets END"""
+        self.conn.executemany(insert, rows)
 
     # The result
 
+    def list_mounts(self) -> List[JsonObject]:
+        """Return how the mounts are that matter to this scan."""
+        used = {*self.good, *self.loss_mounts, *self.walk.blocked}
+        found: Dict[str, Tuple[str, str, str]] = {}
+        for m in self.watch.mounts:
+            is_shown = m.role == "check" or m.point in used
+            if is_shown or (m.state != HEALTHY and self.watch.is_used(m.point)):
+                found[m.point] = min(found.get(m.point, ("~",) * 3),
+                    (m.fs_type, m.state, m.reason), key=lambda entry: entry[1] in (HEALTHY, "~"))  # fmt: skip
+        for point, (state, reason) in self.watch.pool.sealed.items():
+            if point in self.watch.types and found.get(point, ("", HEALTHY))[1] == HEALTHY:
+                found[point] = (self.watch.types[point], state, reason)
+        for point in used & set(self.watch.types):
+            found.setdefault(point, (self.watch.types[point], HEALTHY, ""))
+        names = ("mount_point", "fs_type", "state", "reason")
+        return [dict(zip(names, (point, *found[point]))) for point in sorted(found)]
+
     def to_json(self) -> JsonObject:
         """Return the scan's result as the commands show it, with its exit code."""
-        totals = {name: sum(root[name] for root in self.roots) for name in _TALLIED}
-        changes = ("new", "newly_broken", "recovered", "vanished")
-        failed = [root for root in self.roots if root["state"] != "scanned"]
-        apart = {*self._real, *(root["path"] for root in failed)}  # no other root holds them
-        missing = sum(map(self._count_missing, apart))
-        code = EXIT_PARTIAL if failed or totals[UNREACHABLE] or self.unread else EXIT_OK
-        if failed == self.roots:
+        walk, mounts = self.walk, self.list_mounts()
+        for mount in mounts:
+            if mount["state"] != HEALTHY:
+                walk.refuse(mount["reason"])
+        totals = {name: sum(root[name] for root in walk.roots) for name in _TALLIED}
+        failed = [root for root in walk.roots if root["state"] != "scanned"]
+        apart = [*self.walked_roots(), *(root["path"] for root in failed)]
+        missing = self.count_missing(apart)
+        code = EXIT_PARTIAL if failed or totals[UNREACHABLE] or walk.unread else EXIT_OK
+        if failed == walk.roots:
             code = EXIT_FAILED
-        if self.refusals or self.guard:
+        if walk.refusals or self.units:
             code = EXIT_REFUSED
+        for reason, count in walk.refusals.items():
+            what = (
+                f"{plural(count, 'link')} not judged" if count else "nothing beneath it is judged"
+            )
+            log.warning("%s; %s", reason, what)
+        changes = ("new", "newly_broken", "recovered", "vanished")
         return {
-            "roots": self.roots,
-            "totals": {**totals, "missing": missing, "ignored": self.ignored},
-            "changes": {name: self.changes[name] for name in changes},
-            "mounts": self.mounts,
+            "roots": walk.roots,
+            "totals": {**totals, "missing": missing, "ignored": walk.ignored},
+            "changes": {name: self.writer.changes[name] for name in changes},
+            "mounts": mounts,
             "guard": {
-                "tripped": bool(self.guard),
-                "held_back": sum(count for count, _ in self.guard),
-                "reason": "; ".join(reason for _, reason in self.guard),
+                "tripped": bool(self.units),
+                "held_back": sum(unit["links"] for unit in self.units),
+                "reason": "; ".join(map(describe_unit, self.units)),
+                "units": self.units,
             },
+            "refusals": list(walk.refusals),
             "exit_code": code,
         }
 
 
+def describe_unit(unit: JsonObject) -> str:
+    """Return what the guard holds in one directory, and how its loss is confirmed."""
+    of, titles = f"{unit['of_links']:,}", plural(unit["titles"], "title")
+    what = "have vanished from" if unit.get("vanished") else "cannot be found in"
+    return (
+        f"{plural(unit['links'], 'link')} of {titles} {what} {unit['directory']} (of {of}; "
+        f"{unit['lot']:,} were gone at once): `{unit['accept']}` if they are gone for good"
+    )
+
+
+def shell_quote(path: str) -> str:
+    """Return a path as it is typed in a shell."""
+    return path if re.fullmatch(r"[\w@%+=:,./-]+", path) else "'" + path.replace("'", "'\\''") + "'"
+
+
+# Of the losses that are still open: those that came back, by themselves or not; those that this
+# scan could not tell; those that are gone still.
+_SETTLE_LOSSES = (
+    """UPDATE losses SET back_utc = :now, came_back_by_itself = target = (SELECT last_target FROM
+        symlinks s WHERE s.path = losses.path) AND NOT EXISTS (SELECT 1 FROM actions a WHERE
+        a.related_path = losses.path AND a.fired_utc >= lost_utc)
+    WHERE back_utc IS NULL
+        AND EXISTS (SELECT 1 FROM symlinks s WHERE s.path = losses.path AND status = 'ok')""",
+    """UPDATE losses SET gone_since_utc = NULL WHERE back_utc IS NULL AND EXISTS
+        (SELECT 1 FROM symlinks s WHERE s.path = losses.path AND status = 'unreachable')""",
+    """UPDATE losses SET gone_since_utc = :now WHERE back_utc IS NULL AND gone_since_utc IS NULL
+        AND EXISTS (SELECT 1 FROM symlinks s WHERE s.path = losses.path AND status = 'broken')""",
+    """DELETE FROM losses WHERE coalesce(back_utc, lost_utc) < datetime(:now, '-31 days')
+        AND NOT EXISTS (SELECT 1 FROM symlinks s WHERE s.path = losses.path AND status = 'broken')""",
+    """DELETE FROM doubts WHERE NOT EXISTS (SELECT 1 FROM symlinks s WHERE s.path = doubts.path
+        AND (status IN ('unreachable', 'missing') OR defence IN ('accepted', 'vanished')))""",
+    """DELETE FROM lots WHERE NOT EXISTS (SELECT 1 FROM doubts JOIN symlinks USING (path)
+        WHERE doubts.lot_id = lots.lot_id AND status = 'unreachable')""",
+    """DELETE FROM doubts WHERE defence = 'guard' AND lot_id NOT IN (SELECT lot_id FROM lots)""",
+    "INSERT OR REPLACE INTO notes VALUES ('scan', :now)",
+)
+
+
+def load_removed(conn: sqlite3.Connection) -> Set[str]:
+    """Return the links that a repair has removed, or had a server remove: they are expected to be
+    gone.
+    """
+    select = "SELECT path FROM link_changes WHERE state = 'removed'"
+    removed = {from_db(row[0]) for row in conn.execute(select)}
+    select = "SELECT related_path, progress FROM actions WHERE progress LIKE '%\"step\"%'"
+    for path, progress in conn.execute(select):
+        noted = json.loads(progress)
+        if noted.get("step") not in (None, "", "found"):
+            removed |= {from_db(path), *noted.get("paths", ())}
+    return removed
+
+
+def count_good(
+    conn: sqlite3.Connection, ground: Ground, wanted: Optional[Set[str]],
+    mounts: Mapping[str, str], roots: Collection[str], newest: int,
+) -> None:  # fmt: skip
+    """Count for the ground what is good beneath the wanted directories, None for all of them, from
+    the whole database.
+
+    Library directories with a rowid above `newest` were met for the first time.
+    """
+
+    @functools.lru_cache(4096)
+    def above(real: str) -> Tuple[str, ...]:
+        found = []
+        for directory in ancestors(real):
+            if wanted is None or directory in wanted:
+                found.append(directory)
+            if directory in mounts:
+                break
+        return tuple(found)
+
+    def count(folder: str, real: str, links: int, is_flat: bool, is_fresh: bool) -> None:
+        for directory in above(real):
+            ground.good[directory] += links
+            ground.fresh[directory] += links * is_fresh
+            if is_flat:
+                ground.more_titles[directory] += links
+            else:
+                ground.titles.setdefault(directory, set()).add(title_folder(folder + "/"))
+            samples = ground.samples.setdefault(directory, [])
+            if len(samples) < SAMPLES and folder not in samples:
+                samples.append(folder)
+
+    covered, folders = 0, set()
+    for rowid, name, packed in conn.execute("SELECT rowid, path, targets FROM directories"):
+        targets = marshal.loads(packed)[2] if packed else ()
+        if targets:
+            folder = from_db(name)
+            folders.add(folder)
+            is_flat = is_flat_folder(folder, len({target[0] for target in targets}), roots)
+            for _, _, real, links in targets:
+                covered += links
+                count(folder, real, links, is_flat, rowid > newest)
+    # Rows that no scan of this edition has met: the container's, another root's before an upgrade.
+    if covered < conn.execute("SELECT count(*) FROM symlinks WHERE status = 'ok'").fetchone()[0]:
+        for name, text in conn.execute(
+            "SELECT path, last_target FROM symlinks WHERE status = 'ok'"
+        ):
+            folder = os.path.dirname(from_db(name))
+            if folder not in folders:
+                goal = os.path.normpath(os.path.join(folder, from_db(text)))
+                count(folder, os.path.dirname(goal), 1, False, False)
+
+
 def scan_library(
-    conn: sqlite3.Connection, job: ScanJob, max_new_broken: float, progress: Callable[[str], None]
+    conn: sqlite3.Connection, job: ScanJob, progress: Callable[[str], None]
 ) -> JsonObject:
     """Walk the job's roots, record every link, and return the result as `scan --json` shows it.
 
-    `max_new_broken` is a share; infinity accepts any loss.  Raises RefresherrError when the worker
-    fails; what was recorded by then stays, and is true.
+    Raises RefresherrError when a worker fails; what was recorded by then stays, and is true.
     """
     started = time.monotonic()
-    record = ScanRecord(conn, job, max_new_broken)
     collecting = gc.isenabled()
     gc.disable()  # nothing here is cyclic; measured: it costs a tenth of a scan
     try:
-        with contextlib.closing(Worker(job)) as worker:
-            for message in worker.messages():
-                record.take(message)
-                progress(f"{record.examined:,} links examined")
-            record.finish()
+        with contextlib.closing(Watch(conn, job.settings)) as watch:
+            watch.probe()
+            walk = Walk(conn, job, watch)
+            walk.open_roots()
+            judgement = Judgement(walk, job.settings.max_new_broken)
+            walk.run(progress)
+            judgement.run()
+            result = judgement.to_json()
     finally:
         if collecting:
             gc.enable()
-    duration = round(time.monotonic() - started, 3)
-    return {**record.to_json(), "duration_seconds": duration}
+    return {**result, "duration_seconds": round(time.monotonic() - started, 3)}
 
 
 def plan_scan(
-    conn: sqlite3.Connection, settings: ScanSettings, roots: Sequence[str] = ()
-) -> ScanJob:
+    settings: ScanSettings, roots: Sequence[str] = (), accept: Sequence[str] = (),
+    full: bool = False,
+) -> ScanJob:  # fmt: skip
     """Return the job for some roots, by default all that are configured."""
     chosen = tuple(dict.fromkeys(roots or settings.roots))
-    rows = conn.execute("SELECT mount_point, fs_type FROM mounts")
-    remembered = {from_db(point): fs_type for point, fs_type in rows}
-    names = ("ignore", "mount_checks", "workers", "stat_timeout")
-    given = {name: getattr(settings, name) for name in names}
-    return ScanJob(roots=chosen, remembered=remembered, **given)
+    return ScanJob(chosen, settings, settings.roots, tuple(accept), full)
 
 
 def forget_mount(conn: sqlite3.Connection, point: str) -> bool:
-    """Forget a remembered mount point; False if it was not remembered."""
-    delete = "DELETE FROM mounts WHERE mount_point = ?"
+    """Forget a remembered mount point, or the branch of a union; False if it is not remembered."""
     with transaction(conn):
-        return conn.execute(delete, (to_db(point),)).rowcount > 0
+        found = conn.execute("DELETE FROM mounts WHERE mount_point = ?", (to_db(point),)).rowcount
+        delete = "DELETE FROM branches WHERE path = ? OR union_point = ?"
+        return bool(found + conn.execute(delete, (to_db(point), to_db(point))).rowcount)
 
 
 def recheck_links(
@@ -3270,45 +4057,68 @@ def recheck_links(
 ) -> Dict[str, Tuple[str, str]]:
     """Look at links again, this very moment, and record nothing.
 
-    Returns {path: (status, reason)}: broken only where the file system is proven healthy, as in a
-    scan.  What is no symlink any more is not in it.
+    Returns {path: (status, reason)}: broken only where no defence but the loss guard speaks against
+    it, and a good link into the same place is good now.  What is no link is not in it.
     """
-    looks = {look.path: look for look in _look_at(conn, settings, paths)}
-    # An empty directory proves nothing by itself: does a good target live beside it?
-    doubted = [path for path, look in looks.items() if look.empty and not look.blocked]
-    places = {("last_target", os.path.dirname(looks[path].empty)) for path in doubted}
-    places |= {("path", os.path.dirname(os.path.dirname(path))) for path in doubted}
-    near: Set[str] = set()
-    for column, place in places:
-        condition, values = beneath(place, column)
-        select = f"SELECT path FROM symlinks WHERE status = 'ok' AND {condition} LIMIT 20"
-        near.update(from_db(row[0]) for row in conn.execute(select, values))
-    again = _look_at(conn, settings, [*doubted, *near]) if doubted else []
-    looks.update((look.path, look) for look in again if look.path not in near)
-    return {path: look.verdict() for path, look in looks.items()}
+    if not paths:
+        return {}
+    select = "SELECT path FROM doubts WHERE defence = 'accepted'"
+    accepted = {from_db(row[0]) for row in conn.execute(select)}
+    verdicts: Dict[str, Tuple[str, str]] = {}
+    with contextlib.closing(Watch(conn, settings)) as watch:
+        watch.probe()
+        losses = []
+        for path, look in watch.look(paths).items():
+            if look.finding == GONE:
+                known = find_link(conn, path)
+                losses.append(
+                    watch.make_loss(look, title_folder(path), known)._replace(was_good=True)
+                )
+            elif look.finding != NO_LINK:
+                is_good = look.finding == FOUND
+                verdicts[path] = (OK, "") if is_good else (UNREACHABLE, look.blocked or look.detail)
+        ground = find_witnesses(conn, watch, losses)
+    for loss in losses:
+        doubt = explain_loss(loss, ground)
+        if doubt and loss.path in accepted and doubt.defence in (BARE, NO_WITNESS):
+            doubt = None
+        verdicts[loss.path] = (UNREACHABLE, doubt.reason) if doubt else (BROKEN, "")
+    return verdicts
 
 
-class Look(NamedTuple):
-    """What a worker said of a link: `blocked` is why its mount is not to be trusted, `empty` the
-    directory without inhabited neighbours that its target leads into, `file` the real file that
-    could be read, if that was asked.
-    """
+def find_witnesses(conn: sqlite3.Connection, watch: Watch, losses: Sequence[Loss]) -> Ground:
+    """Return the ground around some losses, with links that are good at this very moment."""
+    ground = watch.make_ground({loss.mount for loss in losses})
+    survey_losses(losses, ground)
+    row = conn.execute("SELECT value FROM notes WHERE name = 'scan'").fetchone()
+    known = load_ground(conn, row and row[0]) if losses else Ground()
+    ground.titles, ground.more_titles = known.titles, known.more_titles
+    places = {d for loss in losses
+        for d in (loss.near, os.path.dirname(loss.near), find_place(loss, ground))}  # fmt: skip
+    folders = {folder for place in places for folder in known.samples.get(place, ())}
+    links = [path for folder in folders for path in good_links_in(conn, folder)]
+    for look in watch.look(links).values():
+        if look.finding == FOUND:
+            for directory in ancestors(os.path.dirname(look.goal)):
+                ground.good[directory] += 1
+                if directory == look.mount:
+                    break
+    return ground
 
-    path: str
-    judgement: int
-    detail: str
-    blocked: str
-    empty: str
-    file: str
 
-    def verdict(self) -> Tuple[str, str]:
-        """Return (status, reason): broken only where the file system is proven healthy."""
-        if self.judgement == JUDGED_OK:
-            return OK, ""
-        if self.judgement != JUDGED_GONE or self.blocked:
-            return UNREACHABLE, self.blocked or self.detail
-        reason = f"perhaps nothing is mounted there, for it is empty: {self.empty}"
-        return (UNREACHABLE, reason) if self.empty else (BROKEN, "")
+def good_links_in(conn: sqlite3.Connection, folder: str) -> List[str]:
+    """Return some good links of a library directory."""
+    condition, values = beneath(folder)
+    select = f"SELECT path FROM symlinks WHERE status = 'ok' AND {condition} LIMIT ?"
+    return [from_db(row[0]) for row in conn.execute(select, (*values, WITNESSES))]
+
+
+@functools.lru_cache(1)
+def load_ground(conn: sqlite3.Connection, scan: Optional[str]) -> Ground:
+    """Return what the whole database says about all directories, as of the last scan."""
+    ground = Ground()
+    count_good(conn, ground, None, {"/": "", **read_mounts()}, (), 0)
+    return ground
 
 
 def _look_at(
@@ -3317,31 +4127,28 @@ def _look_at(
     """Look at links, and with `read` whether the files they lead to can be read."""
     if not paths:
         return []
-    job = plan_scan(conn, settings, ["/"])
-    job = dataclasses.replace(job, roots=(), links=tuple(dict.fromkeys(paths)), read=read)
-    with contextlib.closing(Worker(job)) as worker:
-        return [
-            Look(*look)
-            for name, *content in worker.messages()
-            if name == "looks"
-            for look in content[0]
-        ]
+    with contextlib.closing(Watch(conn, settings)) as watch:
+        watch.probe()
+        looks = watch.look(dict.fromkeys(paths), read)
+        unwell = watch.unwell()
+    found = [look for look in looks.values() if look.finding != NO_LINK]
+    points = [find_ancestor(look.goal or look.path, unwell) for look in found]
+    blocked = [unwell[point] if point else look.blocked for look, point in zip(found, points)]
+    return [look._replace(blocked=why) for look, why in zip(found, blocked)]
 
 
 def look_at_places(
     conn: sqlite3.Connection, settings: ScanSettings, directories: Iterable[str]
-) -> Tuple[Dict[str, Tuple[str, str, str]], List[Any]]:
+) -> Tuple[Dict[str, Tuple[str, str, str]], List[WatchedMount]]:
     """Return {directory: (state, reason, real path)}, as a scan sees its roots, and the mounts.
 
     The reason of one that is 'scanned' is why we could not replace links in it.
     """
-    places: Dict[str, Tuple[str, str, str]] = {}
-    job = dataclasses.replace(plan_scan(conn, settings, list(directories)), look_only=True)
-    with contextlib.closing(Worker(job)) as worker:
-        for message in worker.messages():
-            if message[0] == "root":
-                places[job.roots[message[1]]] = message[2:5]
-    return places, message[1]
+    with contextlib.closing(Watch(conn, settings)) as watch:
+        watch.probe()
+        paths = list(dict.fromkeys(directories))
+        answers = watch.pool.ask_all([("root", path, True) for path in paths])
+    return dict(zip(paths, answers)), watch.mounts
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3356,8 +4163,6 @@ PLANNED, DONE, NOT_DONE, UNDONE = "planned", "done", "failed", "undone"  # link_
 REPLACED, WOULD_REPLACE, NOT_REPLACED, IN_ERROR = "replaced", "would replace", "skipped", "error"
 CHANGES_AT_ONCE = 250  # links that are looked at, changed and verified together
 COPIES_TRIED = 8  # copies of one episode or movie that are looked at
-ROWS_AT_ONCE = 1000  # sent, or written to the database, together
-YOUNG_NS = 2 * 10**9  # a directory changed so lately may change again within the same mtime
 HD, FULL_HD, UHD = 720, 1080, 2160
 # Folders that hold no episode and no movie, though a name in them may look like one.
 NO_CONTENT = re.compile(
@@ -3386,40 +4191,23 @@ ItemRow = Tuple[Any, ...]  # the first eight columns of _WRITE_ITEM
 # The index: CineSync's tree -> cinesync_items
 
 
-def walk_copies(base: str, known: Mapping[str, int], send: Send) -> None:
-    """Look for CineSync's links below `base`; runs in a worker process.
+def visit_copies(looker: Looker, base: str, folder: str, known: int) -> Answer:
+    """Look for CineSync's links in a directory below `base`; answers in a worker process.
 
-    `known` maps directories to mtimes; one that has its mtime still is not listed again.  Sends
-    ('folders', [(path, mtime, [ItemRow])]), ('unread', path, reason), ('gone', paths), ('done',).
+    Returns (directories, mtime, [ItemRow]); ('same',) where the mtime is the one that is known,
+    ('gone',), or ('unread', reason).
     """
-    below: Dict[str, List[str]] = {}
-    for path in known:
-        below.setdefault(os.path.dirname(path), []).append(path)
-    todo, seen, size = [base], set(), 0
-    found: List[Tuple[str, int, List[ItemRow]]] = []
-    told = time.monotonic()
-    while todo:
-        if size >= ROWS_AT_ONCE or time.monotonic() - told > HEARTBEAT:  # a sign of life, too
-            send(("folders", found))
-            found, size, told = [], 0, time.monotonic()
-        folder = todo.pop()
-        try:
-            began, mtime = time.time_ns(), os.stat(folder).st_mtime_ns
-            if known.get(folder) == mtime:
-                todo += below.get(folder, ())
-            else:
-                folders, rows = list_copies(base, folder)
-                todo += folders
-                size += 1 + len(rows)
-                found.append((folder, mtime if mtime < began - YOUNG_NS else 0, rows))
-            seen.add(folder)
-        except OSError as exc:
-            if exc.errno not in GONE_ERRNOS:  # what lies below is not forgotten
-                send(("unread", folder, exc.strerror))
-                seen.update(path for path in known if is_under(path, folder))
-    send(("folders", found))
-    send(("gone", [path for path in known if path not in seen]))
-    send(("done",))
+    try:
+        place = looker.locate(folder)
+        if place.sealed:
+            return "unread", looker.sealed[place.sealed][1]
+        began, mtime = time.time_ns(), os.stat(folder).st_mtime_ns
+        if known == mtime:
+            return ("same",)
+        folders, rows = looker.ask(functools.partial(list_copies, base), folder, place.mount)
+        return folders, mtime if mtime < began - YOUNG_NS else 0, rows
+    except OSError as exc:
+        return ("gone",) if exc.errno in GONE_ERRNOS else ("unread", exc.strerror)
 
 
 def list_copies(base: str, folder: str) -> Tuple[List[str], List[ItemRow]]:
@@ -3452,28 +4240,48 @@ def index_copies(
     select = "SELECT path, mtime_ns, items FROM cinesync_folders"
     folders = {from_db(path): (mtime, items) for path, mtime, items in conn.execute(select)}
     held = folders if base in folders else {}
-    known = {path: mtime for path, (mtime, _) in held.items()}
-    job, errand = plan_scan(conn, settings, [base]), functools.partial(walk_copies, base, known)
-    with contextlib.closing(Worker(job, errand)) as worker, transaction(conn):
+    with transaction(conn):
         if not held:  # the first time, or another base, or the container edition's items
             conn.execute("DELETE FROM cinesync_folders")
             conn.execute("UPDATE cinesync_items SET last_seen_utc = 0")
-        for message in worker.messages():
-            if message[0] == "folders":
-                for folder, mtime, rows in message[1]:
-                    _write_folder(conn, folder, mtime, rows, held.get(folder, (0, 0))[1] > 0)
-            elif message[0] == "unread":
-                log.warning("cannot read %s: %s; its items stay", message[1], message[2])
-            elif message[0] == "gone":
-                for folder in message[1]:
-                    _write_folder(conn, folder, 0, [], held[folder][1] > 0)
-                    remove = "DELETE FROM cinesync_folders WHERE path = ?"
-                    conn.execute(remove, (to_db(folder),))
+        _walk_copies(conn, settings, base, held)
         if not held:
             conn.execute("DELETE FROM cinesync_items WHERE last_seen_utc = 0")
         count = int(conn.execute("SELECT count(*) FROM cinesync_items").fetchone()[0])
         _refuse_shrink(conn, base, count, accept_shrink)
     return count
+
+
+def _walk_copies(
+    conn: sqlite3.Connection, settings: ScanSettings, base: str, held: Mapping[str, Tuple[int, int]]
+) -> None:
+    """Walk CineSync's tree, and write what has changed since `held`: {directory: (mtime, items)}."""
+    below: Dict[str, List[str]] = defaultdict(list)
+    for path in held:
+        below[os.path.dirname(path)].append(path)
+    todo, seen = [base], set()
+
+    def next_request() -> Optional[Request]:
+        folder = todo.pop() if todo else None
+        return ("copies", base, folder, held.get(folder, (0, 0))[0]) if folder else None
+
+    with contextlib.closing(Watch(conn, settings, {"copies": visit_copies})) as watch:
+        for (_, _, folder, _), answer in watch.pool.run(next_request):
+            seen.add(folder)
+            if answer[0] == "same":
+                todo += below.get(folder, ())
+            elif answer[0] == "unread":  # what lies below is not forgotten
+                log.warning("cannot read %s: %s; its items stay", folder, answer[1])
+                seen.update(path for path in held if is_under(path, folder))
+            elif answer[0] == "gone":
+                seen.discard(folder)
+            else:
+                folders, mtime, rows = answer
+                todo += folders
+                _write_folder(conn, folder, mtime, rows, held.get(folder, (0, 0))[1] > 0)
+    for folder in [path for path in held if path not in seen]:
+        _write_folder(conn, folder, 0, [], held[folder][1] > 0)
+        conn.execute("DELETE FROM cinesync_folders WHERE path = ?", (to_db(folder),))
 
 
 def _write_folder(
@@ -6044,8 +6852,8 @@ def next_step(
     if any(attempt.is_open for attempt in attempts):
         sent = attempts[-1].status == SENT
         return "the server is searching for it" if sent else "queued; dispatch --apply sends it"
-    if link.status == UNREACHABLE and link.error.startswith(HELD):
-        return "if its file is really gone, `scan --accept-breakage`"
+    if link.status == UNREACHABLE and GUARD_WORDS in link.error:
+        return "if its file is really gone, `scan --accept DIR`"
     if link.status == UNREACHABLE:
         return "look at the mount; the next scan judges again"
     if link.status == MISSING:
@@ -6605,7 +7413,7 @@ def examine_library(config: Config, conn: sqlite3.Connection) -> List[Finding]:
         state, reason, _ = looks[path]
         bad = Finding(f"{role} {path}", "failed", reason, "mount it, or correct the config")
         findings.append(Finding(bad.name, "ok", "can be read") if state == "scanned" else bad)
-    findings += [_examined_mount(*mount) for mount in mounts]
+    findings += [_examined_mount(mount) for mount in mounts]
     there = {folder: looks[folder][1] for folder in folders if looks[folder][0] != "missing"}
     closed = [f"{folder}: {reason}" for folder, reason in there.items() if reason]
     if closed:
@@ -6630,14 +7438,14 @@ def sample_folders(conn: sqlite3.Connection, roots: Iterable[str]) -> List[str]:
     return list(dict.fromkeys(map(os.path.dirname, paths)))[:SAMPLE]
 
 
-def _examined_mount(point: str, fs_type: str, state: str, reason: str, role: str) -> Finding:
-    name = f"mount {point}"
-    if state == HEALTHY:
-        return Finding(name, "ok", f"{fs_type or 'a sentinel'}, healthy ({role})")
+def _examined_mount(mount: WatchedMount) -> Finding:
+    name = f"mount {mount.point}"
+    if mount.state == HEALTHY:
+        return Finding(name, "ok", f"{mount.fs_type}, healthy ({mount.role})")
     advice = "mount it again; until then its links are unreachable"
-    if role == "remembered":
-        advice += f", or, if it moved for good, `scan --forget-mount {point}`"
-    return Finding(name, "failed", reason, advice)
+    if mount.role == "remembered":
+        advice += f", or, if it moved for good, `scan --forget-mount {mount.point}`"
+    return Finding(name, "failed", mount.reason, advice)
 
 
 def examine_servers(config: Config, conn: sqlite3.Connection) -> List[Finding]:
@@ -6991,23 +7799,21 @@ def run_scan(context: Context) -> JsonObject:
         for point in args.forget_mount:
             if not forget_mount(conn, os.path.abspath(point)):
                 raise UsageError(f"{point} is not a remembered mount point")
-        job = plan_scan(conn, settings)
-        limit = math.inf if args.accept_breakage else settings.max_new_broken
-        result = scan_library(conn, job, limit, context.progress)
+        accept = ["/"] if args.accept_breakage else map(os.path.abspath, args.accept)
+        job = plan_scan(settings, accept=list(accept), full=args.full)
+        result = scan_library(conn, job, context.progress)
         if args.exit_code and result["exit_code"] == EXIT_OK and result["totals"]["broken"]:
             result["exit_code"] = EXIT_BROKEN
         failed = [root for root in result["roots"] if root["state"] != "scanned"]
         parts = [f"{root['path']}: {root['reason']}" for root in failed]
         if result["guard"]["tripped"]:
             result["message"] = (
-                f"{result['guard']['reason']}: taken for an outage, nothing of it is marked "
-                "broken or missing; `scan --accept-breakage` confirms a real loss"
+                f"{result['guard']['reason']}; until then it is taken for an outage, and nothing "
+                "of it is marked broken or missing"
             )
             log.warning("%s", result["message"])
         elif result["exit_code"] == EXIT_REFUSED:
-            reasons = [m["reason"] for m in result["mounts"] if m["state"] != HEALTHY]
-            reasons = reasons or ["a directory of targets is suddenly empty"]
-            result["message"] = "; ".join(dict.fromkeys(reasons + parts))
+            result["message"] = "; ".join(dict.fromkeys([*result["refusals"], *parts]))
         elif result["exit_code"] == EXIT_FAILED:
             result["message"] = f"no root could be scanned: {failed[0]['reason']}"
         elif result["exit_code"] == EXIT_PARTIAL:
@@ -7208,6 +8014,7 @@ def run_run(context: Context) -> JsonObject:
         started = time.monotonic()
         if count:  # a loss was confirmed once; the next one may be an outage
             context.args.accept_breakage = context.args.accept_shrink = False
+            context.args.accept = []
         try:
             with explained_errors(context.db_path):
                 result = run_once(context)
@@ -7716,7 +8523,10 @@ SCAN = (
     option("scan.roots", nargs="*", type=PATH, metavar="ROOT", help="in place of those configured"),
     option("--workers", type=WORKERS, dest="scan.workers", metavar="N",
         help="look-ups at once on a slow mount"),
-    option("--accept-breakage", action="store_true", help="confirm a real loss"))
+    option("--accept", action="append", default=[], metavar="DIR",
+        help="confirm that what an earlier scan held beneath DIR is really gone"),
+    option("--accept-breakage", action="store_true", help="confirm all that was held"),
+    option("--full", action="store_true", help="read every directory, changed or not"))
 MIN_AGE = option("--min-age", type=DURATION, dest="repair.min_age", metavar="DURATION",
     help="broken for so long")
 DISPATCH = (
