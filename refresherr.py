@@ -66,6 +66,7 @@ import shutil
 import signal
 import sqlite3
 import stat
+import struct
 import sys
 import threading
 import time
@@ -877,6 +878,12 @@ class Ignore:
         self._substring = re.compile("|".join(short)).search if short else None
         self._glob = re.compile("|".join(whole), re.DOTALL).fullmatch if whole else None
         self.active = bool(patterns) or defaults
+
+    def matcher(self, directory: str) -> Optional[Callable[[str], Any]]:
+        """Return what tells whether a name in a directory is to be skipped, None if none is."""
+        if self._long or self._substring:
+            return functools.partial(self.matches, directory)
+        return self._glob
 
     def matches(self, directory: str, name: str) -> bool:
         """Tell whether an entry of a directory that is not ignored itself is to be skipped."""
@@ -1831,7 +1838,7 @@ F_SETPIPE_SZ = 1031  # Linux, missing from `fcntl` before 3.10
 GONE_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 NO_LISTING_ERRNOS = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 AUTO_WORKERS = 24  # a libfuse daemon has some ten threads; what waits for them costs nothing
-AT_ONCE = 32  # requests in one message to the worker for local disks
+AT_ONCE = 100  # requests in one message to the worker for local disks
 CACHE_SIZE = 20000  # directories that a worker remembers
 YOUNG_NS = 2 * 10**9  # a directory changed so lately may change again within the same time stamp
 WORTH_LISTING = 3  # so many names in a directory: one listing costs less than asking for each
@@ -1839,7 +1846,9 @@ LISTED_PER_NAME = 64  # entries; beyond that asking costs less again
 UNVOUCHED = 16  # links of a directory that are looked at by themselves in each scan
 STUCK_LIMIT = 3  # paths that hang on a mount that answers, before it counts as unresponsive
 SLOW_DENIAL = 0.5  # seconds: an ENOENT that takes longer is a failure of the mount, too
-SLOT_SIZE = 16 + 4096  # the time, the length and the path of what a thread waits for
+_SLOT = struct.Struct("=dq")  # since when a thread waits, and the length of the path behind it
+_TIME = struct.Struct("=d")
+SLOT_SIZE = _SLOT.size + 4096
 WORKER_ENDED = "a worker process ended unexpectedly; run it again"
 
 HEALTHY, ABSENT, EMPTY, UNRESPONSIVE, ERROR = "healthy", "absent", "empty", "unresponsive", "error"
@@ -1858,13 +1867,14 @@ class ElsewhereError(Exception):
 class Location(NamedTuple):
     """Where a path leads as the kernel walks it; names that do not exist stay in `real`.
 
-    `missing` is the first component that cannot be looked up, with its `errno`; `sealed` the point
-    at which the walk ended; `hops` how many links were followed.
+    `mark` tells whether it has changed, None where nothing can do that.  `missing` is the first
+    component that cannot be looked up, with its `errno`; `sealed` the point at which the walk
+    ended; `hops` how many links were followed.
     """
 
     real: str
     mount: str
-    status: Optional[os.stat_result] = None
+    mark: Optional[str] = None
     hops: int = 0
     missing: str = ""
     errno: int = 0
@@ -1912,14 +1922,16 @@ class View:
     sealed: Mapping[str, Tuple[str, str]]
     stat_timeout: float
     ignore: Ignore
+    # Mount points that may keep those waiting who ask them, and those where a directory's time of
+    # change tells that nothing in it has changed.
+    slow: Set[str] = dataclasses.field(init=False)
+    trusted: Set[str] = dataclasses.field(init=False)
 
-    def is_slow(self, mount: str) -> bool:
-        """Tell whether a mount may keep those waiting who ask it."""
-        return is_network_type(self.mounts[mount]) or self.mounts[mount] == "autofs"
-
-    def is_trusted(self, mount: str) -> bool:
-        """Tell whether a directory's times say that nothing in it has changed."""
-        return self.mounts[mount] in TRUSTED_TYPES
+    def __post_init__(self) -> None:
+        slow = {p for p, kind in self.mounts.items() if is_network_type(kind) or kind == "autofs"}
+        trusted = {point for point, kind in self.mounts.items() if kind in TRUSTED_TYPES}
+        object.__setattr__(self, "slow", slow)
+        object.__setattr__(self, "trusted", trusted)
 
 
 def mark_of(status: os.stat_result, now_ns: int) -> str:
@@ -1929,7 +1941,7 @@ def mark_of(status: os.stat_result, now_ns: int) -> str:
     """
     if now_ns - status.st_ctime_ns < YOUNG_NS:
         return ""
-    return f"{status.st_dev}.{status.st_ino}.{status.st_ctime_ns}.{os.geteuid()}"
+    return f"{status.st_dev}.{status.st_ino}.{status.st_ctime_ns}"
 
 
 def digest(names: Iterable[str]) -> str:
@@ -1969,26 +1981,31 @@ class Slots:
         """Make slot `number` that of the thread that calls."""
         self._own.start = number * SLOT_SIZE
 
-    def touch(self, path: str) -> float:
-        """Note what the thread is about to wait for; '' for nothing.  Returns the time."""
+    def touch(self, path: Optional[str]) -> float:
+        """Note what the thread is about to wait for: '' nothing, None the same as before.
+
+        Returns the time.
+        """
         start, now = self._own.start, time.monotonic()
-        memory = self._memory
-        memory[start : start + 8] = bytes(8)
-        if path:
-            name = os.fsencode(path)[: SLOT_SIZE - 16]
-            memory[start + 8 : start + 16 + len(name)] = len(name).to_bytes(8, "big") + name
-            memory[start : start + 8] = int(now * 1e9).to_bytes(8, "big")
+        if path is None:
+            self._memory[start : start + 8] = _TIME.pack(now)
+            return now
+        name = os.fsencode(path)[: SLOT_SIZE - _SLOT.size]
+        _SLOT.pack_into(self._memory, start, 0.0, 0)  # nobody is to read one with another's time
+        begin = start + _SLOT.size
+        self._memory[begin : begin + len(name)] = name
+        _SLOT.pack_into(self._memory, start, now if path else 0.0, len(name))
         return now
 
     def waiting(self) -> List[Tuple[str, float]]:
         """Return (path, since when) of all threads that wait for something."""
         found = []
         for start in range(0, self.count * SLOT_SIZE, SLOT_SIZE):
-            since = self._memory[start : start + 8]
-            length = int.from_bytes(self._memory[start + 8 : start + 16], "big")
-            name = self._memory[start + 16 : start + 16 + length]
-            if any(since) and since == self._memory[start : start + 8]:
-                found.append((os.fsdecode(name), int.from_bytes(since, "big") / 1e9))
+            since, length = _SLOT.unpack_from(self._memory, start)
+            begin = start + _SLOT.size
+            name = self._memory[begin : begin + length]
+            if since and (since, length) == _SLOT.unpack_from(self._memory, start):
+                found.append((os.fsdecode(name), since))
         return found
 
 
@@ -2006,7 +2023,7 @@ class Looker:
         )  # seconds of look-ups that failed, by mount point
         self.crossings = {os.path.dirname(point) for point in view.mounts}
         self.locks = [threading.RLock() for _ in range(64)]
-        self.round = 0
+        self.touched = ""  # the mount that the slot of a single thread names
         self.forget()
 
     def forget(self) -> None:
@@ -2021,16 +2038,19 @@ class Looker:
         self.forget()
 
     def ask(self, call: Callable[[str], Any], path: str, mount: str) -> Any:
-        """Return call(path), the path noted for the parent to see, the cost of a failure booked.
+        """Return call(path); of many threads each notes its path for the parent to see, and the
+        cost of a failure is booked.
 
         A mount whose failing look-ups have cost a `stat_timeout` together is asked no further.
         """
+        if not self.is_threaded:
+            return call(path)
         began = self.slots.touch(path)
         try:
             return call(path)
         except OSError as exc:
             took = time.monotonic() - began
-            if self.is_threaded and (exc.errno not in GONE_ERRNOS or took > SLOW_DENIAL):
+            if exc.errno not in GONE_ERRNOS or took > SLOW_DENIAL:
                 self.cost[mount] += took
                 limit = self.view.stat_timeout
                 if self.cost[mount] > limit and mount not in self.sealed:
@@ -2042,7 +2062,7 @@ class Looker:
     def look_up(self, path: str, hops: int = 0) -> Location:
         """Return where a path leads.  This is `locate` without its cache."""
         head, _, name = path.rpartition("/")
-        parent = self.locate(head, hops) if head else Location("/", "/", os.lstat("/"), hops)
+        parent = self.locate(head, hops) if head else Location("/", "/", None, hops)
         if name in ("", "."):
             return parent
         if name == "..":
@@ -2053,12 +2073,16 @@ class Looker:
             return parent._replace(real=real)
         if real in self.sealed:
             return Location(real, mount, None, parent.hops, sealed=real)
-        if not self.is_threaded and self.view.is_slow(mount):
+        if not self.is_threaded and mount in self.view.slow:
             raise ElsewhereError
+        if not self.is_threaded:  # of one thread, the mount says enough of what it waits for
+            self.slots.touch(real if mount != self.touched else None)
+            self.touched = mount
         try:
             status = self.ask(os.lstat, real, mount)
             if not stat.S_ISLNK(status.st_mode):
-                return Location(real, mount, status, parent.hops)
+                mark = mark_of(status, time.time_ns()) if mount in self.view.trusted else None
+                return Location(real, mount, mark, parent.hops)
             if parent.hops >= 40:
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
             text = self.ask(os.readlink, real, mount)
@@ -2076,8 +2100,8 @@ class Looker:
                 listing = self.ask(
                     functools.partial(self.list_some, wanted), place.real, place.mount
                 )
-                if self.view.is_trusted(place.mount) and place.status:
-                    listing = listing._replace(mark=mark_of(place.status, time.time_ns()))
+                if place.mark is not None:
+                    listing = listing._replace(mark=place.mark)
                 self.listings[place.real] = listing
                 if len(self.listings) > (512 if self.is_threaded else 8):
                     self.listings.popitem(last=False)
@@ -2095,10 +2119,10 @@ class Looker:
     def mark_targets(self, head: str, wanted: int) -> str:
         """Return the present mark of a directory of targets, '' if it has none."""
         place = self.locate(head or "/")
-        if not place.status or place.real in self.crossings:
+        if place.errno or place.sealed or place.real in self.crossings:
             return ""
-        if self.view.is_trusted(place.mount):
-            return mark_of(place.status, time.time_ns())
+        if place.mark is not None:
+            return place.mark
         try:
             return self.list_targets(place, wanted).mark
         except OSError:
@@ -2117,8 +2141,7 @@ class Looker:
                 return "unread", self.sealed[place.sealed][1]
             if place.errno:
                 raise OSError(place.errno, os.strerror(place.errno))
-            is_trusted = self.view.is_trusted(place.mount) and place.status
-            own = mark_of(place.status, time.time_ns()) if is_trusted and place.status else ""
+            own = place.mark or ""
             if own and own == mark:
                 same = self.compare(path, packed)
                 if same:
@@ -2149,32 +2172,31 @@ class Looker:
     def read(self, path: str, place: Location, own: str, mark: str, packed: bytes) -> Answer:
         """Return what `visit` does of a directory that is read in full."""
         folders, names, ignored = self.ask(self.list_library, path, place.mount)
-        texts = []
         prefix = path.rstrip("/") + "/"
-        read_link = functools.partial(self.ask, os.readlink, mount=place.mount)
-        for name in list(names):
-            try:
-                texts.append((read_link if self.is_threaded else os.readlink)(prefix + name))
-            except OSError as exc:
-                if exc.errno not in (errno.ENOENT, errno.EINVAL):
-                    raise
-                names.remove(name)  # it has gone, or is no link any more
-        if not self.view.is_trusted(place.mount):
+        read_link: Callable[[str], str] = os.readlink
+        if self.is_threaded:
+            read_link = functools.partial(self.ask, os.readlink, mount=place.mount)
+        try:
+            texts = [read_link(prefix + name) for name in names]
+        except OSError as exc:
+            if exc.errno not in (errno.ENOENT, errno.EINVAL):
+                raise
+            # One has gone, or is no link any more, since the directory was listed.
+            names = [name for name in names if os.path.islink(prefix + name)]
+            texts, own = [read_link(prefix + name) for name in names], ""
+        if place.mark is None:
             own = digest(itertools.chain(folders, (f"{n}/{t}" for n, t in zip(names, texts))))
             same = self.compare(path, packed) if own == mark else None
             if same:
                 return same
         odd, targets = self.judge(prefix, texts)
+        rows = [(names[number], texts[number], *finding) for number, finding in odd.items()]
         vouched = {head for head, mark, *_ in targets if mark}
-        rows, unvouched = [], []
-        for number, text in enumerate(texts):
-            finding = odd.get(number)
-            if finding:
-                rows.append((names[number], text, *finding))
-            head = text.rpartition("/")[0] if text[0] == "/" else (prefix + text).rpartition("/")[0]
-            if finding or head not in vouched:
-                is_good = not finding or finding[0] == FOUND_BY_CHAIN
-                unvouched.append((names[number], text, is_good))
+        unvouched = [(names[n], texts[n], odd[n][0] == FOUND_BY_CHAIN) for n in odd]
+        if len(vouched) < len(targets):
+            heads = (os.path.join(prefix, text).rpartition("/")[0] for text in texts)
+            unvouched += [(names[n], texts[n], True) for n, head in enumerate(heads)
+                if head not in vouched and n not in odd]  # fmt: skip
         if len(unvouched) > UNVOUCHED:
             own, unvouched = "", []
         packed = marshal.dumps((folders, len(names), targets, unvouched), 2)
@@ -2185,12 +2207,13 @@ class Looker:
         folders: List[str] = []
         names: List[str] = []
         ignored = 0
+        is_ignored = self.ignore.matcher(path.rstrip("/"))
         with os.scandir(path + "/") as entries:
             for entry in entries:
                 is_link = entry.is_symlink()
                 if not is_link and not entry.is_dir(follow_symlinks=False):
                     continue
-                if self.ignore.active and self.ignore.matches(path.rstrip("/"), entry.name):
+                if is_ignored and is_ignored(entry.name):
                     ignored += 1
                 else:
                     (names if is_link else folders).append(entry.name)
@@ -2231,8 +2254,9 @@ class Looker:
     ) -> str:
         """Judge links into one directory into `odd`; return the mark that vouches for the rest."""
         place = self.locate(head or "/")
-        is_trusted, listing = self.view.is_trusted(place.mount), None
-        is_plain = bool(place.status) and place.hops < 30 and place.real not in self.crossings
+        listing = None
+        is_there = not (place.errno or place.sealed)
+        is_plain = is_there and place.hops < 30 and place.real not in self.crossings
         if is_plain and len(links) >= WORTH_LISTING:
             with contextlib.suppress(OSError):
                 listing = self.list_targets(place, len(links))
@@ -2240,20 +2264,17 @@ class Looker:
             name = target.rpartition("/")[2]
             is_link = listing.names.get(name) if listing else None
             if is_link is None and is_plain and not (listing and listing.is_whole):
-                with contextlib.suppress(OSError):
+                try:
                     status = self.ask(os.lstat, f"{place.real}/{name}", place.mount)
                     is_link = stat.S_ISLNK(status.st_mode)
+                except OSError:
+                    pass  # `follow` finds out
             if is_link is not False or name in ("", ".", ".."):
                 finding = self.follow(target)
                 if finding[0] != FOUND:
                     odd[number] = finding
-        if listing:
-            return listing.mark
-        return (
-            mark_of(place.status, time.time_ns())
-            if is_plain and is_trusted and place.status
-            else ""
-        )
+        mark = listing.mark if listing else place.mark
+        return (mark or "") if is_plain else ""
 
     def follow(self, target: str) -> Tuple[int, Any]:
         """Judge one target by walking all the way: (finding, detail)."""
@@ -2701,6 +2722,7 @@ def _serve(looker: Looker, answerers: Mapping[str, Answerer], requests: int, ans
                 number, batch = todo.get()
                 found = [answer(request) for request in batch]
                 looker.slots.touch("")
+                looker.touched = ""
                 tell(number, found)
         except RefresherrError as exc:
             tell(-1, str(exc), True)
@@ -2811,8 +2833,8 @@ class Ground:
 
     def count_titles(self, directory: str) -> int:
         """Return how many titles lead into a directory, good or lost."""
-        named = self.titles.get(directory, set()) | self.lost_titles.get(directory, set())
-        return len(named) + self.more_titles[directory]
+        good, lost = self.titles.get(directory, set()), self.lost_titles.get(directory, set())
+        return len(good) + sum(title not in good for title in lost) + self.more_titles[directory]
 
 
 class Lot(NamedTuple):
@@ -3114,6 +3136,11 @@ class Watch:
         self.pool = self.open_pool(stuck)
         self.probe()
 
+    @property
+    def points(self) -> Set[str]:
+        """All mount points that are watched."""
+        return {mount.point for mount in self.mounts}
+
     def unwell(self) -> Dict[str, str]:
         """Return {point: reason} of all that is not healthy."""
         found = {point: reason for point, (_, reason) in self.pool.sealed.items()}
@@ -3221,6 +3248,13 @@ class LinkWriter:
         if len(self.links) >= BATCH:
             self.flush()
 
+    def add_good(self, path: str, target: str) -> None:
+        """Note a new link that is good, and whose names need no care."""
+        self.changes["new"] += 1
+        self.links.append((path, target, OK, OK, self.now, self.now, None, None))
+        if len(self.links) >= BATCH:
+            self.flush()
+
     def flush(self) -> None:
         """Write what has been collected."""
         with transaction(self.conn):
@@ -3242,6 +3276,16 @@ class LinkWriter:
             self.conn.executemany(insert, self.losses)
         self.links, self.events, self.directories = [], [], []
         self.cleared, self.doubts, self.losses = [], [], []
+
+
+def is_plain(*texts: Union[str, Sequence[str]]) -> bool:
+    """Tell whether SQLite holds all these names as they are."""
+    try:
+        for some in texts:
+            "".join(some).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Folder(NamedTuple):
@@ -3285,6 +3329,7 @@ class Walk:
         self.todo: List[Tuple[str, int]] = []
         self.ready: Deque[Folder] = deque()
         self.asked: Dict[str, Folder] = {}
+        self.odd: List[Tuple[Any, ...]] = []  # links that wait for `take_odd`
         conn.execute("PRAGMA wal_autocheckpoint=8000")  # 32 MB: fewer pages are written twice
         conn.execute("DROP TABLE IF EXISTS temp.gone")
         conn.execute("CREATE TEMP TABLE gone (link)")
@@ -3292,7 +3337,7 @@ class Walk:
     def _next_turn(self) -> int:
         """Count the scans; -1 where every directory is to be read."""
         settings = self.job.settings
-        rules = repr((settings.ignore, settings.ignore_defaults))
+        rules = repr((settings.ignore, settings.ignore_defaults, os.geteuid()))
         notes = dict(self.conn.execute("SELECT name, value FROM notes WHERE name LIKE 'scan %'"))
         turn = int(notes.get("scan turn") or 0) + 1
         with transaction(self.conn):
@@ -3336,6 +3381,7 @@ class Walk:
             self.take(folder, answer)
             examined = sum(root["examined"] for root in self.roots)
             progress(f"{examined:,} links examined")
+        self.take_odd()
         self.writer.flush()
 
     def next_request(self) -> Optional[Request]:
@@ -3394,7 +3440,9 @@ class Walk:
             self.todo.append((path, self.covered.get(path, folder.root)))
         if odd:
             is_flat = self.is_flat(folder, answer)
-            self.take_odd(folder, prefix, odd, is_flat)
+            self.odd += [(prefix + name, folder.root, is_flat, *found) for name, *found in odd]
+            if len(self.odd) >= _LOOKUP:
+                self.take_odd()
 
     def tally(self, root: int, links: int, odd: int) -> None:
         self.roots[root]["examined"] += links
@@ -3408,11 +3456,15 @@ class Walk:
         known = find_links(self.conn, paths) if self.last_link and paths else {}
         self.seen += sum(row.rowid <= self.last_link and row.status != MISSING
             for row in known.values())  # fmt: skip
+        plain = is_plain(prefix, names, texts)
         for name, path, text in zip(names, paths, texts):
             old = known.get(path)
             if old is None and self.last_link:
                 self.new_targets[text] = path
             if name in odd:
+                continue
+            if old is None and plain:
+                self.writer.add_good(path, text)
                 continue
             if old and old.status == OK and old.target == text and not old.broken_since:
                 continue
@@ -3433,38 +3485,36 @@ class Walk:
             if "/" not in path[len(prefix) :] and path not in present:
                 self.vanished.append((rowid, path, from_db(target)))
 
-    def take_odd(self, folder: Folder, prefix: str, odd: List[Any], is_flat: bool) -> None:
+    def take_odd(self) -> None:
         """Record the links that are not simply found; those that are gone wait for the verdict."""
-        known = find_links(self.conn, [prefix + name for name, *_ in odd])
-        count: Counter[str] = Counter()
+        known = find_links(self.conn, [link[0] for link in self.odd])
         gone = []
-        for name, text, finding, detail in odd:
-            path = prefix + name
+        for path, root, is_flat, text, finding, detail in self.odd:
             old = known.get(path)
             if finding == FOUND_BY_CHAIN:
-                count[OK] += 1
+                self.roots[root][OK] += 1
                 if not (old and old.status == OK and old.target == text):
                     self.writer.record(path, text, OK, "", old)
                 self.clear_doubt(path)
             elif finding == GONE:
                 title = path if is_flat else title_folder(path)
-                link = (path, text, detail, old and tuple(old), folder.root, title)
+                link = (path, text, detail, old and tuple(old), root, title)
                 gone.append((marshal.dumps(link),))
             else:
-                reason = detail
-                if finding == BLOCKED:
-                    self.blocked.add(detail)
-                    state, reason = self.watch.pool.sealed.get(detail, (UNRESPONSIVE, detail))
-                    is_path = state == UNRESPONSIVE and detail not in self.watch.pool.mounts
-                    if not is_path:
-                        self.refuse(reason, 1)
-                count[UNREACHABLE] += 1
+                self.roots[root][UNREACHABLE] += 1
+                reason = self.explain_block(detail) if finding == BLOCKED else detail
                 self.writer.record(path, text, UNREACHABLE, reason, old)
-        self.roots[folder.root][OK] += count[OK]
-        self.roots[folder.root][UNREACHABLE] += count[UNREACHABLE]
-        if gone:
-            with transaction(self.conn):
-                self.conn.executemany("INSERT INTO temp.gone VALUES (?)", gone)
+        self.odd = []
+        with transaction(self.conn):
+            self.conn.executemany("INSERT INTO temp.gone VALUES (?)", gone)
+
+    def explain_block(self, point: str) -> str:
+        """Return why a link beneath a sealed point cannot be judged; a whole mount is a refusal."""
+        self.blocked.add(point)
+        reason = self.watch.pool.sealed[point][1]
+        if point in self.watch.pool.mounts or point in self.watch.points:
+            self.refuse(reason, 1)
+        return reason
 
     def clear_doubt(self, path: str) -> None:
         """Note that a link is good: no defence holds it any more."""
