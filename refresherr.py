@@ -1843,7 +1843,9 @@ CACHE_SIZE = 20000  # directories that a worker remembers
 YOUNG_NS = 2 * 10**9  # a directory changed so lately may change again within the same time stamp
 WORTH_LISTING = 3  # so many names in a directory: one listing costs less than asking for each
 LISTED_PER_NAME = 64  # entries; beyond that asking costs less again
-UNVOUCHED = 16  # links of a directory that are looked at by themselves in each scan
+UNVOUCHED = 100  # links of a directory that are looked at by themselves in each scan
+SLOW_SECONDS = 0.002  # a look-up that takes longer does not come from a local disk's cache
+SLOW_STREAK = 8  # so many in a row: the whole mount is slow, and listings are cheaper
 STUCK_LIMIT = 3  # paths that hang on a mount that answers, before it counts as unresponsive
 SLOW_DENIAL = 0.5  # seconds: an ENOENT that takes longer is a failure of the mount, too
 _SLOT = struct.Struct("=dq")  # since when a thread waits, and the length of the path behind it
@@ -1908,6 +1910,7 @@ class Look(NamedTuple):
     missing: str = ""
     mount: str = ""
     is_listed: bool = False
+    is_loop: bool = False  # too many links on the way: nothing is missing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2023,6 +2026,7 @@ class Looker:
         )  # seconds of look-ups that failed, by mount point
         self.crossings = {os.path.dirname(point) for point in view.mounts}
         self.locks = [threading.RLock() for _ in range(64)]
+        self.streaks: Dict[str, int] = {}  # of slow answers, by mount point
         self.touched = ""  # the mount that the slot of a single thread names
         self.forget()
 
@@ -2047,9 +2051,12 @@ class Looker:
             return call(path)
         began = self.slots.touch(path)
         try:
-            return call(path)
+            found = call(path)
+            self.note_speed(mount, time.monotonic() - began)
+            return found
         except OSError as exc:
             took = time.monotonic() - began
+            self.note_speed(mount, took)
             if exc.errno not in GONE_ERRNOS or took > SLOW_DENIAL:
                 self.cost[mount] += took
                 limit = self.view.stat_timeout
@@ -2058,6 +2065,12 @@ class Looker:
                     self.newly_sealed[mount] = UNRESPONSIVE, why + format_duration(limit)
                     self.seal(mount, *self.newly_sealed[mount])
             raise
+
+    def note_speed(self, mount: str, took: float) -> None:
+        """Count the slow answers of a mount in a row; once they are many, it is slow for good."""
+        streak = self.streaks.get(mount, 0)
+        if streak < SLOW_STREAK:
+            self.streaks[mount] = streak + 1 if took > SLOW_SECONDS else 0
 
     def look_up(self, path: str, hops: int = 0) -> Location:
         """Return where a path leads.  This is `locate` without its cache."""
@@ -2257,7 +2270,8 @@ class Looker:
         listing = None
         is_there = not (place.errno or place.sealed)
         is_plain = is_there and place.hops < 30 and place.real not in self.crossings
-        if is_plain and len(links) >= WORTH_LISTING:
+        is_listable = place.mark is not None or self.streaks.get(place.mount, 0) >= SLOW_STREAK
+        if is_plain and is_listable and len(links) >= WORTH_LISTING:
             with contextlib.suppress(OSError):
                 listing = self.list_targets(place, len(links))
         for number, target in links:
@@ -2283,9 +2297,15 @@ class Looker:
             return BLOCKED, end.sealed
         if end.errno in GONE_ERRNOS or (not end.errno and end.hops >= 40):
             return GONE, (end.missing or end.real, end.real, end.mount)
-        if end.errno:
-            return UNKNOWN, os.strerror(end.errno)
-        return (FOUND_BY_CHAIN, os.path.dirname(end.real))
+        try:
+            if end.errno:
+                raise OSError(end.errno, os.strerror(end.errno))
+            self.ask(os.stat, target, end.mount)  # the last word on "file/" is the kernel's
+        except OSError as exc:
+            if exc.errno in GONE_ERRNOS:
+                return GONE, (end.real, end.real, end.mount)
+            return UNKNOWN, exc.strerror or str(exc)
+        return FOUND_BY_CHAIN, os.path.dirname(end.real)
 
     def look(self, path: str, wants_file: bool) -> Look:
         """Look at a single link, all facts anew; what is no link stands for itself."""
@@ -2311,8 +2331,11 @@ class Looker:
         except OSError as exc:
             if exc.errno not in GONE_ERRNOS:
                 return Look(path, UNKNOWN, exc.strerror or str(exc), target=text, mount=end.mount)
+            failure = exc.errno
         missing = end.missing or end.real
         look = Look(path, GONE, target=text, goal=end.real, missing=missing, mount=end.mount)
+        if failure == errno.ELOOP:
+            return look._replace(is_loop=True)
         try:
             near = os.path.dirname(missing)
             names = self.ask(self.list_names, near, end.mount)
@@ -2320,8 +2343,8 @@ class Looker:
             if exc.errno in (*GONE_ERRNOS, *NO_LISTING_ERRNOS):  # ENOTDIR: a file stands there
                 return look
             return look._replace(finding=UNKNOWN, detail=f"{near}: {exc.strerror}")
-        is_listed = end.errno == errno.ENOENT and os.path.basename(missing) in names
-        return look._replace(empty="" if names else near, is_listed=is_listed or not end.missing)
+        is_listed = failure == errno.ENOENT and os.path.basename(missing) in names
+        return look._replace(empty="" if names else near, is_listed=is_listed)
 
     def read_file(self, path: str) -> str:
         """Return which file a path leads to in the end.  OSError if it is none to be read."""
@@ -2348,11 +2371,12 @@ class Looker:
         except OSError as exc:
             return ERROR, exc.strerror or "cannot be read", place.real
 
-    def examine_mount(self, probe: str, role: str, fs_type: str) -> Tuple[str, str, str, str]:
+    def examine_mount(
+        self, probe: str, role: str, fs_type: str, point: str
+    ) -> Tuple[str, str, str, str]:
         """Return (state, reason, point, type) of a mount that is watched; a sentinel speaks for
-        its directory.
+        its directory, the `point` of one that cannot be looked at.
         """
-        point = probe
         sealed = find_ancestor(probe, self.sealed)
         if sealed is not None:
             return (*self.sealed[sealed], sealed, fs_type)
@@ -2526,6 +2550,7 @@ class WorkerPool:
         self._suspects: Set[Tuple[str, float]] = set()
         self._alive: Dict[str, float] = {}  # when a mount last answered, by mount point
         self._stuck: Counter[str] = Counter()
+        self.when_idle: Callable[[], None] = lambda: None  # called while nothing is answered
 
     def close(self) -> None:
         """End all workers; the next request starts new ones, which remember nothing."""
@@ -2593,7 +2618,10 @@ class WorkerPool:
         pause = min(0.25, self.view.stat_timeout / 16)
         for process in readers.values():
             pause = pause if process.push() else min(pause, 0.01)
-        for reader in select.select(list(readers), [], [], pause)[0]:
+        ready = select.select(list(readers), [], [], pause)[0]
+        if not ready:
+            self.when_idle()
+        for reader in ready:
             process = readers[reader]
             try:
                 for number, answers, sealed, good in process.frames.read():
@@ -2785,6 +2813,7 @@ class Loss(NamedTuple):
     is_local: bool = True
     is_empty: bool = False  # the directory in which the name is missing
     is_listed: bool = False  # by that directory, all the same
+    is_loop: bool = False  # nothing is missing: there are too many links on the way
     was_good: bool = False  # once
     is_fresh: bool = False  # no scan before this one has met the link
     doubt: str = ""
@@ -2872,7 +2901,7 @@ def find_place(loss: Loss, ground: Ground) -> str:
     if loss.mount == "/":
         steps = [step for step in steps[: 2 if loss.levels == 0 else 1] if step != "/"]
     wide = (step for step in steps if ground.count_titles(step) > 1)
-    return next(wide, steps[-1] if steps else "/")
+    return next(wide, loss.near)
 
 
 def explain_loss(loss: Loss, ground: Ground) -> Optional[Doubt]:
@@ -2889,6 +2918,8 @@ def explain_loss(loss: Loss, ground: Ground) -> Optional[Doubt]:
     if loss.is_listed:
         why = f"{near} lists {os.path.basename(missing)}, but it cannot be looked up"
         return Doubt(CONTRADICTION, why, near)
+    if loss.is_loop:
+        return None
     parent = os.path.dirname(near)
     is_root = near == loss.mount
     if loss.is_empty and (
@@ -3013,6 +3044,8 @@ def judge_losses(
                 doubts[loss.path] = doubt
         elif doubt:
             doubts[loss.path] = doubt
+        elif loss.is_loop:
+            continue  # no outage makes loops
         elif loss.lot is not None and loss.lot not in released:
             held.append(loss)
         else:
@@ -3116,8 +3149,13 @@ class Watch:
 
     def probe(self) -> None:
         """Ask all watched mounts at once how they are, and seal off what cannot be walked."""
-        asked = [("mount", check, "check", "") for check in self.settings.mount_checks]
-        asked += [("mount", point, "remembered", kind) for point, kind in self.remembered.items()]
+        asked = [("mount", p, "remembered", kind, p) for p, kind in self.remembered.items()]
+        known = {**self.types, **self.remembered}
+        for check in self.settings.mount_checks:
+            # While it cannot be looked at, only its name and place tell a sentinel from a mount.
+            folder, name = os.path.split(check)
+            is_file = check not in known and ("." in name or find_ancestor(folder, known) != "/")
+            asked.append(("mount", check, "check", "", folder if is_file else check))
         self.mounts = []
         for request, answer in zip(asked, self.pool.ask_all(asked)):
             state, reason, point, fs_type = answer
@@ -3179,7 +3217,7 @@ class Watch:
         """Return what a look at a link that leads nowhere has found."""
         return Loss(
             look.path, title, look.goal, look.missing, look.mount, self.is_local(look.mount),
-            bool(look.empty), look.is_listed, not never_judged(old), old is None, **known,
+            bool(look.empty), look.is_listed, look.is_loop, not never_judged(old), old is None, **known,
         )  # fmt: skip
 
     def make_ground(self, mounts: Iterable[str]) -> Ground:
@@ -3376,6 +3414,7 @@ class Walk:
 
     def run(self, progress: Callable[[str], None]) -> None:
         """Visit all that is to be visited."""
+        self.watch.pool.when_idle = self.writer.flush
         for request, answer in self.watch.pool.run(self.next_request):
             folder = self.asked.pop(request[1])
             self.take(folder, answer)
@@ -3905,11 +3944,11 @@ class Judgement:
         """Return how the mounts are that matter to this scan."""
         used = {*self.good, *self.loss_mounts, *self.walk.blocked}
         found: Dict[str, Tuple[str, str, str]] = {}
-        for m in self.watch.mounts:
-            is_shown = m.role == "check" or m.point in used
-            if is_shown or (m.state != HEALTHY and self.watch.is_used(m.point)):
-                found[m.point] = min(found.get(m.point, ("~",) * 3),
-                    (m.fs_type, m.state, m.reason), key=lambda entry: entry[1] in (HEALTHY, "~"))  # fmt: skip
+        for mount in self.watch.mounts:
+            is_shown = mount.role == "check" or mount.point in used
+            if is_shown or (mount.state != HEALTHY and self.watch.is_used(mount.point)):
+                if found.get(mount.point, ("", HEALTHY))[1] == HEALTHY:
+                    found[mount.point] = mount.fs_type, mount.state, mount.reason
         for point, (state, reason) in self.watch.pool.sealed.items():
             if point in self.watch.types and found.get(point, ("", HEALTHY))[1] == HEALTHY:
                 found[point] = (self.watch.types[point], state, reason)
