@@ -21,6 +21,7 @@ The sections, bottom-up; each uses only those above it:
     Look-ups                worker processes that look at what may hang, and can be killed
     Scan: the verdict       a loss or an outage: all facts in, the decision out
     Scan: the record        the walk, what is found and judged -> states, rows, events
+    Patience                until when a broken link waits before anything is done about it
     CineSync                broken links -> the files behind CineSync's links; and undo
     HTTP                    one careful client on urllib
     Sonarr and Radarr       what their API has in common, and what not
@@ -360,21 +361,16 @@ class TerminalHandler(logging.Handler):
 # tables come the defaults, the checks, the environment names and `config sample`.
 
 
-def parse_text(text: str) -> str:
-    """Return the text, stripped; empty is an error."""
-    if not text.strip():
-        raise ValueError("must not be empty")
-    return text.strip()
-
-
 def parse_path(text: str) -> str:
     """Return an absolute path, ~ expanded, not resolved."""
-    return os.path.abspath(os.path.expanduser(parse_text(text)))
+    if not text.strip():
+        raise ValueError("must not be empty")
+    return os.path.abspath(os.path.expanduser(text.strip()))
 
 
 def parse_url(text: str) -> str:
     """Return an http or https URL without a trailing slash."""
-    url = parse_text(text).rstrip("/")
+    url = text.strip().rstrip("/")
     if not re.match(r"(?i)https?://[^/\s]+", url) or re.search(r"\s", url):
         raise ValueError("write a URL that begins with http:// or https://")
     if not (urlsplit(url).port or 1):
@@ -467,7 +463,6 @@ _MAP_DOC = "A path here => the same path as the server sees it."
 @dataclasses.dataclass(frozen=True)
 class MainSettings:
     """Where Refresherr keeps its own things, and whether it may change others'."""
-
     data_dir: str = setting("/data", parse_path, "Where the database lives.", "/data", "DATA_DIR")
     apply: bool = setting(False, parse_bool, "Change links and servers without --apply.", "no")
     log_level: str = setting("info", parse_choice("debug", "info", "warning", "error"),
@@ -477,7 +472,6 @@ class MainSettings:
 @dataclasses.dataclass(frozen=True)
 class ScanSettings:
     """What is walked, and what protects it from an outage."""
-
     roots: Paths = setting((), parse_paths, "The library directories, one a line.",
         "\n/opt/media/tv\n/opt/media/movies", "SCAN_ROOTS")
     mount_checks: Paths = setting((), parse_paths,
@@ -498,7 +492,6 @@ class ScanSettings:
 @dataclasses.dataclass(frozen=True)
 class InstanceSettings:
     """One Sonarr or Radarr."""
-
     url: str = setting("", parse_url, "With the URL base, if one is set.", "http://{kind}:{port}")
     api_key: str = secret(parse_key, "Settings > General > API key.", "0123456789abcdef")
     roots: Paths = setting((), parse_paths, "The directories of links that this server owns.",
@@ -509,7 +502,6 @@ class InstanceSettings:
 @dataclasses.dataclass(frozen=True)
 class RelaySettings:
     """The relay URL of the container edition."""
-
     base: str = setting("", parse_url, "Its address.", "http://research-relay:5050", "RELAY_BASE")
     token: str = secret(parse_key, "Its token.", "...", "RELAY_TOKEN")
     routes: PathMap = setting((), parse_map, "A path prefix => the relay's name for the instance.",
@@ -519,8 +511,9 @@ class RelaySettings:
 @dataclasses.dataclass(frozen=True)
 class RepairSettings:
     """When a broken link is repaired, and how often."""
-
-    min_age: float = setting(600.0, parse_duration, "Broken for at least this long.", "10m")
+    min_age: float = setting(3600.0, parse_duration, "Broken for at least this long.", "1h")
+    patience: float = setting(172800.0, parse_duration,
+        "After a loss of many titles at once, wait at most so long whether they come back.", "48h")
     cooldown: float = setting(21600.0, parse_duration, "Between two attempts.", "6h")
     max_attempts: int = setting(3, parse_count, "Then the link needs attention.", "3")
     season_threshold: int = setting(2, parse_count,
@@ -535,7 +528,6 @@ class RepairSettings:
 @dataclasses.dataclass(frozen=True)
 class CinesyncSettings:
     """Relinking to CineSync's copies."""
-
     base: str = setting("", parse_path, "CineSync's own tree of links.",
         "/opt/media/cinesync/CineSync", "CINESYNC_BASE")
     roots: Paths = setting((), parse_paths, "Where broken links may be replaced.",
@@ -548,7 +540,6 @@ class CinesyncSettings:
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
     """What `run` does of itself."""
-
     ingest_every: float = setting(86400.0, parse_duration, "Read the servers when the last reading "
         "is older than this.", "1d")
     time_limit: float = setting(0.0, parse_duration,
@@ -558,7 +549,6 @@ class RunSettings:
 @dataclasses.dataclass(frozen=True)
 class NotifySettings:
     """Who is told about a run."""
-
     discord: str = secret(parse_url, "Webhook.", "https://...", "DISCORD_WEBHOOK")
     ntfy: str = secret(parse_url, "Topic.", "https://ntfy.sh/topic")
     ntfy_token: str = secret(parse_key, "Access token, where the topic needs one.", "...")
@@ -577,7 +567,6 @@ class NotifySettings:
 @dataclasses.dataclass(frozen=True)
 class PlexSettings:
     """Plex is told about the directories that changed."""
-
     url: str = setting("", parse_url, "Its address.", "http://plex:32400")
     token: str = secret(parse_key, "X-Plex-Token, from 'View XML' of any item.", "...")
     path_map: PathMap = setting((), parse_map, _MAP_DOC, "/opt/media => /data")
@@ -586,7 +575,6 @@ class PlexSettings:
 @dataclasses.dataclass(frozen=True)
 class JellyfinSettings:
     """Jellyfin or Emby, likewise."""
-
     url: str = setting("", parse_url, "With the base URL, if one is set.", "http://{kind}:8096")
     api_key: str = secret(parse_key, "Dashboard > API Keys.", "...")
     path_map: PathMap = setting((), parse_map, _MAP_DOC, "/opt/media => /data")
@@ -668,11 +656,12 @@ def load_config(
 
 
 def _read_config_file(file: str) -> Tuple[Values, List[str]]:
-    parser = configparser.ConfigParser(interpolation=None, default_section="\0")
+    # Comments are taken out by us: here, an item of a list may begin as one does.
+    parser = configparser.RawConfigParser(default_section="\0", comment_prefixes=())
     try:
         with open(file, encoding="utf-8-sig") as stream:
             mode = os.fstat(stream.fileno()).st_mode
-            parser.read_file(stream, file)
+            parser.read_file(_without_comments(stream), file)
     except OSError as exc:
         raise ConfigError(f"cannot read the config file {file}: {exc.strerror}") from exc
     except UnicodeDecodeError as exc:
@@ -700,6 +689,21 @@ def _read_config_file(file: str) -> Tuple[Values, List[str]]:
             exposed = exposed or bool(text and secrets.get(key))
     advice = f"others can read the secrets in {file}; run: chmod 600 {file}"
     return values, [advice] if exposed and mode & 0o077 else []
+
+
+def _without_comments(lines: Iterable[str]) -> Iterator[str]:
+    """Yield the lines of a config file, comments as empty ones.  What begins like a comment, but
+    is indented more than the setting above it, belongs to that setting's value.
+    """
+    level = math.inf  # the indentation of the setting whose value may go on
+    for line in lines:
+        text, indent = line.strip(), len(line) - len(line.lstrip())
+        if text.startswith(("#", ";")) and indent <= level:
+            yield "\n"
+            continue
+        if text and indent <= level:
+            level = math.inf if text.startswith("[") else indent
+        yield line
 
 
 def _section_name(title: str, file: str) -> str:
@@ -754,9 +758,12 @@ def _parse_section(section: str, texts: Mapping[str, str]) -> Any:
     for field in _fields(section):
         text, file = texts.get(field.name), texts.get(f"{field.name}_file")
         text = text or (_read_secret(section, f"{field.name}_file", file) if file else "")
+        parse = field.metadata["parse"]
         try:
+            if re.search(r"\n[#;]" + r"(?!\S)" * (parse is parse_list), text):
+                raise ValueError("a comment must begin in the first column of its line")
             if text.strip():
-                parsed[field.name] = field.metadata["parse"](text)
+                parsed[field.name] = parse(text)
         except ValueError as exc:
             shown = "" if field.metadata["secret"] else f" ({redact(text.strip())!r})"
             raise ConfigError(f"config: [{section}] {field.name}{shown}: {exc}") from exc
@@ -1213,7 +1220,7 @@ _V3_COLUMNS = {
 }
 
 # directories: what a scan knows of each library directory, to tell without reading it that nothing
-#   has changed (`targets` is packed by the scan, which alone reads it; a NULL mark asks for a look).
+#   has changed (`targets` is packed by the scan, which alone reads it; no mark asks for a look).
 # doubts: lost links that a defence holds ('empty', 'witness', 'guard', 'vanished'); what the loss
 #   guard holds belongs to a lot, which remembers how much was gone at once.  `goal` is where the
 #   file should be, `missing` the first name on the way that does not exist.
@@ -1238,7 +1245,7 @@ CREATE INDEX ix_losses_mount ON losses(mount_point, lost_utc);
 CREATE TABLE notes (name TEXT PRIMARY KEY, value TEXT);
 CREATE INDEX ix_movie_files_path ON movie_files(original_path, instance);
 CREATE INDEX ix_episode_files_path ON episode_files(original_path, instance)
-"""
+"""  # the last two once more: early databases of version 3 lack them
 _V4_COLUMNS = {
     "symlinks": ("read_utc TEXT", "read_error TEXT"),
     "series": ("year INTEGER", "tags TEXT"),
@@ -1451,17 +1458,23 @@ def _migrate_to_v4(conn: sqlite3.Connection) -> None:
     _add_columns(conn, _V4_COLUMNS)
     _create_all(conn, _V4_TABLES)
     # What version 3 held remains held: each of its units becomes a lot.
-    held: Dict[str, List[Any]] = {}
-    select = """SELECT path, coalesce(last_target, ''), error FROM symlinks
-        WHERE status = 'unreachable' AND error LIKE ?"""
-    for path, target, error in conn.execute(select, (_HELD_IN_V3 + "%",)):
-        held.setdefault(error[len(_HELD_IN_V3) :], []).append((from_db(path), from_db(target)))
-    for directory, links in held.items():
-        titles = len({title_folder(path) for path, _ in links})
+    held: Dict[str, Dict[str, str]] = {}
+    select = "SELECT path, last_target, error FROM symlinks WHERE status = 'unreachable'"
+    for path, target, error in conn.execute(select):
+        if (error or "").startswith(_HELD_IN_V3):
+            goal = os.path.join(os.path.dirname(from_db(path)), from_db(target))
+            goals = held.setdefault(error[len(_HELD_IN_V3) :], {})
+            goals[from_db(path)] = os.path.normpath(goal)
+    for name, goals in held.items():
+        # The reason has the directory's name escaped, the targets have it as it is.
+        steps = itertools.chain.from_iterable(map(ancestors, goals.values()))
+        directory = next((step for step in steps if escape(step) == name), name)
+        # Rather too many titles than too few, which would be let go.
+        titles = {(title_folder(path), os.path.dirname(goals[path])) for path in goals}
+        values = (to_db(directory), len(goals), len(titles), utc_now())
         insert = "INSERT INTO lots (directory, links, titles, since_utc) VALUES (?, ?, ?, ?)"
-        lot = conn.execute(insert, (directory, len(links), titles, utc_now())).lastrowid
-        for path, target in links:
-            goal = os.path.normpath(os.path.join(os.path.dirname(path), target))
+        lot = conn.execute(insert, values).lastrowid
+        for path, goal in goals.items():
             texts = map(to_db, (path, "guard", title_folder(path), goal, goal))
             insert = "INSERT INTO doubts VALUES (?, ?, ?, ?, ?, '/', ?, ?)"
             conn.execute(insert, (*texts, lot, utc_now()))
@@ -1648,23 +1661,12 @@ def find_link(conn: sqlite3.Connection, path: str) -> Optional[KnownLink]:
 IS_BROKEN = "status <> 'ok' AND status = 'broken'"  # so says the index ix_symlinks_not_ok
 
 
-def find_broken(conn: sqlite3.Connection) -> Iterator[Tuple[str, str, Optional[str]]]:
-    """Yield (path, target, broken since) of the broken links, those of old first."""
-    columns = "path, last_target, broken_since_utc"
-    query = f"SELECT {columns} FROM symlinks WHERE {IS_BROKEN} ORDER BY broken_since_utc, path"
-    for path, target, since in conn.execute(query):
-        yield from_db(path), from_db(target), since
-
-
 def record_symlink(path: str, target: str, status: str) -> None:
     """Record that the link at `path` points to `target` and is `status`, one of `STATUSES`."""
     if status not in STATUSES:
         raise ValueError(f"unknown status {status!r}; known: {', '.join(STATUSES)}")
     with _writing() as conn:
-        known = find_link(conn, path)
-        conn.execute(_WRITE_LINK, link_row(path, target, status, "", utc_now(), known))
-        change = classify_change(known, status)
-        _write_events(conn, [link_event(path, target, change, status)] if change else [])
+        _write_events(conn, write_link(conn, find_link(conn, path), path, target, status))
 
 
 def enqueue_action(url: str, reason: str = "", related_path: Optional[str] = None) -> int:
@@ -1721,6 +1723,28 @@ def link_event(path: str, target: str, action: str, status: str) -> Event:
     return (int(time.time()), to_db(path), to_db(target), media.kind, name, action, status)
 
 
+def write_link(
+    conn: sqlite3.Connection, known: Optional[KnownLink], path: str, target: str, status: str,
+    reason: str = "",
+) -> List[Event]:  # fmt: skip
+    """Record outside of a scan what a link is now, and return the events of that, none or one.
+
+    The next scan reads its directory again; doubts about what it was before are over, and if it
+    is good, so is its loss, which has not come back by itself.
+    """
+    now = utc_now()
+    conn.execute(_WRITE_LINK, link_row(path, target, status, reason, now, known))
+    update = "UPDATE directories SET mark = NULL WHERE path = ?"
+    conn.execute(update, (to_db(os.path.dirname(path)),))
+    if known and (from_db(known.target), known.status) != (target, status):
+        conn.execute("DELETE FROM doubts WHERE path = ?", (to_db(path),))
+    if status == OK:
+        update = "UPDATE losses SET back_utc = ? WHERE path = ? AND back_utc IS NULL"
+        conn.execute(update, (now, to_db(path)))
+    change = classify_change(known, status)
+    return [link_event(path, target, change, status)] if change else []
+
+
 def add_events(rows: Iterable[Sequence[Any]]) -> None:
     """Append tuples (ts, path, target, kind, name, action, status) to the event log."""
     encoded = [[to_db(v) if isinstance(v, str) else v for v in row] for row in rows]
@@ -1743,6 +1767,45 @@ def beneath(root: str, column: str = "path") -> Tuple[str, List[Any]]:
     as_text, as_bytes = [to_db(first), to_db(last)], [os.fsencode(first), os.fsencode(last)]
     within = f"{column} >= ? AND {column} < ?"
     return f"({within} OR {within})", [*as_text, *as_bytes]
+
+
+def beneath_any(roots: Sequence[str]) -> Tuple[str, List[Any]]:
+    """Return an SQL condition, with its parameters, for paths beneath roots; all without any."""
+    parts = [beneath(root, "+path") for root in roots]  # by no index: few rows are asked
+    condition = " OR ".join(part for part, _ in parts) or "1"
+    return f"({condition})", [value for _, values in parts for value in values]
+
+
+def find_broken(
+    conn: sqlite3.Connection, roots: Sequence[str] = ()
+) -> Iterator[Tuple[str, str, Optional[str]]]:
+    """Yield (path, target, broken since) of the broken links beneath the roots, oldest first."""
+    within, values = beneath_any(roots)
+    query = f"""SELECT path, last_target, broken_since_utc FROM symlinks
+        WHERE {IS_BROKEN} AND {within} ORDER BY broken_since_utc, path"""
+    for path, target, since in conn.execute(query, values):
+        yield from_db(path), from_db(target), since
+
+
+def find_strays(conn: sqlite3.Connection, roots: Sequence[str]) -> Dict[str, int]:
+    """Return {directory: links in it and beneath} of the links that lie beneath no root."""
+    within, values = beneath_any(roots)
+    places: Dict[str, List[str]] = {}  # by the top directory
+    for (name,) in conn.execute(f"SELECT path FROM symlinks WHERE NOT {within}", values):
+        folder = os.path.dirname(from_db(name))
+        places.setdefault("/".join(folder.split("/")[:2]), []).append(folder)
+    return {os.path.commonpath(folders): len(folders) for folders in places.values()}
+
+
+def forget_strays(conn: sqlite3.Connection, roots: Sequence[str]) -> None:
+    """Delete what is known of links and directories that lie beneath no root."""
+    within, values = beneath_any(roots)
+    with transaction(conn):
+        for table in ("symlinks", "doubts", "losses"):
+            conn.execute(f"DELETE FROM {table} WHERE NOT {within}", values)
+        own = f"path IN ({', '.join('?' * len(roots))})"
+        delete = f"DELETE FROM directories WHERE NOT ({within} OR {own})"
+        conn.execute(delete, [*values, *map(to_db, roots)])
 
 
 @contextlib.contextmanager
@@ -4241,6 +4304,96 @@ def look_at_places(
 
 
 # ---------------------------------------------------------------------------------------------
+# Patience
+# ---------------------------------------------------------------------------------------------
+# The more is lost at once, the longer it must stay lost before anything is done about it.
+
+DAY = 86400.0  # seconds
+FEW_TITLES = 2  # so many are lost on a mount within a day without any outage
+TITLE_WAIT = 1800.0  # seconds for each title, where there are more
+
+
+class OpenLoss(NamedTuple):
+    """Of a link that is lost: since when every scan has found it gone, None if the last could not
+    tell; the titles lost on its mount within a day before or after; how many seconds after their
+    loss, at the most, links of that mount have lately come back by themselves.
+    """
+
+    mount: str
+    gone_since: Optional[float]
+    titles: int
+    slowest_return: float
+
+
+class Wait(NamedTuple):
+    """Until when, as a Unix time, nothing is done about a broken link; infinity where a scan has
+    to end it.  The reason is the queue's: 'too_recent' for `min_age` alone, else 'waiting'.
+    """
+
+    until: float
+    reason: str
+    why: str
+
+    def __str__(self) -> str:
+        end = "a scan finds it gone again"
+        if self.until < math.inf:
+            end = format_time(self.until)[:16].replace("T", " ") + " UTC"
+        return f"waits until {end}: {self.why}"
+
+
+def plan_wait(min_age: float, patience: float, since: float, loss: Optional[OpenLoss]) -> Wait:
+    """Return until when a link that broke at `since` waits, all in seconds.
+
+    Without a `loss`, which only a scan of ours records, `min_age` is all there is to it.
+    """
+    young = Wait(since + min_age, "too_recent", f"broken for less than {format_duration(min_age)}")
+    if loss is None or not patience:
+        return young
+    unsure = f"a scan could not tell meanwhile what is on {loss.mount}"
+    if loss.gone_since is None:
+        return Wait(math.inf, "waiting", unsure)
+    titles = loss.titles if loss.titles > FEW_TITLES else 0
+    wait = min(patience, max(TITLE_WAIT * titles, 2 * loss.slowest_return))
+    after = format_duration(loss.slowest_return)
+    why = f"links into {loss.mount} have come back by themselves after {after}"
+    if TITLE_WAIT * titles >= 2 * loss.slowest_return:
+        why = f"{titles:,} titles were lost on {loss.mount} within a day"
+    long = Wait(loss.gone_since + max(wait, min_age), "waiting", why if wait > min_age else unsure)
+    return long if long.until > young.until else young
+
+
+def load_losses(conn: sqlite3.Connection) -> Dict[str, OpenLoss]:
+    """Return {path: its loss} of the links that scans have lost and not found again."""
+    lost: Dict[Any, Dict[float, Set[Any]]] = defaultdict(lambda: defaultdict(set))
+    slowest: Dict[Any, float] = defaultdict(float)
+    gone: Dict[Any, Tuple[Any, float, Optional[float]]] = {}
+    times = (f"strftime('%s', {name}_utc) + 0.0" for name in ("lost", "back", "gone_since"))
+    select = f"SELECT path, title, mount_point, came_back_by_itself, {', '.join(times)} FROM losses"
+    for path, title, mount, by_itself, when, back, since in conn.execute(select):
+        lost[mount][when].add(title)
+        if back is None:
+            gone[path] = mount, when, since
+        elif by_itself and back > time.time() - 30 * DAY:
+            slowest[mount] = max(slowest[mount], back - when)
+
+    @functools.lru_cache(maxsize=None)
+    def count_titles(mount: Any, when: float) -> int:
+        days = (titles for time, titles in lost[mount].items() if abs(time - when) <= DAY)
+        return len(set().union(*days))
+
+    return {from_db(path): OpenLoss(escape(from_db(mount)), since, count_titles(mount, when),
+        slowest[mount]) for path, (mount, when, since) in gone.items()}  # fmt: skip
+
+
+def summarise_waits(waits: Iterable[Wait]) -> List[str]:
+    """Return a line for each reason for which links wait."""
+    groups: Dict[str, List[Wait]] = {}
+    for wait in waits:
+        groups.setdefault(wait.why, []).append(wait)
+    return [f"{plural(len(group), 'link')}: {max(group)}" for group in groups.values()]
+
+
+# ---------------------------------------------------------------------------------------------
 # CineSync
 # ---------------------------------------------------------------------------------------------
 # CineSync keeps a tree of its own links to what lies on the mount.  A broken link of the library is
@@ -4609,11 +4762,9 @@ def _record_changes(conn: sqlite3.Connection, changes: Iterable[LinkChange]) -> 
             known, (status, why) = find_link(conn, change.path), change.verdict
             if known and status != OK:  # undone: it was broken before, and is no new loss
                 known = known._replace(broken_since=known.broken_since or now)
-            row = link_row(change.path, change.new, status, why, now, known)
-            conn.execute(_WRITE_LINK, row)
-            names = filter(None, ("relinked", classify_change(known, status)))
-            events = [link_event(change.path, change.new, name, status) for name in names]
-            _write_events(conn, events)
+            relinked = link_event(change.path, change.new, "relinked", status)
+            events = write_link(conn, known, change.path, change.new, status, why)
+            _write_events(conn, [relinked, *events])
 
 
 def settle_journal(conn: sqlite3.Connection, settings: ScanSettings) -> None:
@@ -4664,11 +4815,12 @@ class Relinker:
 
     def __init__(self, conn: sqlite3.Connection, config: Config, run_id: Optional[int]) -> None:
         self.conn = conn
-        self.scan, self.settings, self.min_age = config.scan, config.cinesync, config.repair.min_age
+        self.scan, self.settings, self.repair = config.scan, config.cinesync, config.repair
         self.run_id = run_id
         self.any_resolution = False
         self.allowed: List[str] = []
         self.items: List[BrokenLink] = []
+        self.waits: List[Wait] = []
         self.count: Counter[str] = Counter()
         self.refused: Set[str] = set()
         self.problems: List[str] = []
@@ -4714,15 +4866,19 @@ class Relinker:
 
     def load_broken(self, roots: Mapping[str, str]) -> List[BrokenLink]:
         """Return the links below some roots that have been broken long enough, oldest first."""
-        server_ids, links = load_server_ids(self.conn), []
+        server_ids, links, now = load_server_ids(self.conn), [], time.time()
+        losses, settings = load_losses(self.conn), self.repair
         for path, target, since in find_broken(self.conn):
             root = find_ancestor(path, roots)
             if root is None:
                 continue
             link = BrokenLink(path, target)
             self.items.append(link)
-            if time.time() - (parse_time(since) or 0.0) < self.min_age:
-                link.reason = f"broken for less than {format_duration(self.min_age)}"
+            began = parse_time(since) or 0.0
+            wait = plan_wait(settings.min_age, settings.patience, began, losses.get(path))
+            if now < wait.until:
+                link.reason = str(wait)
+                self.waits += [wait] if wait.reason == "waiting" else []
                 continue
             below_root = path[len(root.rstrip("/")) :]
             link.work = describe_link(below_root, link.old, server_ids.get(path, {}))
@@ -4821,6 +4977,7 @@ class Relinker:
         result.update({n: self.count[n] for n in ("candidate_found", "resolved_target_ok")})
         result.update(replaced=results[REPLACED], skipped=results[NOT_REPLACED])
         result.update(errors=results[IN_ERROR], exit_code=EXIT_REFUSED if self.refused else code)
+        result["waits"] = summarise_waits(self.waits)
         if self.refused or self.problems:
             result["message"] = "; ".join([*sorted(self.refused), *self.problems])
             log.warning("%s", result["message"])
@@ -5618,7 +5775,7 @@ PENDING, SENT, FAILED, CANCELLED, REPAIRED = "pending", "sent", "failed", "cance
 RETRY, WOULD_SEND = "retry", "would send"  # what else a dispatch says of an action
 SKIPPED = (
     "already_queued", "too_recent", "cooldown", "exhausted", "no_route", "recovered", "unreachable",
-    "unmonitored", "over_limit",
+    "waiting", "unmonitored", "over_limit",
 )  # fmt: skip
 
 
@@ -5714,6 +5871,7 @@ class Attempt(NamedTuple):
     fired: float
     times: int
     error: str
+    patience: float = math.inf  # with which it was queued
 
 
 def load_history(conn: sqlite3.Connection) -> Dict[str, List[Attempt]]:
@@ -5726,18 +5884,22 @@ def load_history(conn: sqlite3.Connection) -> Dict[str, List[Attempt]]:
         noted = json.loads(progress or "{}")
         is_open = status == PENDING or (status == SENT and url.startswith("arr:"))
         times = max(1, noted.get("searches", 1)) if status in (SENT, FAILED, REPAIRED) else 0
-        attempt = Attempt(url, status, is_open, parse_time(fired) or 0.0, times, error or "")
+        patience, fired = noted.get("patience", math.inf), parse_time(fired) or 0.0
+        attempt = Attempt(url, status, is_open, fired, times, error or "", patience)
         for name in {from_db(path), *noted.get("paths", ())}:
             history.setdefault(name, []).append(attempt)
     return history
 
 
-def why_not(settings: RepairSettings, since: float, attempts: Sequence[Attempt], now: float) -> str:
+def why_not(
+    settings: RepairSettings, since: float, attempts: Sequence[Attempt], now: float,
+    wait: Optional[Wait] = None,
+) -> str:  # fmt: skip
     """Return which of `SKIPPED` keeps a link, broken since then, from a repair; '' for none."""
     if any(attempt.is_open for attempt in attempts):
         return "already_queued"
-    if now - since < settings.min_age:
-        return "too_recent"
+    if wait and now < wait.until:
+        return wait.reason
     if sum(a.times for a in attempts if a.fired >= since) >= settings.max_attempts:
         return "exhausted"
     if now - max((a.fired for a in attempts), default=0.0) < settings.cooldown:
@@ -5764,20 +5926,23 @@ def is_replaced(conn: sqlite3.Connection, path: str, since: float) -> bool:
 def queue_repairs(conn: sqlite3.Connection, config: Config) -> JsonObject:
     """Turn confirmed broken links into actions, and return what `queue --json` shows."""
     skipped = Counter(dict.fromkeys(SKIPPED, 0))
-    history, now = load_history(conn), time.time()
+    settings, history, now = config.repair, load_history(conn), time.time()
+    losses, waits = load_losses(conn), []
     owners: Dict[str, Optional[Owner]] = {}
-    for path, target, since_utc in find_broken(conn):
+    for path, target, since_utc in find_broken(conn, config.scan.roots):
         since = parse_time(since_utc) or 0.0
         owner = find_owner(conn, config.instances, path, target)
-        reason = why_not(config.repair, since, history.get(path, ()), now)
+        wait = plan_wait(settings.min_age, settings.patience, since, losses.get(path))
+        reason = why_not(settings, since, history.get(path, ()), now, wait)
         if not reason and is_replaced(conn, path, since):
             reason = "recovered"
         if not reason and not owner and not plan_relay(config.relay, path):
             reason = "no_route"
-        if not reason and owner and owner.monitored == 0 and not config.repair.unmonitored:
+        if not reason and owner and owner.monitored == 0 and not settings.unmonitored:
             reason = "unmonitored"
         if reason:
             skipped[reason] += 1
+            waits += [wait] if reason == "waiting" else []
         else:
             owners[path] = owner
     verdicts = recheck_links(conn, config.scan, list(owners))
@@ -5789,18 +5954,20 @@ def queue_repairs(conn: sqlite3.Connection, config: Config) -> JsonObject:
             del owners[path]
     queued: List[JsonObject] = []
     for url, paths in plan_actions(config, owners):
-        if len(queued) >= config.repair.limit:
+        if len(queued) >= settings.limit:
             skipped["over_limit"] += len(paths)
             continue
         reason = "broken link" if len(paths) == 1 else f"{len(paths)} broken links of a season"
-        number, is_new = insert_action(conn, url, reason, paths[0], json.dumps({"paths": paths}))
+        noted = {"paths": paths, "min_age": settings.min_age, "patience": settings.patience}
+        number, is_new = insert_action(conn, url, reason, paths[0], json.dumps(noted))
         if is_new:
             _write_events(conn, [link_event(path, "", "queued", PENDING) for path in paths])
             queued.append({"id": number, "url": url, "related_path": paths[0], "reason": reason})
         else:
             skipped["already_queued"] += len(paths)
     code = EXIT_REFUSED if skipped["unreachable"] else EXIT_OK
-    return {"queued": queued, "skipped": dict(skipped), "exit_code": code}
+    told = {"queued": queued, "skipped": dict(skipped), "waits": summarise_waits(waits)}
+    return {**told, "exit_code": code}
 
 
 def list_actions(
@@ -5998,6 +6165,7 @@ class Dispatcher:
         self.left = 0  # so many may still be tried in this run
         self.left = 0  # so many may still be tried in this run
         self.deadline = math.inf  # of time.monotonic()
+        self.losses = load_losses(conn)
         self.hung = ""  # what hangs, once something does
         self.refused = False
         self.problems: List[str] = []
@@ -6068,10 +6236,18 @@ class Dispatcher:
             if (self.conn.execute(last).fetchone() or (EXIT_OK,))[0] == EXIT_REFUSED:
                 self.put_off(action, "the last scan was refused")
             return not action.outcome
-        verdicts = self.look(action.paths)
+        verdicts, waits = self.look(action.paths), []
+        # As it was queued; what an older edition or a script has queued was never to be young.
+        patience = min(self.config.repair.patience, action.progress.get("patience", math.inf))
         for path, known in find_links(self.conn, list(verdicts)).items():
             if known.status == UNREACHABLE and verdicts[path][0] == BROKEN:
                 verdicts[path] = UNREACHABLE, known.error or "the last scan could not judge it"
+            since, loss = parse_time(known.broken_since) or 0.0, self.losses.get(path)
+            if verdicts[path][0] == BROKEN:
+                waits.append(plan_wait(action.progress.get("min_age", 0.0), patience, since, loss))
+        if waits and time.time() < max(waits).until:  # more was lost since it was queued
+            action.outcome, action.error = PENDING, str(max(waits))
+            return False
         states = dict(verdicts.values())  # {status: why}
         if BROKEN in states:
             return True
@@ -6761,16 +6937,19 @@ def plan_jellyfin(paths: Sequence[str]) -> Plan:
 # Statistics
 # ---------------------------------------------------------------------------------------------
 
+ATTENTION, UNREADABLE = "attention", "unreadable"  # of `broken --status`, no state of a link
 
-def collect_stats(conn: sqlite3.Connection, settings: RepairSettings, top: int = 10) -> JsonObject:
+
+def collect_stats(conn: sqlite3.Connection, config: Config, top: int = 10) -> JsonObject:
     """Return what `stats --json` shows."""
+    within, values = beneath_any(config.scan.roots)
 
-    def count_statuses(table: str) -> Dict[str, int]:
+    def count_statuses(rows: str, *values: Any) -> Dict[str, int]:
         name = "coalesce(nullif(status, ''), 'unknown')"
-        return dict(conn.execute(f"SELECT {name}, count(*) FROM {table} GROUP BY 1"))
+        return dict(conn.execute(f"SELECT {name}, count(*) FROM {rows} GROUP BY 1", values))
 
-    links = count_statuses("symlinks")
-    worst = Counter(os.path.dirname(path) for path, _, _ in find_broken(conn))
+    links = count_statuses(f"symlinks WHERE {within}", *values)
+    worst = Counter(os.path.dirname(path) for path, _, _ in find_broken(conn, config.scan.roots))
     ranking = sorted(worst.items(), key=lambda item: (-item[1], item[0]))
     path = database_path(conn)
     files = [name for name in (path, f"{path}-wal") if os.path.exists(name)]
@@ -6782,7 +6961,7 @@ def collect_stats(conn: sqlite3.Connection, settings: RepairSettings, top: int =
             table: conn.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
             for table in ("movies", "movie_files", "series", "episode_files")
         },
-        "repairs": count_repairs(conn, settings),
+        "repairs": count_repairs(conn, config),
         "last_scan": _last_run(conn, "scan", ("totals", "changes", "guard")),
         "last_cinesync": _last_run(conn, "cinesync", ("replaced", "skipped", "errors")),
         "runs": _summarise_runs(conn),
@@ -6802,13 +6981,11 @@ def _last_run(conn: sqlite3.Connection, command: str, parts: Sequence[str]) -> J
         return {}
     summary = json.loads(row["summary"] or "{}")
     return {
-        "started": row["started_utc"],
-        "finished": row["finished_utc"],
-        "exit_code": row["exit_code"],
-        "status": EXIT_WORDS.get(row["exit_code"], "unfinished"),
+        "started": row["started_utc"], "finished": row["finished_utc"],
+        "exit_code": row["exit_code"], "status": EXIT_WORDS.get(row["exit_code"], "unfinished"),
         "duration_seconds": summary.get("duration_seconds"),
         **{part: summary.get(part, {}) for part in parts},
-    }
+    }  # fmt: skip
 
 
 def _summarise_runs(conn: sqlite3.Connection) -> Dict[str, JsonObject]:
@@ -6825,7 +7002,7 @@ def _summarise_runs(conn: sqlite3.Connection) -> Dict[str, JsonObject]:
     return runs
 
 
-def count_repairs(conn: sqlite3.Connection, settings: RepairSettings) -> JsonObject:
+def count_repairs(conn: sqlite3.Connection, config: Config) -> JsonObject:
     """Return how the repairs stand, in all and per server: actions sent, waiting, repaired, and
     links that need attention.
     """
@@ -6836,9 +7013,8 @@ def count_repairs(conn: sqlite3.Connection, settings: RepairSettings) -> JsonObj
         count["sent"] += status in (SENT, REPAIRED)
         count["repaired"] += status == REPAIRED
         count["waiting"] += status in (PENDING, SENT)
-    for path, attempts in load_history(conn).items():
-        link = find_link(conn, path)
-        if link and needs_attention(settings, link, attempts):
+    for attempts, link in load_repaired(conn, config.scan.roots).values():
+        if needs_attention(config.repair, link, attempts):
             servers[_server_of(attempts[-1].url)]["needs_attention"] += 1
     total = {name: sum(count[name] for count in servers.values()) for name in names}
     each = {server: {name: count[name] for name in names} for server, count in servers.items()}
@@ -6849,6 +7025,15 @@ def _server_of(url: str) -> str:
     if url.startswith("arr:"):
         return urlsplit(url).netloc
     return parse_qs(url.partition("?")[2]).get("type", ["?"])[0]
+
+
+def load_repaired(
+    conn: sqlite3.Connection, roots: Sequence[str]
+) -> Dict[str, Tuple[List[Attempt], KnownLink]]:
+    """Return what was tried for links beneath the roots, all without any, and how they are now."""
+    history = load_history(conn)
+    known = find_links(conn, [p for p in history if not roots or find_ancestor(p, roots)])
+    return {path: (history[path], link) for path, link in known.items()}
 
 
 def needs_attention(settings: RepairSettings, link: KnownLink, attempts: Sequence[Attempt]) -> bool:
@@ -6862,31 +7047,29 @@ def needs_attention(settings: RepairSettings, link: KnownLink, attempts: Sequenc
 def list_links(
     conn: sqlite3.Connection, config: Config, status: str, limit: Optional[int]
 ) -> Tuple[List[JsonObject], int]:
-    """Return what `broken --json` shows: the links of a status, and how many there are."""
-    select = "FROM symlinks WHERE status <> 'ok' AND status = ?"
-    count = conn.execute(f"SELECT count(*) {select}", (status,)).fetchone()[0]
-    rows = conn.execute(
-        f"SELECT path {select} ORDER BY path LIMIT ?", (status, -1 if limit is None else limit)
-    )
-    return describe_links(conn, config, [from_db(path) for (path,) in rows]), count
+    """Return what `broken --json` shows: the links of a status, and how many there are.
 
-
-def list_attention(
-    conn: sqlite3.Connection, config: Config, limit: int
-) -> Tuple[List[JsonObject], int]:
-    """Return the links that need attention, at most `limit`, and how many there are: the broken
-    ones, those that a repair took away and did not bring back, and the unreachable ones.
+    'attention' are those that are broken, and those that went with their file record and whose
+    repair has not brought them back; 'unreadable' are good ones that `verify` could not read.
     """
-    links, count = list_links(conn, config, BROKEN, limit)
-    history = load_history(conn)
-    lost = [
-        path
-        for path, link in sorted(find_links(conn, list(history)).items())
-        if link.status == MISSING and needs_attention(config.repair, link, history[path])
-    ]
-    links += describe_links(conn, config, lost[: limit - len(links)])
-    unreachable, more = list_links(conn, config, UNREACHABLE, limit - len(links))
-    return links + unreachable, count + len(lost) + more
+    within, values = beneath_any(config.scan.roots)
+    condition, wanted = "status <> 'ok' AND status = ?", BROKEN if status == ATTENTION else status
+    if status == UNREADABLE:
+        condition, wanted = "status = ? AND read_error <> ''", OK
+    query = f"SELECT path, read_error FROM symlinks WHERE {condition} AND {within} ORDER BY path"
+    errors = {from_db(path): error for path, error in conn.execute(query, (wanted, *values))}
+    paths = list(errors)
+    if status == ATTENTION:
+        paths += [
+            path
+            for path, (attempts, link) in sorted(load_repaired(conn, config.scan.roots).items())
+            if link.status == MISSING
+            and (attempts[-1].is_open or needs_attention(config.repair, link, attempts))
+        ]
+    links = describe_links(conn, config, paths[:limit])
+    for link in links if status == UNREADABLE else ():
+        link.update(status=UNREADABLE, error=errors[link["path"]], next="verify reads it again")
+    return links, len(paths)
 
 
 def describe_links(
@@ -6894,38 +7077,35 @@ def describe_links(
 ) -> List[JsonObject]:
     """Return links as `broken --json` shows them."""
     known, history = find_links(conn, paths), load_history(conn)
-    unread = [
-        instance.name
-        for instance in config.instances
-        for table in (KINDS[instance.kind].titles,)
-        if not conn.execute(
-            f"SELECT 1 FROM {table} WHERE instance = ? LIMIT 1", (instance.name,)
-        ).fetchone()
-    ]
+    read = {row[0] for kind in KINDS.values()
+        for row in conn.execute(f"SELECT DISTINCT instance FROM {kind.titles}")}  # fmt: skip
+    unread = [instance.name for instance in config.instances if instance.name not in read]
     reasons = _last_run(conn, "cinesync", ("reasons",)).get("reasons") or {}
-    links = []
+    now, settings, links = time.time(), config.repair, []
+    losses = load_losses(conn)
     for path in paths:
         link = known[path]
         target = from_db(link.target)
         owner = find_owner(conn, config.instances, path, target)
-        step = next_step(config, path, link, history.get(path, ()), owner, unread)
+        attempts, since = history.get(path, ()), parse_time(link.broken_since) or 0.0
+        step = next_step(config, path, link, attempts, owner, unread)
+        patience = min([settings.patience, *(a.patience for a in attempts if a.is_open)])
+        wait = plan_wait(settings.min_age, patience, since, losses.get(path))
+        waits = link.status == BROKEN and now < wait.until
         is_relinkable = config.cinesync.base and find_ancestor(path, config.cinesync.roots)
         if link.status == BROKEN and is_relinkable:
             looks = "cinesync looks for a copy of it; else"
             step = f"{f'cinesync: {reasons[path]};' if path in reasons else looks} {step}"
-        links.append(
-            {
-                "path": path,
-                "target": target,
-                "status": link.status,
-                "since": link.broken_since,
-                **parse_media(path)._asdict(),
-                "instance": owner.instance if owner else None,
-                "file_id": owner.file_id if owner else None,
-                "error": link.error,
-                "next": step,
-            }
-        )
+        if waits and step.startswith(("cinesync", "queue")):
+            step = f"{wait}; then {step}"
+        until = format_time(wait.until) if waits and wait.until < math.inf else None
+        links.append({
+            "path": path, "target": target, "status": link.status, "since": link.broken_since,
+            **parse_media(path)._asdict(),
+            "instance": owner.instance if owner else None,
+            "file_id": owner.file_id if owner else None,
+            "error": link.error, "waits_until": until, "next": step,
+        })  # fmt: skip
     return links
 
 
@@ -6949,17 +7129,13 @@ def next_step(
         return "nothing to do: the link itself is gone"
     name = owner.instance if owner else "the relay" if plan_relay(config.relay, path) else ""
     if not name and not (config.instances or config.relay.base):
-        return (
-            "replace the file, or have a server do it: [sonarr NAME], [radarr NAME] in the config"
-        )
+        words = "[sonarr NAME], [radarr NAME] in the config"
+        return f"replace the file, or have a server do it: {words}"
     if not name and unread:
         return f"perhaps it is {' or '.join(unread)} that owns it: not read yet; run ingest"
     if not name:
         return "no server owns it; replace the file, or remove the link"
-    since = parse_time(link.broken_since) or 0.0
-    reason = why_not(config.repair, since, attempts, time.time())
-    if reason == "too_recent":
-        return f"queue has {name} replace it when it is broken for longer"
+    reason = why_not(config.repair, parse_time(link.broken_since) or 0.0, attempts, time.time())
     if reason == "cooldown":
         failed = attempts[-1].status == FAILED
         state = f"failed: {attempts[-1].error}" if failed else f"sent to {name}"
@@ -6983,9 +7159,8 @@ def format_prometheus(stats: JsonObject) -> str:
     links = [(status, stats["symlinks"][status]) for status in STATUSES]
     add("symlinks", "Symlinks by state.", links, "status")
     add("actions", "Repair actions by status.", sorted(stats["actions"].items()), "status")
-    repairs = [
-        (name, stats["repairs"][name]) for name in ("repaired", "waiting", "needs_attention")
-    ]
+    names = ("repaired", "waiting", "needs_attention")
+    repairs = [(name, stats["repairs"][name]) for name in names]
     add("repairs", "Repairs by how they stand.", repairs, "state")
     add("media", "Rows mirrored from Sonarr and Radarr.", stats["media"].items(), "kind")
     add("broken_in_directory", "Broken symlinks in the worst directories.", worst, "directory")
@@ -7109,13 +7284,14 @@ def collect_report(conn: sqlite3.Connection, config: Config, now: float) -> Json
     """Return what the report shows: the statistics, and what has become of links over time."""
     scan = _last_run(conn, "scan", ("message", "roots"))
     roots = config.scan.roots or tuple(root["path"] for root in scan.get("roots") or ())
-    shows = Counter(parse_media(path).name for path, _, _ in find_broken(conn))
-    links, count = list_attention(conn, config, REPORT_ROWS)
+    shows = Counter(parse_media(path).name for path, _, _ in find_broken(conn, config.scan.roots))
+    links, count = list_links(conn, config, ATTENTION, REPORT_ROWS)
+    unreachable, more = list_links(conn, config, UNREACHABLE, REPORT_ROWS - len(links))
     changes = """SELECT change_id, run_id, path, old_target, new_target, state, reason, command,
         changed_utc FROM link_changes LEFT JOIN runs USING (run_id) ORDER BY 1 DESC LIMIT 200"""
     actions = "SELECT * FROM actions ORDER BY id DESC LIMIT 50"
     return {
-        **collect_stats(conn, config.repair),
+        **collect_stats(conn, config),
         "now": now,
         "message": scan.get("message") or "",
         "roots": {root: _count_beneath(conn, root) for root in roots},
@@ -7124,8 +7300,8 @@ def collect_report(conn: sqlite3.Connection, config: Config, now: float) -> Json
         "shows": shows.most_common(10),
         "changes": conn.execute(changes).fetchall(),
         "last_actions": conn.execute(actions).fetchall(),
-        "links": links,
-        "count": count,
+        "links": links + unreachable,
+        "count": count + more,
     }
 
 
@@ -7400,6 +7576,7 @@ def _format_actions(report: JsonObject) -> str:
 
 
 SAMPLE = 20  # files of a server, and directories of links, that are tried
+ODD_TARGETS = 200  # links that may lead to a folder, likewise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -7497,7 +7674,8 @@ def examine_library(config: Config, conn: sqlite3.Connection) -> List[Finding]:
         return findings
     # Where nothing ever changes a link, permissions do not matter.
     folders = sample_folders(conn, roles) if copies.base or config.instances else []
-    looks, mounts = look_at_places(conn, config.scan, [*roles, *folders])
+    doubted = sample_odd_targets(conn, config.scan.roots)
+    looks, mounts = look_at_places(conn, config.scan, [*roles, *folders, *doubted])
     for path, role in roles.items():
         state, reason, _ = looks[path]
         bad = Finding(f"{role} {path}", "failed", reason, "mount it, or correct the config")
@@ -7512,7 +7690,25 @@ def examine_library(config: Config, conn: sqlite3.Connection) -> List[Finding]:
     elif there:
         detail = f"links can be replaced ({len(there)} places tried)"
         findings.append(Finding("permissions", "ok", detail))
+    for path in (path for path in doubted if looks[path][0] == "scanned"):
+        advice = "point it to the file in there"
+        findings.append(Finding(f"link {path}", "warning", "leads to a folder", advice))
+    strays = find_strays(conn, config.scan.roots)
+    for place, count in strays.items():
+        detail = f"{plural(count, 'link')} beneath it, which lies below no root any more"
+        advice = "`db prune` forgets them; or add it to roots in [scan]"
+        findings.append(Finding(f"directory {place}", "warning", detail, advice))
     return findings
+
+
+def sample_odd_targets(conn: sqlite3.Connection, roots: Sequence[str]) -> List[str]:
+    """Return some good links that are named like a video, while their targets are not."""
+    within, values = beneath_any(roots)
+    query = f"""SELECT path, last_target FROM symlinks WHERE status = 'ok' AND {within}
+        AND substr(path, -4) <> substr(last_target, -4)"""
+    pairs = (tuple(map(from_db, row)) for row in conn.execute(query, values))
+    odd = (path for path, target in pairs if is_video(path) and not is_video(target))
+    return list(itertools.islice(odd, ODD_TARGETS))
 
 
 def sample_folders(conn: sqlite3.Connection, roots: Iterable[str]) -> List[str]:
@@ -7799,6 +7995,7 @@ def plan_note(
     if totals:
         shown = ", ".join(f"{totals[status]:,} {status}" for status in STATUSES)
         lines.append(f"{plural(totals['examined'], 'link')}: {shown}")
+    lines += steps["queue"].get("waits") or steps["cinesync"].get("waits", ())
     marks = ", ".join("?" * (len(_GOOD_NEWS) + 1))
     query = f"SELECT action, path FROM events WHERE id > ? AND action IN ({marks}) ORDER BY id"
     rows = conn.execute(query, (after, *_GOOD_NEWS, FAILED)).fetchall()
@@ -8021,6 +8218,8 @@ def show_queue(terminal: Terminal, result: JsonObject) -> None:
     ]
     rest = f"; skipped: {', '.join(skipped)}" if skipped else ""
     terminal.line(f"{plural(len(result['queued']), 'action')} queued{rest}")
+    for line in result["waits"]:
+        terminal.line(line)
 
 
 def run_dispatch(context: Context) -> JsonObject:
@@ -8061,7 +8260,8 @@ def run_cinesync(context: Context) -> JsonObject:
         errand.any_resolution, errand.deadline = context.args.any_resolution, context.deadline
         result = errand.run(context.args.accept_shrink)
         summary.update({key: value for key, value in result.items() if key != "items"})
-        summary["reasons"] = {i["path"]: i["reason"] for i in result["items"] if i["reason"]}
+        told = (i for i in result["items"] if i["reason"] and not i["reason"].startswith("waits"))
+        summary["reasons"] = {item["path"]: item["reason"] for item in told}
     return result
 
 
@@ -8342,7 +8542,7 @@ def run_stats(context: Context) -> JsonObject:
     """Count, and write or print it in the format that is asked for."""
     args = context.args
     with context.database() as conn:
-        result = collect_stats(conn, context.config.repair, args.top)
+        result = collect_stats(conn, context.config, args.top)
     style = "json" if args.json else args.format
     if style == "json":
         text = json.dumps(result, indent=2) + "\n"
@@ -8372,12 +8572,8 @@ def run_report(context: Context) -> JsonObject:
         report = collect_report(conn, context.config, time.time())
     with replacement(file) as name, open(name, "w", encoding="utf-8") as stream:
         stream.write(format_report(report))
-    return {
-        "file": os.path.abspath(file),
-        "size_bytes": os.path.getsize(file),
-        "links": report["count"],
-        "shown": len(report["links"]),
-    }
+    told = {"links": report["count"], "shown": len(report["links"])}
+    return {"file": os.path.abspath(file), "size_bytes": os.path.getsize(file), **told}
 
 
 def show_report(terminal: Terminal, result: JsonObject) -> None:
@@ -8493,6 +8689,8 @@ def run_db(context: Context) -> JsonObject:
     if (args.file is not None) != (args.action == "backup"):
         raise UsageError("db backup takes the FILE to write; the other db commands take none")
     result: JsonObject = {"action": args.action, "path": path}
+    if args.dry_run and args.action != "prune":
+        raise UsageError("only db prune knows --dry-run")
     if args.action == "nuke":
         if not args.yes:
             raise UsageError(f"db nuke deletes all history in {path}; confirm it with --yes")
@@ -8502,6 +8700,15 @@ def run_db(context: Context) -> JsonObject:
         result["file"] = os.path.abspath(args.file)
         with context.database() as conn:
             backup_database(conn, result["file"])
+    elif args.action == "prune":
+        roots = context.config.scan.roots
+        if not roots:
+            raise UsageError("db prune needs roots in [scan]: they say what belongs to the library")
+        with process_lock(path, args.lock_wait), context.database() as conn:
+            result["directories"] = find_strays(conn, roots)
+            if not args.dry_run:
+                forget_strays(conn, roots)
+        result.update(removed=sum(result["directories"].values()), applied=not args.dry_run)
     elif args.action == "check":
         with context.database() as conn:
             findings = [row[0] for row in conn.execute("PRAGMA integrity_check(20)")]
@@ -8534,9 +8741,12 @@ def show_db(terminal: Terminal, result: JsonObject) -> None:
         "nuke": ": empty again",
         "backup": f" copied to {escape(result.get('file', ''))}",
         "check": ": ok" if result.get("ok") else ": damaged",
+        "prune": f": {plural(result.get('removed', 0), 'link')} "
+        + ("forgotten" if result.get("applied") else "would be forgotten"),
     }
     terminal.line(escape(result["path"]) + done[result["action"]])
-    for finding in result.get("findings", ()):
+    places = [f"{count:,} beneath {d}" for d, count in result.get("directories", {}).items()]
+    for finding in result.get("findings", places):
         terminal.line(f"    {escape(finding)}")
 
 
@@ -8616,8 +8826,11 @@ SCAN = (
         help="confirm that what an earlier scan held beneath DIR is really gone"),
     option("--accept-breakage", action="store_true", help="confirm all that was held"),
     option("--full", action="store_true", help="read every directory, changed or not"))
-MIN_AGE = option("--min-age", type=DURATION, dest="repair.min_age", metavar="DURATION",
-    help="broken for so long")
+WAITS = (
+    option("--min-age", type=DURATION, dest="repair.min_age", metavar="DURATION",
+        help="broken for at least so long"),
+    option("--patience", type=DURATION, dest="repair.patience", metavar="DURATION",
+        help="after a loss of many titles, wait at most so long; 0 does not wait for that"))
 DISPATCH = (
     option("--max", type=COUNT, dest="repair.max", metavar="N", help="send no more than N"),
     option("--timeout", type=DURATION, dest="repair.timeout", metavar="SECONDS",
@@ -8643,7 +8856,8 @@ COMMANDS = (
     Command("broken", "", "list links that need attention",
         "broken --limit 20", run_broken, show_broken, (
         option("--limit", type=COUNT, metavar="N", help="show no more than N"),
-        option("--status", choices=STATUSES[1:], default=BROKEN, help="default: broken"))),
+        option("--status", choices=(ATTENTION, *STATUSES[1:], UNREADABLE), default=ATTENTION,
+            help="default: attention, all that needs a person or waits for a repair"))),
     Command("ingest", "", "read movies, series and files from Sonarr and Radarr",
         "ingest sonarr_tv", run_ingest, show_ingest, (
         option("instances", nargs="*", metavar="INSTANCE", help="in place of all"), DRY_RUN)),
@@ -8651,7 +8865,7 @@ COMMANDS = (
         "queue --limit 10 --min-age 1h", run_queue, show_queue, (
         option("--limit", type=COUNT, dest="repair.limit", metavar="N",
             help="queue no more than N"),
-        MIN_AGE, DRY_RUN)),
+        *WAITS, DRY_RUN)),
     Command("dispatch", "process-actions", "carry out pending actions",
         "dispatch --apply --max 5", run_dispatch, show_dispatch, (*DISPATCH, APPLY, DRY_RUN)),
     Command("actions", "", "look at and mend the queue",
@@ -8666,7 +8880,7 @@ COMMANDS = (
         "cinesync --apply --limit 50", run_cinesync, show_relinked, (
         option("--limit", type=COUNT, dest="cinesync.limit", metavar="N",
             help="try no more than N links"),
-        MIN_AGE, *CINESYNC, APPLY, DRY_RUN)),
+        *WAITS, *CINESYNC, APPLY, DRY_RUN)),
     Command("undo", "", "put links back as they were before a run",
         "undo --apply 42", run_undo, show_relinked, (
         option("run", nargs="?", type=COUNT, metavar="RUN", help="default: the last"),
@@ -8674,7 +8888,7 @@ COMMANDS = (
         APPLY, DRY_RUN)),
     Command("run", "", "all of it: scan, ingest, cinesync, queue, dispatch, refresh, notify",
         "run --apply --every 30m", run_run, show_run, (
-        *SCAN, MIN_AGE, *CINESYNC, *DISPATCH,
+        *SCAN, *WAITS, *CINESYNC, *DISPATCH,
         option("--limit", type=COUNT, dest="cinesync.limit repair.limit", metavar="N",
             help="relink no more than N links, queue no more than N actions"),
         option("--no-ingest", action="store_true", help="do not read the servers"),
@@ -8696,9 +8910,10 @@ COMMANDS = (
         "doctor --config /etc/refresherr.ini", run_doctor, show_doctor, ()),
     Command("db", "", "look after the database",
         "db backup /backup/symlinks.db", run_db, show_db, (
-        option("action", choices=("path", "check", "backup", "nuke")),
+        option("action", choices=("path", "check", "backup", "prune", "nuke"),
+            help="prune: forget what lies below no configured root"),
         option("file", nargs="?", metavar="FILE", help="for backup"),
-        option("--yes", action="store_true", help="nuke: yes, delete everything"))),
+        option("--yes", action="store_true", help="nuke: yes, delete everything"), DRY_RUN)),
     Command("config", "", "effective settings, redacted; a commented sample",
         "config sample > refresherr.ini", run_config, show_config, (
         option("action", choices=("show", "check", "sample")),)),

@@ -241,7 +241,7 @@ def measure_cinesync(table: Table, scratch: Path, links: int, items: int) -> Non
     library.fill(links, items=items)
     before = {path: os.readlink(path) for path in library.truth}
     places: List[object] = ["--base", library.base, "--root", library.media]
-    places += ["--allow-target", library.mount, "--limit", links, "--min-age", 0]
+    places += ["--allow-target", library.mount, "--limit", links, "--min-age", 0, "--patience", 0]
     scan = scan_command(scratch / "data", library.media)
     program = scan[: scan.index("scan")]
     find = ["find", library.base, "-xtype", "l"]

@@ -33,7 +33,7 @@ class Stage:
         self.folder = folder
         self.library = CineSyncLibrary(folder, **options)
         self.data = folder / "data"
-        self.options: List[object] = ["--min-age", "0", "--limit", "10000"]
+        self.options: List[object] = ["--min-age", "0", "--patience", "0", "--limit", "10000"]
         self.config = ""
 
     def argv(self, *args: object) -> List[str]:

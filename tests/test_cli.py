@@ -456,11 +456,46 @@ def test_broken_limit_and_status(refresherr: Refresherr, library: Library) -> No
     assert shown("--limit", 4) == (4, 6)
     assert shown("--limit", 0) == (0, 6)
     assert shown("--limit", 100) == (6, 6)
+    assert shown("--status", "broken") == (6, 6)
     assert shown("--status", "missing") == (3, 3)
+    assert shown("--status", "unreadable") == (0, 0)
     assert shown("--status", "unreachable", "--limit", 1) == (1, 2)
     text = refresherr("broken", "--limit", 4).out
     assert text.count("/tv/Show/") == 4
     assert "6" in text.splitlines()[-1]
+
+
+def test_broken_lists_what_needs_attention(
+    refresherr: Refresherr, library: Library, write_config: Callable[[str], Path]
+) -> None:
+    """The broken ones, and those that went with their file record and did not come back."""
+    add_rows(refresherr, 8)
+    with closing(sqlite3.connect(str(refresherr.db_path))) as conn, conn:
+        paths = [path for (path,) in conn.execute("SELECT path FROM symlinks ORDER BY path")]
+        update = "UPDATE symlinks SET status = ?1, last_status = ?1 WHERE path = ?2"
+        states = ["ok", "unreachable", *["missing"] * 4, "broken", "ok"]
+        conn.executemany(update, zip(states, paths))
+        for number, status in ((2, "failed"), (3, "sent"), (4, "repaired")):
+            insert = "INSERT INTO actions (url, status, related_path) VALUES (?, ?, ?)"
+            conn.execute(insert, (f"arr://sonarr_tv/repair?path={number}", status, paths[number]))
+        update = "UPDATE symlinks SET read_error = 'Input/output error' WHERE path = ?"
+        conn.executemany(update, [(paths[7],), (paths[5],)])
+
+    def shown(*words: object) -> Tuple[List[str], int]:
+        answer = refresherr("broken", "--json", *words).json
+        return [link["path"] for link in answer["links"]], answer["count"]
+
+    attention = [paths[6], paths[2], paths[3]]
+    assert shown() == shown("--status", "attention") == (attention, 3)
+    assert shown("--limit", 2) == (attention[:2], 3)
+    assert shown("--status", "missing") == (paths[2:6], 4)
+    assert shown("--status", "broken") == ([paths[6]], 1)
+    assert shown("--status", "unreadable") == ([paths[7]], 1)
+    (link,) = refresherr("broken", "--status", "unreadable", "--json").json["links"]
+    assert (link["status"], link["error"]) == ("unreadable", "Input/output error")
+    write_config(f"[scan]\nroots = {os.path.dirname(paths[0])}2\n")
+    for status in ("attention", "missing", "unreadable", "unreachable"):
+        assert shown("--status", status) == ([], 0)
 
 
 def test_broken_tells_what_it_is(refresherr: Refresherr, library: Library) -> None:
@@ -483,6 +518,37 @@ def test_broken_tells_what_it_is(refresherr: Refresherr, library: Library) -> No
 # --- stats -----------------------------------------------------------------------------------
 
 
+def test_rows_below_no_root_count_nowhere(
+    refresherr: Refresherr, library: Library, write_config: Callable[[str], Path]
+) -> None:
+    """A library that has moved: what is known of its old place worries nobody any more."""
+    new = library.link("new/Show/Show - S01E01.mkv", "a/1.mkv", exists=False)
+    old = library.link("new, old/Show/Show - S01E02.mkv", "a/2.mkv", exists=False)
+    for number in range(20):  # what stays says that the mount is well
+        library.link(f"well/{number}/1.mkv", f"a/{number} is well.mkv")
+    write_config("[repair]\nmin_age = 0\n[relay]\nbase = http://127.0.0.1:1\n"
+                 f"routes = {library.root} => sonarr_tv\n")  # fmt: skip
+    assert refresherr.scan(library.root)["totals"]["broken"] == 2
+    assert refresherr("stats", "--json").json["symlinks"]["broken"] == 2
+    text = Path(refresherr.env["REFRESHERR_CONFIG"]).read_text()
+    write_config(f"[scan]\nroots = {new.parent.parent}\n{text}")
+    assert [link["path"] for link in refresherr("broken", "--json").json["links"]] == [str(new)]
+    stats = refresherr("stats", "--json").json
+    assert (stats["symlinks"]["broken"], stats["symlinks"]["total"]) == (1, 1)
+    assert [entry["directory"] for entry in stats["top_broken"]] == [str(new.parent)]
+    assert 'symlinks{status="broken"} 1\n' in refresherr("stats", "--format", "prometheus").out
+    report = refresherr("report", "--json").json
+    page = Path(report["file"]).read_text()
+    assert report["links"] == 1 and str(new) in page and str(old) not in page
+    queue = refresherr("queue", "--json").json
+    assert [action["related_path"] for action in queue["queued"]] == [str(new)], queue
+    with closing(sqlite3.connect(str(refresherr.db_path))) as conn, conn:
+        insert = "INSERT INTO actions (url, status, related_path) VALUES (?, 'failed', ?)"
+        conn.executemany(insert, [("arr://x/repair?path=1", str(old))] * 3)
+        conn.execute("UPDATE actions SET fired_utc = '2999-01-01'")
+    assert refresherr("stats", "--json").json["repairs"]["needs_attention"] == 0
+
+
 def test_stats_json(refresherr: Refresherr, broken_library: Library) -> None:
     answer = refresherr("stats", "--json").json
     assert answer["symlinks"] == {
@@ -501,7 +567,7 @@ def test_stats_json(refresherr: Refresherr, broken_library: Library) -> None:
     assert size == refresherr.db_path.stat().st_size
     assert answer["database"] == {
         "path": str(refresherr.db_path),
-        "schema_version": 3,
+        "schema_version": 4,
         "journal_mode": "wal",
     }
     assert len(refresherr("stats", "--json", "--top", 1).json["top_broken"]) == 1

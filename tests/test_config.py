@@ -34,7 +34,8 @@ mount_checks =
     /mnt/remote/realdebrid
 ignore =
     cinesync
-    @eaDir
+    *.partial
+ignore_defaults = yes
 workers = auto
 stat_timeout = 30s
 max_new_broken = 20%
@@ -57,7 +58,8 @@ routes =
     /opt/media/doc => radarr_doc
 
 [repair]
-min_age = 10m
+min_age = 1h
+patience = 48h
 cooldown = 6h
 max_attempts = 3
 season_threshold = 2
@@ -93,6 +95,11 @@ api_key = ...
 url = http://emby:8096
 api_key = ...
 """
+
+REPAIR: Dict[str, Any] = {
+    "min_age": 3600, "patience": 172800, "cooldown": 21600, "max_attempts": 3,
+    "season_threshold": 2, "limit": 25, "unmonitored": True,
+}  # fmt: skip
 
 
 def run(*words: object, env: Optional[Dict[str, str]] = None) -> Result:
@@ -249,7 +256,8 @@ def test_the_example_of_the_specification(config: Config, tmp_path: Path) -> Non
     assert scan == {
         "roots": ["/opt/media/tv", "/opt/media/movies"],
         "mount_checks": ["/mnt/remote/realdebrid"],
-        "ignore": ["cinesync", "@eaDir"],
+        "ignore": ["cinesync", "*.partial"],
+        "ignore_defaults": True,
         "stat_timeout": 30,
         "max_new_broken": 0.2,
     }
@@ -266,8 +274,7 @@ def test_the_example_of_the_specification(config: Config, tmp_path: Path) -> Non
         "token": "***",
         "routes": {"/opt/media/doc": "radarr_doc"},
     }
-    repair = {"min_age": 600, "cooldown": 21600, "max_attempts": 3, "season_threshold": 2}
-    assert {**repair, "limit": 25, "unmonitored": True}.items() <= shown["repair"].items()
+    assert REPAIR.items() <= shown["repair"].items()
     assert shown["cinesync"] == {
         "base": "/opt/media/cinesync/CineSync",
         "roots": ["/opt/media/tv", "/opt/media/movies"],
@@ -283,8 +290,7 @@ def test_the_example_of_the_specification(config: Config, tmp_path: Path) -> Non
 def test_the_defaults_are_those_of_the_example(config: Config) -> None:
     shown = settings(config("show", None, "--json"))
     assert (shown["scan"]["stat_timeout"], shown["scan"]["max_new_broken"]) == (30, 0.2)
-    repair = {"min_age": 600, "cooldown": 21600, "max_attempts": 3, "season_threshold": 2}
-    assert {**repair, "limit": 25, "unmonitored": True}.items() <= shown["repair"].items()
+    assert REPAIR.items() <= shown["repair"].items()
     assert shown["refresherr"]["apply"] is False
     assert shown["cinesync"]["limit"] == 200
     assert shown["notify"]["when"] == "changes"
@@ -678,3 +684,71 @@ def test_what_is_shown_can_be_read_again(
     assert "stat_timeout = 90s" in shown and "time_limit = 36h" in shown
     write_config(shown)
     assert refresherr("config", "show").out == shown
+
+
+# --- What begins like a comment --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "items"),
+    [
+        ("ignore =\n    #recycle\n    ;x\n    cinesync\n", ["#recycle", ";x", "cinesync"]),
+        ("ignore =\n    a\n# comment\n;comment\n#    b\n\n    c\n", ["a", "c"]),
+        ("\tignore =\n\t\t#recycle\n\t# comment\n\tworkers = 2\n", ["#recycle"]),
+        ("  # comment\n  ignore = a\n  ; comment = no\n  workers = 2\n", ["a"]),
+        ("ignore = #recycle, ;x\n", ["#recycle", ";x"]),
+        ("ignore = a\n    #recycle\n", ["a", "#recycle"]),
+        ("ignore = a b # c\n", ["a b # c"]),
+    ],
+)
+def test_an_item_of_a_list_may_begin_as_a_comment_does(
+    config: Config, text: str, items: List[str]
+) -> None:
+    assert (
+        settings(config("show", f"  ; head\n[scan]\n{text}", "--json"))["scan"]["ignore"] == items
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("[scan]\nignore =\n    a\n    # words\n", "ignore"),
+        ("[scan]\nignore =\n    a\n    #\n", "ignore"),
+        ("[scan]\nroots =\n    /a\n    #/b\n    /c\n", "roots"),
+        ("[scan]\nroots =\n    /a\n    ; words\n    /c\n", "roots"),
+        ("[cinesync]\nroots =\n    #tv\n", "roots"),
+        ("[relay]\nroutes =\n    /a => b\n    #/c => d\n", "routes"),
+        ("[repair]\nmin_age = 1h\n    # not so long\n", "min_age"),
+    ],
+)
+def test_or_it_is_refused_but_never_dropped(config: Config, text: str, key: str) -> None:
+    result = config("check", text)
+    assert result.code == 2
+    assert f"] {key} " in result.err
+    assert "a comment must begin in the first column of its line" in result.err
+    assert len(result.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "skipped"),
+    [
+        *((name, True) for name in (
+            "@eaDir", "#recycle", "#snapshot", ".snapshots", ".zfs", "@Recycle",
+            "@Recently-Snapshot", ".Trash-1000", ".Trash-", "lost+found", ".stfolder",
+            ".stversions",
+        )),
+        *((name, False) for name in (
+            "x@eaDir", "@eaDir2", "#recycle bin", "The #snapshot", "zfs", "azfs", ".Trash",
+            "lost+found.mkv", "losttfound", "@recycle", "stfolder", "lost+found\n",
+        )),
+    ],
+)  # fmt: skip
+def test_what_a_nas_keeps_for_itself_is_skipped_by_its_whole_name(name: str, skipped: bool) -> None:
+    ignore = program.Ignore([], True)
+    assert ignore.active
+    assert ignore.matches("/tv", name) is skipped
+    assert ignore.matches_beneath("/tv", f"/tv/{name}/Show/x.mkv") is skipped
+    assert not ignore.matches_beneath(f"/tv/{name}", f"/tv/{name}/Show/x.mkv")
+    assert program.Ignore(["show"], True).matches("/tv", name) is skipped
+    assert not program.Ignore([], False).active
+    assert not program.Ignore(["nothing", "*.x"], False).matches("/tv", name)

@@ -60,11 +60,15 @@ SEED_INDEXES = {
     "uq_series_instance_sid": ("series", 1, ["instance", "sonarr_id"]),
     "ix_episode_files_inst_sid": ("episode_files", 0, ["instance", "sonarr_series_id"]),
 }
-V3_COLUMNS = {
-    "symlinks": {"broken_since_utc", "error"},
+OUR_COLUMNS = {
+    "symlinks": {"broken_since_utc", "error", "read_utc", "read_error"},
     "actions": {"attempts", "next_attempt_utc", "progress"},
+    "series": {"year", "tags"},
+    "movies": {"tags"},
 }
 V3_TABLES = {"runs", "mounts", "link_changes"}
+V4_TABLES = {"directories", "doubts", "lots", "branches", "losses", "notes"}
+OUR_TABLES = V3_TABLES | V4_TABLES
 SECRET = "S3CRET-relay-token-0123456789"
 
 Column = Tuple[str, str, bool, bool]  # name, type, primary key, unique
@@ -91,7 +95,7 @@ def columns_of(conn: sqlite3.Connection, table: str) -> List[Column]:
         if is_unique and origin == "u":
             unique |= {row[2] for row in conn.execute(f"PRAGMA index_info({index})")}
     rows = conn.execute(f"PRAGMA table_info({table})").fetchall()
-    assert not [row for row in rows if row[3] or row[4] is not None] or table in V3_COLUMNS
+    assert not [row for row in rows if row[3] or row[4] is not None] or table in OUR_COLUMNS
     return [(row[1], row[2], bool(row[5]), row[1] in unique) for row in rows]
 
 
@@ -166,14 +170,14 @@ def test_version_1_is_the_schema_document(tmp_path: Path, monkeypatch: pytest.Mo
         assert versions_of(conn) == [1]
 
 
-def test_version_3_adds_what_the_specification_says_and_no_more(tmp_path: Path) -> None:
-    with contextlib.closing(program.get_connection(str(tmp_path / "v3.db"))) as conn:
+def test_our_versions_add_what_the_specification_says_and_no_more(tmp_path: Path) -> None:
+    with contextlib.closing(program.get_connection(str(tmp_path / "v4.db"))) as conn:
         program.initialize_schema(conn)
-        assert set(tables_of(conn)) == set(seed_tables()) | V3_TABLES
+        assert set(tables_of(conn)) == set(seed_tables()) | OUR_TABLES
         for table in seed_tables():
             seed, now = seed_columns(table), columns_of(conn, table)
             assert now[: len(seed)] == seed
-            assert {column[0] for column in now[len(seed) :]} == V3_COLUMNS.get(table, set())
+            assert {column[0] for column in now[len(seed) :]} == OUR_COLUMNS.get(table, set())
         assert SEED_INDEXES.items() <= indexes_of(conn).items()
         assert versions_of(conn) == [1, 2, 3, 4]
         for (applied,) in conn.execute("SELECT applied_utc FROM schema_version"):
@@ -189,6 +193,7 @@ def test_versions_are_applied_one_after_the_other(
             program.initialize_schema(conn)
             assert versions_of(conn) == list(range(1, version + 1))
             assert ("runs" in tables_of(conn)) == (version >= 3)
+            assert ("losses" in tables_of(conn)) == (version >= 4)
 
 
 # --- Databases of the container edition ------------------------------------------------------
@@ -280,7 +285,7 @@ def test_container_databases_migrate_without_a_loss(
     assert refresherr("db", "check").code == 0
     with opened(refresherr.db_path) as conn:
         assert versions_of(conn) == [1, 2, 3, 4]
-        assert {"cinesync_items", "cinesync_runs"} | V3_TABLES <= set(tables_of(conn))
+        assert {"cinesync_items", "cinesync_runs"} | OUR_TABLES <= set(tables_of(conn))
         after = everything_in(conn)
     for table, rows in before.items():
         if table == "actions":
@@ -296,7 +301,7 @@ def test_container_databases_migrate_without_a_loss(
             for row in rows:
                 row.pop("last_error")
         assert kept == rows, table
-        assert len(after[table]) == len(rows) + (3 - version if table == "schema_version" else 0)
+        assert len(after[table]) == len(rows) + (4 - version if table == "schema_version" else 0)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -361,29 +366,33 @@ def test_no_backup_without_data(refresherr: Refresherr) -> None:
     assert files_beside(refresherr.db_path) == []
 
 
+@pytest.mark.parametrize("step", [3, 4])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, sqlite3.OperationalError])
 def test_a_failing_migration_rolls_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Callable[[str], BaseException]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Callable[[str], BaseException],
+    step: int,
 ) -> None:
     path = tmp_path / "symlinks.db"
     make_container_database(path, 2)
     with opened(path) as conn:
         before = everything_in(conn)
-    whole = program.MIGRATIONS[3]
+    whole = program.MIGRATIONS[step]
 
     def half(conn: sqlite3.Connection) -> None:
         whole(conn)
-        assert "runs" in tables_of(conn)
+        assert ("losses" if step == 4 else "runs") in tables_of(conn)
         raise error("no further")
 
-    monkeypatch.setitem(program.MIGRATIONS, 3, half)
+    monkeypatch.setitem(program.MIGRATIONS, step, half)
     with contextlib.closing(program.get_connection(str(path))) as conn:
         with pytest.raises((error, program.DatabaseError)):  # type: ignore[arg-type]
             program.initialize_schema(conn)
         assert not conn.in_transaction
     with opened(path) as conn:
         assert everything_in(conn) == before
-    monkeypatch.setitem(program.MIGRATIONS, 3, whole)
+    monkeypatch.setitem(program.MIGRATIONS, step, whole)
     with contextlib.closing(program.get_connection(str(path))) as conn:
         program.initialize_schema(conn)
         assert versions_of(conn) == [1, 2, 3, 4]
@@ -400,14 +409,87 @@ def test_a_newer_schema_is_refused_untouched(
     assert refresherr("stats").code == 0
     with opened(refresherr.db_path) as conn:
         conn.execute("PRAGMA journal_mode=DELETE")
-        conn.execute("INSERT INTO schema_version (version) VALUES (4)")
+        conn.execute("INSERT INTO schema_version (version) VALUES (5)")
     before = refresherr.db_path.read_bytes()
     result = refresherr(*words, *([library.root] if "scan" in words else []))
     assert result.code == 1
-    assert "version 4" in result.out + result.err
+    assert "version 5" in result.out + result.err
     assert words == ["doctor"] or (is_one_line(result) and not result.out)
     assert refresherr.db_path.read_bytes() == before
     assert files_beside(refresherr.db_path) == []
+
+
+HELD = "held back by the mass-breakage guard: "
+V3_LINKS = [  # path, target, status, error
+    (b"/tv/A/Season 01/1.mkv", "/mnt/a/1.mkv", "unreachable", HELD + "/mnt"),
+    (b"/tv/A/Season 01/2.mkv", "/mnt/a/2.mkv", "unreachable", HELD + "/mnt"),
+    (b"/tv/B/1.mkv", "/mnt/b/1.mkv", "unreachable", HELD + "/mnt"),
+    (b"/tv/flat 1.mkv", "../m\udcff/x/1.mkv", "unreachable", HELD + "/m\\xff"),
+    (b"/tv/flat \xfe.mkv", "/m\udcff/y/2.mkv", "unreachable", HELD + "/m\\xff"),
+    (b"/tv/C/ok.mkv", "/mnt/c/ok.mkv", "ok", None),
+    (b"/tv/C/held once.mkv", "/mnt/c/2.mkv", "ok", HELD + "/mnt"),
+    (b"/tv/C/eio.mkv", "/mnt/c/3.mkv", "unreachable", "Input/output error"),
+    (b"/tv/C/bare.mkv", "/mnt/c/4.mkv", "unreachable", None),
+    (b"/tv/D/broken.mkv", "/mnt/d/1.mkv", "broken", None),
+]
+
+
+def make_version_3(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write a database of this program's own version 3, with rows in every table."""
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "SCHEMA_VERSION", 3)
+        program.open_database(str(path)).close()
+    now = "2026-01-02T03:04:05+00:00"
+    with opened(path) as conn:
+        for name, target, status, error in V3_LINKS:
+            keys = [program.to_db(os.fsdecode(name)), program.to_db(target)]
+            row = (*keys, status, status, now, now, now if status == "broken" else None, error)
+            conn.execute("INSERT INTO symlinks VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+        for table in sorted(set(tables_of(conn)) - {"symlinks", "schema_version"}):
+            rows = conn.execute(f"PRAGMA table_info({table})").fetchall()
+            marks = ", ".join("?" * len(rows))
+            values = [7 if "INTEGER" in row[2] else f"{table} {row[1]}" for row in rows]
+            conn.execute(f"INSERT INTO {table} VALUES ({marks})", values)
+
+
+def test_version_3_keeps_every_row_and_what_its_guard_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "symlinks.db"
+    make_version_3(path, monkeypatch)
+    with opened(path) as conn:
+        before = everything_in(conn)
+    program.open_database(str(path)).close()
+    with opened(path) as conn:
+        assert versions_of(conn) == [1, 2, 3, 4]
+        after = everything_in(conn)
+        lots = {
+            os.fsencode(directory): (links, titles)
+            for directory, links, titles in conn.execute(
+                "SELECT directory, links, titles FROM lots"
+            )
+        }
+        held = {
+            os.fsencode(name): os.fsencode(directory)
+            for name, directory in conn.execute(
+                "SELECT path, directory FROM doubts JOIN lots USING (lot_id) WHERE defence='guard'"
+            )
+        }
+    for table, rows in before.items():
+        kept = [{key: row[key] for key in rows[0]} for row in after[table][: len(rows)]]
+        assert kept == rows, table
+    assert lots == {b"/mnt": (3, 2), b"/m\xff": (2, 2)}
+    assert held == {
+        **dict.fromkeys([link[0] for link in V3_LINKS[:3]], b"/mnt"),
+        **dict.fromkeys([link[0] for link in V3_LINKS[3:5]], b"/m\xff"),
+    }
+    assert len(after["doubts"]) == 5
+    assert all(row["since_utc"] for row in after["doubts"] + after["lots"])
+    assert not after["losses"] and not after["directories"]
+    program.open_database(str(path)).close()
+    assert len(files_beside(path)) == 1  # the backup, made once
+    with opened(path) as conn:
+        assert everything_in(conn) == after
 
 
 # --- The Python API --------------------------------------------------------------------------
@@ -490,7 +572,7 @@ def test_nuke_drops_every_table(api_db: Path) -> None:
     make_container_database(api_db, 2)
     with contextlib.closing(program.get_connection()) as conn:
         program.nuke_database(conn, confirm=True)
-        assert set(tables_of(conn)) == set(seed_tables()) | V3_TABLES
+        assert set(tables_of(conn)) == set(seed_tables()) | OUR_TABLES
     assert SECRET.encode() not in api_db.read_bytes()
 
 
@@ -508,6 +590,41 @@ def test_broken_since_outlives_an_outage(api_db: Path) -> None:
         seen.append(since())
     assert seen[0] is seen[1] is seen[5] is None
     assert seen[2] and seen[2] == seen[3] == seen[4]
+
+
+@pytest.mark.parametrize(
+    ("target", "status", "doubted", "is_back"),
+    [
+        ("/m/1", "unreachable", True, False),
+        ("/m/1", "broken", False, False),
+        ("/m/2", "unreachable", False, False),
+        ("/m/1", "ok", False, True),
+    ],
+)
+def test_what_is_recorded_is_looked_at_by_the_next_scan(
+    api_db: Path, target: str, status: str, doubted: bool, is_back: bool
+) -> None:
+    paths = ["/tv/A\udcff/1.mkv", "/tv/B/1.mkv"]
+    for path in paths:
+        program.record_symlink(path, "/m/1", "unreachable")
+    with contextlib.closing(program.get_connection()) as conn:
+        for path in map(program.to_db, paths):
+            folder = path.rpartition(b"/" if isinstance(path, bytes) else "/")[0]  # type: ignore
+            conn.execute("INSERT INTO directories VALUES (?, 'mark', 1, NULL)", (folder,))
+            insert = """INSERT INTO doubts (path, defence, title, goal, missing, mount_point,
+                lot_id, since_utc) VALUES (?, 'guard', '', '', '', '/', 1, '2026')"""
+            conn.execute(insert, (path,))
+            insert = """INSERT INTO losses (path, target, title, mount_point, lost_utc)
+                VALUES (?, '/m/1', '/tv/A', '/m', '2026')"""
+            conn.execute(insert, (path,))
+    program.record_symlink(paths[0], target, status)
+    with contextlib.closing(program.get_connection()) as conn:
+        marks = conn.execute("SELECT mark FROM directories ORDER BY rowid").fetchall()
+        assert [mark for (mark,) in marks] == [None, "mark"]
+        doubts = [program.from_db(path) for (path,) in conn.execute("SELECT path FROM doubts")]
+        assert sorted(doubts) == sorted(paths if doubted else paths[1:])
+        losses = "SELECT back_utc IS NOT NULL, came_back_by_itself FROM losses ORDER BY loss_id"
+        assert [tuple(row) for row in conn.execute(losses)] == [(is_back, 0), (False, 0)]
 
 
 HOSTILE = [
@@ -942,7 +1059,53 @@ def test_somebody_elses_data_directory(tmp_path: Path, exists: bool) -> None:
             parent.chmod(modes[parent])
 
 
-# --- db path, check, backup, nuke ------------------------------------------------------------
+# --- db path, check, backup, prune, nuke -----------------------------------------------------
+
+
+def test_db_prune_forgets_all_that_lies_below_no_root(
+    refresherr: Refresherr, library: Library, write_config: Callable[[str], Path]
+) -> None:
+    kept = [f"{library.root}/tv/a\udcff/1.mkv", f"{library.root}/tv/2.mkv"]
+    strays = [f"{library.root}/tv, old/a\udcff/1.mkv", f"{library.root}/tv2/b/2.mkv", "/else/3.mkv"]
+    with contextlib.closing(program.open_database(str(refresherr.db_path))) as conn:
+        for path in kept + strays:
+            name, folder = program.to_db(path), program.to_db(os.path.dirname(path))
+            conn.execute("INSERT INTO symlinks (path, status) VALUES (?, 'ok')", (name,))
+            insert = """INSERT INTO doubts (path, defence, title, goal, missing, mount_point,
+                since_utc) VALUES (?, 'guard', '', '', '', '/', '')"""
+            conn.execute(insert, (name,))
+            insert = """INSERT INTO losses (path, target, title, mount_point, lost_utc)
+                VALUES (?, '', '', '', '')"""
+            conn.execute(insert, (name,))
+            conn.execute("INSERT INTO directories VALUES (?, NULL, 1, NULL)", (folder,))
+        conn.execute("INSERT INTO events (path) VALUES ('/else/3.mkv')")
+
+    def rows() -> Dict[str, List[str]]:
+        tables = ("symlinks", "doubts", "losses", "directories")
+        return {
+            table: sorted(
+                os.fsdecode(row[0]) for row in refresherr.query(f"SELECT path FROM {table}")
+            )
+            for table in tables
+        }
+
+    before = rows()
+    write_config("")
+    result = refresherr("db", "prune")
+    assert (result.code, rows()) == (2, before) and "roots" in result.err
+    write_config(f"[scan]\nroots = {library.root}/tv\n")
+    preview = refresherr("db", "prune", "-n", "--json").json
+    assert (preview["removed"], preview["applied"], rows()) == (3, False, before)
+    assert preview["directories"] == {"/else": 1, str(library.root): 2}
+    assert refresherr("db", "nuke", "--yes", "-n").code == 2 and rows() == before
+    with program.process_lock(str(refresherr.db_path), 0):
+        assert refresherr("db", "prune").code == 5 and rows() == before
+    result = refresherr("db", "prune")
+    assert result.code == 0 and "3 links forgotten\n    1 beneath /else\n" in result.out
+    names = dict.fromkeys(("symlinks", "doubts", "losses"), sorted(kept))
+    assert rows() == {**names, "directories": sorted(map(os.path.dirname, kept))}
+    assert refresherr.query("SELECT path FROM events") == [("/else/3.mkv",)]  # history stays
+    assert refresherr("db", "prune", "--json").json["removed"] == 0
 
 
 def test_db_path_makes_nothing(refresherr: Refresherr) -> None:

@@ -98,6 +98,40 @@ def test_doctor(
         assert word in texts
 
 
+def test_rows_below_no_root(refresherr: Refresherr, library: Library, write_config: Write) -> None:
+    """A library that has moved: named with the place and the cure; `db prune` is that cure."""
+    library.season("tv/Show", 2)
+    library.season("old tv/Show", 3)
+    refresherr.scan(library.root)
+    write_config(f"[scan]\nroots = {library.root}/tv\n")
+    place = library.root / "old tv" / "Show" / "Season 01" / "old tv"
+    said = examine(refresherr).of(f"directory {place}")
+    assert (said["state"], said["detail"][:7]) == ("warning", "3 links")
+    assert "db prune" in said["advice"]
+    assert refresherr("db", "prune").code == 0
+    assert f"directory {place}" not in examine(refresherr).states()
+    assert examine(refresherr).of(f"root {library.root}/tv")["state"] == "ok"
+
+
+def test_links_that_lead_to_a_folder(
+    refresherr: Refresherr, library: Library, write_config: Write
+) -> None:
+    library.season("Show", 2)
+    film = library.link("Film (2010)/Film (2010).mkv", "Film.2010.1080p/film.mkv")
+    film.unlink()
+    film.symlink_to(library.mount / "Film.2010.1080p")
+    library.link("Other (2011)/Other (2011).mkv", "a file without a suffix")
+    season = library.root / "Whole" / "Season 01"
+    season.parent.mkdir()
+    season.symlink_to(library.mount / "Film.2010.1080p")
+    write_config(f"[scan]\nroots = {library.root}\n")
+    assert refresherr.scan()["totals"]["ok"] == 5
+    said = examine(refresherr)
+    assert [name for name in said.states() if name.startswith("link ")] == [f"link {film}"]
+    assert said.of(f"link {film}")["detail"] == "leads to a folder"
+    assert said.of(f"link {film}")["state"] == "warning"
+
+
 def test_doctor_with_a_database_that_cannot_be_opened(refresherr: Refresherr) -> None:
     refresherr.db_path.mkdir(parents=True)
     result = refresherr("doctor")

@@ -70,7 +70,7 @@ class World:
         self.relay: Optional[FakeRelay] = None
         self.sections: Dict[str, Dict[str, str]] = {
             "scan": {"roots": str(self.media)},
-            "repair": {"min_age": "0", "timeout": "5s", "cooldown": "6h"},
+            "repair": {"min_age": "0", "patience": "0", "timeout": "5s", "cooldown": "6h"},
         }
         self.healthy: Dict[Path, Path] = {}  # link: target
         self.broken: Set[Path] = set()
@@ -1191,7 +1191,7 @@ def test_rows_of_the_container_edition(world: World) -> None:
             conn.execute(f"ALTER TABLE {table} DROP COLUMN {column}") if (
                 sqlite3.sqlite_version_info >= (3, 35)
             ) else None
-        conn.execute("DELETE FROM schema_version WHERE version = 3")
+        conn.execute("DELETE FROM schema_version WHERE version >= 3")
         conn.executemany(
             "INSERT INTO actions (url, status, related_path, created_utc, fired_utc) "
             "VALUES (?, ?, ?, ?, ?)",
@@ -1331,7 +1331,7 @@ def test_a_broken_link_does_not_speak_for_a_healthy_one(
             (tmp_path / "files" / str(number) / "other").touch()
             link.symlink_to(tmp_path / "files" / str(number) / "video.mkv")
         write_config(
-            f"[scan]\nroots = {first.parent}\n[repair]\nmin_age = 0\n[sonarr tv]\n"
+            f"[scan]\nroots = {first.parent}\n[repair]\nmin_age = 0\npatience = 0\n[sonarr tv]\n"
             f"url = {sonarr.url}\napi_key = {sonarr.api_key}\n"
             f"path_map =\n    {first} => /tv\n    {second} => /tv\n"
         )
@@ -1354,7 +1354,7 @@ def test_relative_links_are_looked_at_again_like_all_others(
         link.parent.mkdir(parents=True)
         link.symlink_to(os.path.relpath(target, link.parent))
     write_config(
-        f"[scan]\nroots = {tmp_path / 'media'}\n[repair]\nmin_age = 0\n"
+        f"[scan]\nroots = {tmp_path / 'media'}\n[repair]\nmin_age = 0\npatience = 0\n"
         f"[relay]\nbase = http://127.0.0.1:1\nroutes = {tmp_path / 'media'} => radarr_x\n"
     )
     assert refresherr("scan").code == 0

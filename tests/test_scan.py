@@ -265,8 +265,8 @@ def test_ignored_entries(
     ]
     links = {name: library.link(name) for name in kept + skipped}
     library.link("my cinesync copies/b.mkv")
-    assert refresherr.scan(library.root)["totals"]["examined"] == len(links)  # but @eaDir
-    patterns = ["cinesync", "@eaDir", "*.partial", "S?mple", "tv/Old/"]
+    assert refresherr.scan(library.root)["totals"]["examined"] == len(links)
+    patterns = ["cinesync", "*.partial", "S?mple", "tv/Old/"]
     if by_environment:
         refresherr.env["IGNORE_SUBSTR"] = ",".join(patterns)
     else:
@@ -276,6 +276,22 @@ def test_ignored_entries(
         assert (scan["totals"]["ignored"], scan["totals"]["examined"]) == (6, len(kept))
         assert (scan["totals"]["missing"], scan["changes"]) == (0, NO_CHANGES)
         assert refresherr.statuses() == named({links[name]: "ok" for name in kept})
+
+
+def test_directories_that_a_nas_keeps_for_itself(
+    refresherr: Refresherr, library: Library, write_config: Callable[[str], Path]
+) -> None:
+    """They are skipped below a root, as whole names; a root may itself lie in one."""
+    root = library.root / ".snapshots" / "tv"
+    kept = [".snapshots/tv/a/1.mkv", ".snapshots/tv/my #recycle bin/2.mkv"]
+    bins = [".snapshots/tv/#recycle/3.mkv", ".snapshots/tv/a/.Trash-1000/files/4.mkv"]
+    links = {name: library.link(name) for name in kept + bins}
+    for wanted, text in ((kept, ""), (kept + bins, "ignore_defaults = no"), (kept, "")):
+        write_config(f"[scan]\nroots = {root}\n{text}\n")
+        totals = refresherr.scan()["totals"]
+        assert (totals["examined"], totals["missing"]) == (len(wanted), 0)
+        assert totals["ignored"] == (0 if text else 2)
+        assert refresherr.statuses() == named({links[name]: "ok" for name in wanted})
 
 
 # From state to state

@@ -116,7 +116,7 @@ def section(name: str, server: Any, **more: object) -> str:
 def configure(refresherr: Refresherr, *sections: str, timeout: float = 20.0) -> None:
     """Have the program use a config of these sections."""
     file = Path(refresherr.env["HOME"]) / "refresherr.ini"
-    head = f"[repair]\ntimeout = {timeout:.3f}\nmin_age = 0\n"
+    head = f"[repair]\ntimeout = {timeout:.3f}\nmin_age = 0\npatience = 0\n"
     file.write_text(head + "".join(sections), encoding="utf-8")
     file.chmod(0o600)
     refresherr.env["REFRESHERR_CONFIG"] = str(file)
