@@ -233,7 +233,9 @@ class MountedLibrary:
 
     def assert_over(self, *args: object) -> Dict[str, Any]:
         """The mounts are whole: the next scan calls every loss broken and all else ok."""
-        rows = self.refresherr.query("SELECT path, broken_since_utc FROM symlinks")
+        select, rows = "SELECT path, broken_since_utc FROM symlinks", []
+        if self.refresherr.db_path.exists():
+            rows = self.refresherr.query(select)
         known, old = {path for path, since in rows if since}, {path for path, _ in rows}
         scan = self.scan(*args)
         assert (self.having("broken"), self.having("unreachable")) == (self.lost, set())
