@@ -221,9 +221,10 @@ class FuseMount:
         """Answer these errnos for exactly these relative paths ({}: no longer)."""
         self._switch(fail_paths={_relative(path): code for path, code in codes.items()})
 
-    def fail_beneath(self, codes: Mapping[Any, int]) -> None:
+    def fail_beneath(self, codes: Mapping[Any, int], delay: float = 0.0) -> None:
         """Let these directories be there, but answer these errnos for their listing and content."""
-        self._switch(fail_beneath={_relative(path): code for path, code in codes.items()})
+        found = {_relative(path): code for path, code in codes.items()}
+        self._switch(fail_beneath=found, delay=delay)
 
     def fail_listings(self, codes: Mapping[Any, int]) -> None:
         """Answer these errnos where exactly these directories are listed; names are found."""
@@ -404,7 +405,7 @@ class Server:
             above = [name, *above]
         codes = (switches["fail_beneath"].get(folder, 0) for folder in above)
         code = code or next(filter(None, codes), 0)
-        gone = path and switches["empty"] or any(
+        gone = (path and switches["empty"]) or any(
             folder in switches["hidden"] for folder in [name, *_parents(name)]
         )
         return code or (errno.ENOENT if gone else 0)

@@ -37,7 +37,7 @@ def links_on_disk(folder: Path) -> Dict[str, Tuple[str, int, int]]:
     return found
 
 
-def take_away(process: "subprocess.Popen[str]") -> None:
+def take_away(process: subprocess.Popen[str]) -> None:
     """Kill a scan that does not end, without waiting for what hangs in the kernel."""
     process.kill()
     for pipe in (process.stdout, process.stderr):
@@ -141,11 +141,15 @@ class MountedLibrary:
         link.symlink_to(target)
         return link
 
-    def films(self, where: Path, count: int, name: str = "Film", root: str = "movies") -> List[Path]:
+    def films(
+        self, where: Path, count: int, name: str = "Film", root: str = "movies"
+    ) -> List[Path]:
         """Make films, each a title in a torrent folder of its own below `where`."""
         titles = [f"{name} {number:03d} (2001)" for number in range(count)]
         return [
-            self.put(f"{root}/{title}/{title}.mkv", where / title.replace(" ", ".") / f"{title}.mkv")
+            self.put(
+                f"{root}/{title}/{title}.mkv", where / title.replace(" ", ".") / f"{title}.mkv"
+            )
             for title in titles
         ]
 

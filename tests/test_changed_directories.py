@@ -561,6 +561,6 @@ def test_roots_in_turn(library: MountedLibrary) -> None:
     make(files / "3")
     library.refresherr.scan(roots[0])
     library.refresherr.scan(roots[1])
-    assert {path for path, status in library.refresherr.statuses().items() if status == "broken"} == {
-        path for path in gone if path.endswith("4")
-    }
+    assert {
+        path for path, status in library.refresherr.statuses().items() if status == "broken"
+    } == {path for path in gone if path.endswith("4")}
