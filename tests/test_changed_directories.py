@@ -554,8 +554,7 @@ def test_roots_in_turn(library: MountedLibrary) -> None:
     library.refresherr.scan(roots[0])
     library.refresherr.scan(roots[1])
     gone = strings(root / f"{number}" for root in roots for number in (3, 4))
-    statuses = library.refresherr.statuses()
-    assert {path for path, status in statuses.items() if status == "broken"} == gone
+    assert library.having("broken") == gone
     library.settle()
     library.refresherr.scan(roots[1])
     make(files / "3")

@@ -1,4 +1,4 @@
-"""`run --apply` in outages of a part of the mount: no healthy record deleted, no healthy link replaced.
+"""`run --apply` while a part of the mount is away: no healthy record or link is harmed.
 
 Patience is switched off here, so that nothing but the verdict protects the library; and for each
 film CineSync has a copy that a wrong verdict would take.

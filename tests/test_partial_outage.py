@@ -194,10 +194,8 @@ def test_how_many_titles_make_a_missing_directory_a_provider_s(
 # Unions
 
 
-def start_union(
-    library: MountedLibrary, kind: str, on_branch: int
-) -> Tuple[Path, Cloud, List[Path]]:
-    """A mergerfs of a directory and a mount: (union, the mount, links that lead to the mount).
+def start_union(library: MountedLibrary, kind: str, on_branch: int) -> Tuple[Cloud, List[Path]]:
+    """A mergerfs of a directory and a mount: (the mount, the links that lead to the mount).
 
     14 links of `on_branch` shows are on the mount, 90 of 30 films and shows on the directory.
     """
@@ -213,7 +211,7 @@ def start_union(
     links = library.shows(union / "shows", on_branch, 14 // on_branch, name="Remote")
     library.places.append((union, branch))
     library.shows(union / "shows", 30, 3)
-    return union, cloud, links
+    return cloud, links
 
 
 def break_branch(cloud: Cloud, how: str) -> None:
@@ -244,7 +242,7 @@ def test_a_branch_goes_beneath_a_living_union(
     history: bool,
     titles: int,
 ) -> None:
-    union, cloud, away = start_union(library, kind, titles)
+    cloud, away = start_union(library, kind, titles)
     if check:
         write_config(f"[scan]\nmount_checks = {cloud.point}\n")
     local, _ = library.local("lost on the disk", "good on the disk")
@@ -643,7 +641,8 @@ def test_a_mount_that_answers_slowly_with_errors(
     if all_of_it:
         cloud.fuse.fail(errno.EIO, delay=0.1)
     else:
-        cloud.fuse.fail_beneath({"movies": errno.EIO}, delay=0.1)
+        names = {name_below(cloud, link) for link in links}
+        cloud.fuse.fail_beneath(dict.fromkeys(names, errno.EIO), delay=0.1)
     library.lose([lost])
     for _ in range(2):
         scan, took = timed(library, healthy + 10 * stat_timeout)

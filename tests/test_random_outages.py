@@ -1,4 +1,4 @@
-"""Random libraries, random outages, random losses: no healthy link is ever broken, no loss is missed.
+"""Random libraries, outages and losses: no healthy link is ever broken, no loss is missed.
 
 REFRESHERR_TEST_SEED=N repeats the case of that seed; REFRESHERR_TEST_ROUNDS=N draws so many.
 """
