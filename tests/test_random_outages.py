@@ -105,6 +105,8 @@ class Drawn:
     def is_mass(self, mount: str, away: Sequence[Film], root: Optional[Path] = None) -> bool:
         """Tell whether a scan (of one root) must hold these, by a margin."""
         seen = [film for film in away if root is None or root in film.link.parents]
+        if not self.scanned:  # what is deep and was never good is no loss, so it is not counted
+            seen = [film for film in seen if not film.nested]
         titles = len({film.title for film in seen})
         share = len(seen) / max(1, len(self.good(mount)))
         any_, ten = SHARE_OF_ANY[self.scanned], SHARE_OF_TEN[self.scanned]
