@@ -351,6 +351,7 @@ def build(library: MountedLibrary, kind: str, ways: List[str]) -> Places:
         (links / "below" / "deeper" / "l0").symlink_to(spelt / "f1")
         (links / "hop").symlink_to(links / "l0")
         (links / "to a folder").symlink_to(spelt)
+        places[way] = links, folder
     (library.media / "witness").symlink_to(files_at / "witness")
     return places
 
