@@ -483,26 +483,30 @@ def test_a_flat_library_whose_links_are_titles(library: MountedLibrary) -> None:
     library.assert_held(library.scan(), links[2:32])
 
 
+@pytest.mark.parametrize("folder", [False, True])
 @pytest.mark.parametrize(("gone", "held"), [(2, False), (3, True)])
-def test_two_titles_are_never_a_mass(library: MountedLibrary, gone: int, held: bool) -> None:
+def test_two_titles_are_never_a_mass(
+    library: MountedLibrary, gone: int, held: bool, folder: bool
+) -> None:
     """Whole shows of 20 episodes each, of 6 on the mount."""
     cloud = library.add_cloud("tmpfs")
     links = library.shows(cloud.point / "shows", 6, 20)
     library.assert_over()
-    library.lose(links[: gone * 20])
+    library.lose(links[: gone * 20], folder)
     if held:
         library.assert_held(library.scan(), links[: gone * 20])
     else:
         library.assert_over()
 
 
-def test_ten_titles_need_a_quarter_of_the_share_only(library: MountedLibrary) -> None:
+@pytest.mark.parametrize("folder", [False, True])
+def test_ten_titles_need_a_quarter_of_the_share_only(library: MountedLibrary, folder: bool) -> None:
     cloud = library.add_cloud("tmpfs")
     links = library.films(cloud.point / "movies", 180)
     library.assert_over()
-    library.lose(links[:9])  # exactly 5 %, and nine titles
+    library.lose(links[:9], folder)  # exactly 5 %, and nine titles
     library.assert_over()
-    library.lose(links[9:19])  # 10 of 171
+    library.lose(links[9:19], folder)  # 10 of 171
     library.assert_held(library.scan(), links[9:19])
 
 
@@ -657,19 +661,22 @@ def test_a_mount_that_answers_slowly_with_errors(
 # What the user accepts
 
 
-def two_units(library: MountedLibrary, kind: str = "tmpfs") -> Tuple[Cloud, List[Path], List[Path]]:
+def two_units(
+    library: MountedLibrary, folder: bool = False
+) -> Tuple[Cloud, List[Path], List[Path]]:
     """24 of 60 gone in each of two directories, 8 titles in all, on a mount of 320."""
-    cloud = library.add_cloud(kind)
+    cloud = library.add_cloud("tmpfs")
     shows = library.shows(cloud.point / "shows", 10, 6)
     kids = library.shows(cloud.point / "kids", 10, 6, name="Kid")
     library.films(cloud.point / "movies", 200)
     library.assert_over()
-    library.lose(shows[:24] + kids[:24])
+    library.lose(shows[:24] + kids[:24], folder)
     return cloud, shows[:24], kids[:24]
 
 
-def test_each_unit_is_told_for_itself(library: MountedLibrary) -> None:
-    cloud, shows, kids = two_units(library)
+@pytest.mark.parametrize("folder", [False, True])
+def test_each_unit_is_told_for_itself(library: MountedLibrary, folder: bool) -> None:
+    cloud, shows, kids = two_units(library, folder)
     result = library.refresherr("scan", library.media)
     assert result.code == 4
     for folder in ("shows", "kids"):
