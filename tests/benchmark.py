@@ -1,9 +1,11 @@
 """Measure the scan against find, and ingest against itself with one request after another:
 python3 tests/benchmark.py [--help]
 
-Ratios, not seconds: each pair of commands runs alternately in this very run (A B A B ...) and the
-medians are compared.  The program runs as a whole process, its database included, with the Python
-that runs this file.  Needs GNU find; TMPDIR says where the libraries are made.
+Ratios, not seconds: each pair of commands runs alternately in this very run (A B A B ...), and the
+median of the pairs' ratios is told, of the time on the wall and of the CPU time of all processes:
+the latter is the steadier one on a machine that others use, too.  The program runs as a whole
+process, its database included, with the Python that runs this file.  Needs GNU find, and strace
+for one row; TMPDIR says where the libraries are made.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import argparse
 import contextlib
 import itertools
 import os
+import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -20,7 +24,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Set, Tuple
 
 from cinesync_library import CineSyncLibrary
 from fake_servers import FakeArr, FakeRadarr, FakeSonarr, populate, populate_movies
@@ -28,6 +32,7 @@ from fuse_fs import FuseMount, fuse_available
 
 PROJECT = Path(__file__).resolve().parent.parent
 STALL_LIMIT = 3.0
+YOUNG = 3.0  # seconds: what has changed later than that proves nothing to a rescan
 QUIET = subprocess.DEVNULL
 
 # 8 links a season, 2 seasons a show: 5.3 links a directory, the show's own included.
@@ -68,6 +73,53 @@ def seconds(*command: object, status: int = 0) -> float:
     return took
 
 
+class Cost(NamedTuple):
+    """What a command took, in seconds."""
+
+    wall: float
+    cpu: float  # of all its processes that were waited for
+
+
+def cost(*command: object, status: int = 0) -> Cost:
+    """Run a command to its end and return what it took."""
+    words = [str(word) for word in command]
+    began = time.perf_counter()
+    process = subprocess.Popen(words, stdin=QUIET, stdout=QUIET)
+    _, code, usage = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - began
+    process.returncode = code
+    if os.WEXITSTATUS(code) != status or os.WIFSIGNALED(code):
+        sys.exit(f"wait status {code}: {' '.join(words)}")
+    return Cost(wall, usage.ru_utime + usage.ru_stime)
+
+
+Measure = Callable[[], Cost]
+
+
+class Pairs(NamedTuple):
+    """Medians of so many pairs of runs."""
+
+    wall: float  # ratios
+    cpu: float
+    base: Cost  # seconds
+    ours: Cost
+
+
+def paired(runs: int, base: Measure, ours: Measure) -> Pairs:
+    """Take both in turn, `runs` times; return the medians of the ratios ours / base."""
+    rounds = [(base(), ours()) for _ in range(runs)]
+
+    def median(value: Callable[[Cost, Cost], float]) -> float:
+        return statistics.median(value(*pair) for pair in rounds)
+
+    return Pairs(
+        median(lambda a, b: b.wall / a.wall),
+        median(lambda a, b: b.cpu / max(a.cpu, 0.001)),
+        Cost(median(lambda a, _: a.wall), median(lambda a, _: a.cpu)),
+        Cost(median(lambda _, b: b.wall), median(lambda _, b: b.cpu)),
+    )
+
+
 def alternate(runs: int, *measures: Callable[[], float]) -> List[float]:
     """Take each measure in turn, `runs` times; return the median of each."""
     rounds = [[measure() for measure in measures] for _ in range(runs)]
@@ -80,6 +132,14 @@ class Table:
     def row(self, what: str, result: str, reach: str = "", stretch: str = "") -> None:
         print(f"{what:<58} {result:>12} {reach:>9} {stretch:>9}", flush=True)
 
+    def pairs(self, what: str, found: Pairs, reach: str, stretch: str) -> None:
+        self.row(what, f"{found.wall:.2f}", reach, stretch)
+        self.row("    the same in CPU time of all processes", f"{found.cpu:.2f}")
+        base, ours = found.base, found.ours
+        self.note(
+            f"{base.wall:.2f} s against {ours.wall:.2f} s; CPU {base.cpu:.2f}, {ours.cpu:.2f}"
+        )
+
     def note(self, text: str) -> None:
         print(f"    {text}", flush=True)
 
@@ -90,25 +150,99 @@ def scan_command(data_dir: Path, root: Path, *options: object) -> List[object]:
 
 
 def measure_scan(table: Table, scratch: Path, links: int, runs: int) -> None:
-    """First scan and unchanged rescan, each against find."""
+    """First scan, unchanged rescan and rescan with some changes, each against find."""
     root, files = scratch / "media", scratch / "files"
     make_library(links, root, files, files)
     find = ["find", root, "-xtype", "l"]
     fresh = (scratch / f"data-{number}" for number in itertools.count())
     kept = next(fresh)
-    seconds(*find)  # warms the cache
-    seconds(*scan_command(kept, root))
-    medians = alternate(
-        runs,
-        lambda: seconds(*find),
-        lambda: seconds(*scan_command(next(fresh), root)),
-        lambda: seconds(*find),
-        lambda: seconds(*scan_command(kept, root)),
-    )
-    find_1, first, find_2, rescan = medians
-    table.row(f"first scan of {links:,} links / find", f"{first / find_1:.2f}", "2.0", "1.4")
-    table.row("unchanged rescan / find", f"{rescan / find_2:.2f}", "1.4", "0.97")
-    table.note(f"find {find_1:.2f} and {find_2:.2f} s, first {first:.2f} s, rescan {rescan:.2f} s")
+    time.sleep(YOUNG)
+    for command in (find, scan_command(kept, root), scan_command(kept, root)):
+        cost(*command)  # warms the cache
+    found = paired(runs, lambda: cost(*find), lambda: cost(*scan_command(next(fresh), root)))
+    table.pairs(f"first scan of {links:,} links / find", found, "2.0", "1.7")
+    found = paired(runs, lambda: cost(*find), lambda: cost(*scan_command(kept, root)))
+    table.pairs("unchanged rescan / find", found, "1.0", "0.6")
+    measure_calls(table, find, scan_command(kept, root))
+    changes = Changes(root, files)
+
+    def changed() -> Cost:
+        changes.make()
+        return cost(*scan_command(kept, root))
+
+    found = paired(runs, lambda: cost(*find), changed)
+    table.pairs("rescan with 1 % of the directories changed / find", found, "1.2", "0.8")
+
+
+class Changes:
+    """Changes 1 % of the directories of links and of targets, each time other ones."""
+
+    def __init__(self, root: Path, files: Path) -> None:
+        self.folders = sorted(root.glob("*/*/Season *")), sorted(files.iterdir())
+        self.turn = 0
+
+    def make(self) -> None:
+        self.turn += 1
+        seasons, releases = (folders[self.turn :: 100] for folders in self.folders)
+        for season in seasons:
+            link = min(season.iterdir())
+            text = os.readlink(link)
+            link.unlink()
+            link.symlink_to(text)
+        for release in releases:
+            file = release / "subtitle.srt"
+            file.unlink() if file.exists() else file.touch()
+
+
+def measure_calls(table: Table, find: List[object], rescan: List[object]) -> None:
+    """How often the kernel is asked about a link by its name: what a cold cache has to read."""
+    if not shutil.which("strace"):
+        table.note("system calls not counted: no strace here")
+        return
+    base, ours = (calls_that_name_a_link(command) for command in (find, rescan))
+    label = "unchanged rescan / find, system calls that name a link"
+    table.row(label, f"{ours / base:.3f}", "0.1", "0.05")
+    table.note(f"find {base:,}, rescan {ours:,}")
+
+
+def calls_that_name_a_link(command: List[object]) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        words = ["strace", "-f", "-qq", "-e", "trace=%file", "-o", str(log)]
+        if subprocess.call([*words, *map(str, command)], stdin=QUIET, stdout=QUIET):
+            sys.exit(f"strace failed: {command}")
+        name = re.compile(r'"[^"]*Show \d+ - S\d+E\d+\.mkv"')
+        with open(log, encoding="utf-8", errors="replace") as lines:
+            return sum(1 for line in lines if name.search(line))
+
+
+def measure_cold(table: Table, scratch: Path, links: int) -> None:
+    """Read requests of the disk with a cold cache; all that runs on this machine counts."""
+    root, files = scratch / "media", scratch / "files"
+    make_library(links, root, files, files)
+    data_dir = scratch / "data"
+    time.sleep(YOUNG)
+    for _ in range(2):
+        cost(*scan_command(data_dir, root))
+    device = os.stat(root).st_dev
+    counter = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat")
+
+    def reads(command: List[object]) -> int:
+        os.sync()
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        cost(sys.executable, "-c", "import sqlite3, json, argparse, subprocess, ssl")
+        before = int(counter.read_text().split()[0])
+        cost(*command)
+        return int(counter.read_text().split()[0]) - before
+
+    try:
+        base, ours = reads(["find", root, "-xtype", "l"]), reads(scan_command(data_dir, root))
+    except OSError as error:
+        table.note(f"cold cache skipped, it needs root and a disk of its own: {error}")
+        return
+    label = f"cold rescan of {links:,} links / find, reads of the disk"
+    table.row(label, f"{ours / max(1, base):.3f}", "0.1", "0.05")
+    table.note(f"find {base:,}, rescan {ours:,}")
 
 
 def measure_run(table: Table, scratch: Path, links: int, runs: int) -> None:
@@ -169,16 +303,52 @@ def peaks(command: List[object]) -> Tuple[float, float, float]:
     return own / 1024, max(high.values(), default=0) / 1024, usage.ru_maxrss / 1024
 
 
-def measure_memory(table: Table, scratch: Path, links: int) -> None:
-    """Peak memory of a first scan and of a rescan."""
+def descendants(pid: int) -> Set[int]:
+    """Return the process and all that it has started, as far as they live."""
+    found, pending = set(), [pid]
+    while pending:
+        pid = pending.pop()
+        found.add(pid)
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                pending += [int(word) for word in children.read_text().split()]
+    return found
+
+
+def proportional_mb(pid: int) -> float:
+    """Return a process's memory in MB, of shared pages its share (Pss)."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def peak_of_all(command: List[object]) -> float:
+    """Run the program; return the peak in MB of what all its processes use together."""
+    process = subprocess.Popen([str(word) for word in command], stdin=QUIET, stdout=QUIET)
+    peak = 0.0
+    while process.poll() is None:
+        peak = max(peak, sum(proportional_mb(pid) for pid in descendants(process.pid)))
+        time.sleep(0.05)
+    if process.returncode:
+        sys.exit(f"exit status {process.returncode}: {command}")
+    return peak
+
+
+def measure_million(table: Table, scratch: Path, links: int, runs: int) -> None:
+    """The rescan of a very large library, and what memory it and the first scan take."""
     root, files = scratch / "media", scratch / "files"
     make_library(links, root, files, files)
-    for what in ("first scan", "rescan"):
-        own, worker, waited = peaks(scan_command(scratch / "data", root))
-        label = f"peak MB, {what} of {links:,} links: the program"
-        table.row(label, f"{own:.0f}", "150", "100")
-        table.row("    its worker (VmHWM, pages shared with the program too)", f"{worker:.0f}")
-        table.note(f"wait4 ru_maxrss (the larger of the two): {waited:.0f}")
+    command = scan_command(scratch / "data", root)
+    time.sleep(YOUNG)
+    for what in ("first scan", "rescan", "rescan"):
+        label = f"peak MB of all processes (Pss), {what} of {links:,} links"
+        table.row(label, f"{peak_of_all(command):.0f}", "120", "70")
+    find = ["find", root, "-xtype", "l"]
+    cost(*find)
+    found = paired(runs, lambda: cost(*find), lambda: cost(*command))
+    table.pairs(f"unchanged rescan of {links:,} links / find", found, "0.5", "0.3")
 
 
 @contextlib.contextmanager
@@ -195,19 +365,18 @@ def measure_slow_mount(table: Table, scratch: Path, links: int, runs: int) -> No
     with slow_library(scratch, links) as (root, make_mount):
         fresh = (scratch / f"data-{number}" for number in itertools.count())
 
-        def mounted(make_command: Callable[[], List[object]]) -> float:
+        def mounted(make_command: Callable[[], List[object]]) -> Cost:
             with make_mount():  # a new one each time, for the kernel keeps what it was told
-                return seconds(*make_command())
+                return cost(*make_command())
 
-        find, scan = alternate(
+        found = paired(
             runs,
-            lambda: mounted(lambda: ["find", root, "-xtype", "l"]),
             lambda: mounted(lambda: scan_command(next(fresh), root)),
+            lambda: mounted(lambda: ["find", root, "-xtype", "l"]),
         )
-    table.row(
-        f"first scan, 5 ms mount, {links:,} links: find / scan", f"{find / scan:.0f}", "25", "60"
-    )
-    table.note(f"find {find:.1f} s, scan {scan:.2f} s")
+    label = f"first scan, 5 ms mount, {links:,} links: find / scan"
+    table.row(label, f"{found.wall:.0f}", "25", "60")
+    table.note(f"find {found.ours.wall:.1f} s, scan {found.base.wall:.2f} s")
 
 
 def measure_hung_mount(table: Table, scratch: Path, links: int) -> None:
@@ -231,7 +400,7 @@ def measure_hung_mount(table: Table, scratch: Path, links: int) -> None:
                 code = process.wait(timeout=120)
                 late = time.perf_counter() - began - STALL_LIMIT
             label = f"hung {what}: seconds from limit to end"
-            table.row(label, f"{late:+.2f}", "+5", "+0.5")
+            table.row(label, f"{late:+.2f}", "+2", "+0.5")
             table.note(f"stat_timeout {STALL_LIMIT:.0f} s, exit status {code}")
 
 
@@ -283,7 +452,7 @@ def measure_start(table: Table, scratch: Path, runs: int) -> None:
         lambda: seconds(sys.executable, pyz, "config", "sample"),
     )
     what = "refresherr.pyz --version / python3 -c pass"
-    table.row(what, f"{version / idle:.2f}", "3", "1.5")
+    table.row(what, f"{version / idle:.2f}", "1.2", "1.0")
     table.note(
         f"pass {idle * 1000:.0f} ms, --version {version * 1000:.0f} ms, "
         f"a command that does nothing much (config sample) {sample * 1000:.0f} ms"
@@ -337,7 +506,13 @@ def measure_ingest(table: Table, scratch: Path, runs: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the scan and ingest.")
     parser.add_argument("--links", type=int, default=100_000)
-    parser.add_argument("--million", action="store_true", help="memory at 1,000,000 links")
+    parser.add_argument(
+        "--million", action="store_true", help="time and memory at 1,000,000 links, too"
+    )
+    parser.add_argument(
+        "--cold", action="store_true", help="read requests with a cold cache, too; empties it"
+    )
+    parser.add_argument("--only-scan", action="store_true", help="nothing but the scan")
     parser.add_argument("--slow-links", type=int, default=5_000)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--only-ingest", action="store_true", help="nothing but ingest")
@@ -349,18 +524,19 @@ def main() -> None:
     def scratch() -> tempfile.TemporaryDirectory[str]:
         return tempfile.TemporaryDirectory(prefix="refresherr-benchmark-")
 
-    with scratch() as folder:
-        measure_ingest(table, Path(folder), args.runs)
-    if args.only_ingest:
-        return
-    with scratch() as folder:
-        measure_start(table, Path(folder), max(args.runs, 20))
-    with scratch() as folder:
-        measure_cinesync(table, Path(folder), args.links // 5, args.links * 3 // 10)
+    if not args.only_scan:
+        with scratch() as folder:
+            measure_ingest(table, Path(folder), args.runs)
+        if args.only_ingest:
+            return
+        with scratch() as folder:
+            measure_start(table, Path(folder), max(args.runs, 20))
+        with scratch() as folder:
+            measure_cinesync(table, Path(folder), args.links // 5, args.links * 3 // 10)
+        with scratch() as folder:
+            measure_run(table, Path(folder), args.links, max(args.runs, 5))
     with scratch() as folder:
         measure_scan(table, Path(folder), args.links, args.runs)
-    with scratch() as folder:
-        measure_run(table, Path(folder), args.links, max(args.runs, 5))
     reason = fuse_available()
     if reason:
         table.note(f"slow and hung mount skipped: {reason}")
@@ -369,9 +545,12 @@ def main() -> None:
             measure_slow_mount(table, Path(folder), args.slow_links, args.runs)
         with scratch() as folder:
             measure_hung_mount(table, Path(folder), args.slow_links)
+    if args.cold:
+        with scratch() as folder:
+            measure_cold(table, Path(folder), args.links // 5)
     if args.million:
         with scratch() as folder:
-            measure_memory(table, Path(folder), 1_000_000)
+            measure_million(table, Path(folder), 1_000_000, args.runs)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ class tmpfs:
 # shared memory, which can be read even while the daemon is frozen and after it was killed.
 GENERATION, REQUESTS = 0, 1  # the test counts its changes of the switches; the daemon, its work
 HEALTHY: dict[str, Any] = {"fail": 0, "fail_root": False, "hang": False, "empty": False}
-HEALTHY.update(fail_paths={}, hang_paths=[])
+HEALTHY.update(fail_paths={}, hang_paths=[], hidden=[], fail_beneath={}, fail_listings={}, delay=0)
 
 
 def _map_counters(state_dir: str) -> memoryview:
@@ -213,13 +213,26 @@ class FuseMount:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def fail(self, code: int, include_root: bool = False) -> None:
-        """Answer this errno for every path below the root (0: no longer)."""
-        self._switch(fail=code, fail_root=include_root)
+    def fail(self, code: int, include_root: bool = False, delay: float = 0.0) -> None:
+        """Answer this errno for every path below the root (0: no longer), each after a delay."""
+        self._switch(fail=code, fail_root=include_root, delay=delay)
 
     def fail_paths(self, codes: Mapping[Any, int]) -> None:
         """Answer these errnos for exactly these relative paths ({}: no longer)."""
         self._switch(fail_paths={_relative(path): code for path, code in codes.items()})
+
+    def fail_beneath(self, codes: Mapping[Any, int], delay: float = 0.0) -> None:
+        """Let these directories be there, but answer these errnos for their listing and content."""
+        found = {_relative(path): code for path, code in codes.items()}
+        self._switch(fail_beneath=found, delay=delay)
+
+    def fail_listings(self, codes: Mapping[Any, int]) -> None:
+        """Answer these errnos where exactly these directories are listed; names are found."""
+        self._switch(fail_listings={_relative(path): code for path, code in codes.items()})
+
+    def hide(self, paths: Iterable[AnyPath]) -> None:
+        """Neither list these relative paths nor know them and what lies beneath ([]: show all)."""
+        self._switch(hidden=[_relative(path) for path in paths])
 
     def hang(self, on: bool = True) -> None:
         """Read every request and do not answer it until hang(False) or heal()."""
@@ -381,18 +394,28 @@ class Server:
         paths = self.switches["hang_paths"]
         return self.switches["hang"] or os.fsdecode(self.path_of(request)) in paths
 
-    def failure(self, path: bytes) -> int:
-        switches = self.switches
-        code: int = switches["fail_paths"].get(os.fsdecode(path), 0)
+    def failure(self, opcode: int, path: bytes) -> int:
+        switches, name = self.switches, os.fsdecode(path)
+        code: int = switches["fail_paths"].get(name, 0)
         if path or switches["fail_root"]:
             code = code or switches["fail"]
-        return code or (errno.ENOENT if path and switches["empty"] else 0)
+        above = _parents(name)
+        if opcode in (OPENDIR, READDIR):
+            code = code or switches["fail_listings"].get(name, 0)
+            above = [name, *above]
+        codes = (switches["fail_beneath"].get(folder, 0) for folder in above)
+        code = code or next(filter(None, codes), 0)
+        gone = (path and switches["empty"]) or any(
+            folder in switches["hidden"] for folder in [name, *_parents(name)]
+        )
+        return code or (errno.ENOENT if gone else 0)
 
     def reply(self, request: Request) -> None:
         path, code, payload = self.path_of(request), 0, b""
         try:
             if request.opcode not in BACKSTAGE:
-                code = self.failure(path)
+                code = self.failure(request.opcode, path)
+                time.sleep(self.switches["delay"] if code else 0)
             if not code:
                 payload = self.perform(request.opcode, request.body, path)
         except OSError as error:
@@ -462,9 +485,12 @@ class Server:
         if not self.switches["empty"]:
             with os.scandir(_join(self.source, path)) as entries:
                 for entry in entries:
+                    inner = _join(path, entry.name)
+                    if os.fsdecode(inner) in self.switches["hidden"]:
+                        continue
                     with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
                         mode = entry.stat(follow_symlinks=False).st_mode
-                        found.append((self.number(_join(path, entry.name)), entry.name, mode))
+                        found.append((self.number(inner), entry.name, mode))
         return found
 
     def number(self, path: bytes) -> int:
@@ -490,6 +516,12 @@ class Server:
 
 def _join(folder: bytes, name: bytes) -> bytes:
     return folder + b"/" + name if folder and name else folder or name
+
+
+def _parents(name: str) -> list[str]:
+    """The directories above a relative path, the root "" being the last one."""
+    parts = name.split("/") if name else []
+    return ["/".join(parts[:count]) for count in range(len(parts) - 1, -1, -1)]
 
 
 def _serve(config: dict[str, Any]) -> None:
