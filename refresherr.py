@@ -2340,6 +2340,9 @@ class Looker:
         for number, target in links:
             name = target.rpartition("/")[2]
             is_link = listing.names.get(name) if listing else None
+            if self.sealed and f"{place.real}/{name}" in self.sealed:
+                odd[number] = BLOCKED, f"{place.real}/{name}"
+                continue
             if is_link is None and is_plain and not (listing and listing.is_whole):
                 try:
                     status = self.ask(os.lstat, f"{place.real}/{name}", place.mount)
@@ -2442,7 +2445,7 @@ class Looker:
         """
         sealed = find_ancestor(probe, self.sealed)
         if sealed is not None:
-            return (*self.sealed[sealed], sealed, fs_type)
+            return (*self.sealed[sealed], point if sealed == probe else sealed, fs_type)
         try:
             status = self.ask(os.stat, probe, probe)
             point = os.path.realpath(probe)
@@ -2985,20 +2988,21 @@ def explain_loss(loss: Loss, ground: Ground) -> Optional[Doubt]:
         return None
     parent = os.path.dirname(near)
     is_root = near == loss.mount
+    perhaps = "perhaps nothing is mounted there"
+    if loss.levels:
+        perhaps = f"{missing} does not exist here: is the volume mapped into this container?"
     if loss.is_empty and (
         is_root or (loss.is_local and (parent == "/" or not ground.good[parent]))
     ):
-        return Doubt(BARE, f"{near} is empty: perhaps nothing is mounted there", near)
+        return Doubt(BARE, f"{near} is empty: {perhaps}", near)
     place = find_place(loss, ground)
     if any(is_under(sentinel, place) for sentinel in ground.sentinels):
         return None
     was_seen = loss.levels < DEEP or missing in ground.once_good
     if was_seen and (ground.good[near] or ground.good[place]):
         return None
-    if loss.levels:
-        what = f"{missing} does not exist here: is the volume mapped into this container?"
-    else:
-        what = f"nothing beneath {place} can be found, of all that links lead to"
+    nothing = f"nothing beneath {place} can be found, of all that links lead to"
+    what = perhaps if loss.levels else nothing
     return Doubt(NO_WITNESS, what, missing if loss.levels else place)
 
 
@@ -3197,6 +3201,7 @@ class Watch:
         rows = conn.execute("SELECT mount_point, fs_type FROM mounts")
         self.remembered = {from_db(point): fs_type for point, fs_type in rows}
         self.mounts: List[WatchedMount] = []
+        self.library: List[str] = []  # where the roots really are
         self.pool = self.open_pool({})
 
     def close(self) -> None:
@@ -3256,7 +3261,9 @@ class Watch:
         return ""
 
     def is_used(self, point: str) -> bool:
-        """Tell whether some known link leads beneath a mount point."""
+        """Tell whether some known link leads beneath a mount point, or lies on it."""
+        if any(is_under(point, real) or is_under(real, point) for real in self.library):
+            return True
         condition, values = beneath(point, "last_target")
         select = f"SELECT 1 FROM symlinks WHERE status <> 'missing' AND {condition} LIMIT 1"
         if self.conn.execute(select, values).fetchone():
@@ -3397,6 +3404,7 @@ class Folder(NamedTuple):
     rowid: int = 0
     mark: str = ""
     packed: bytes = b""
+    is_noted: bool = False  # with a mark, whether that is to be trusted this time or not
 
 
 class Walk:
@@ -3451,6 +3459,8 @@ class Walk:
         """Look at every root, and put the good ones on the pile; what overlaps is walked once."""
         answers = self.watch.pool.ask_all([("root", root, False) for root in self.job.roots])
         for number, (state, reason, real) in enumerate(answers):
+            if real:
+                self.watch.library.append(real)
             if state == "scanned":
                 self.real[number] = real.rstrip("/")
                 continue
@@ -3510,9 +3520,9 @@ class Walk:
             rowid, mark, packed = known.get(path, (0, "", b""))
             if rowid > self.last_folder:
                 rowid = 0
-            if self.turn < 0 or rowid % FULL_READING == self.turn:
-                mark = ""
-            self.ready.append(Folder(path, root, rowid, mark or "", packed or b""))
+            is_due = self.turn < 0 or rowid % FULL_READING == self.turn
+            trusted = "" if is_due or not mark else mark
+            self.ready.append(Folder(path, root, rowid, trusted, packed or b"", bool(mark)))
 
     def take(self, folder: Folder, answer: Answer) -> None:
         """Record what a visit found."""
@@ -3574,7 +3584,8 @@ class Walk:
             self.clear_doubt(path)
         if folder.rowid:
             links = marshal.loads(folder.packed)[1] if folder.packed else 0
-            if links > len(known):
+            is_less = links > sum(row.status != MISSING for row in known.values())
+            if is_less or not folder.is_noted:  # somebody else may have written rows
                 self.find_vanished(prefix, set(paths))
 
     def find_vanished(self, prefix: str, present: Set[str]) -> None:
@@ -3679,6 +3690,8 @@ class Judgement:
         self.good.update(self.watch.pool.good)
         pending, known_broken = self.load_pending()
         looks = self.look_again(pending)
+        if not pending and any(root[UNREACHABLE] for root in self.walk.roots):
+            self.watch.probe()  # is it a whole mount?
         self.unwell = {**self.watch.unwell(), **self.find_remounted()}
         self.loss_mounts = {look.mount for look in looks.values() if look.mount}
         ground = self.survey(pending, looks)
@@ -3754,7 +3767,9 @@ class Judgement:
                 for near in directories_above(loss) for d in (near, os.path.dirname(near))}  # fmt: skip
             is_first = self.walk.last_folder == 0 < self.walk.last_link  # of this edition's
             newest = sys.maxsize if is_first else self.walk.last_folder
-            count_good(self.conn, ground, wanted, self.watch.types, self.walk.root_paths, newest)
+            unsettled = sum(bool(x.old and x.old.status == OK) for x in pending.values())
+            roots, types = self.walk.root_paths, self.watch.types
+            count_good(self.conn, ground, wanted, types, roots, newest, unsettled)
         return ground
 
     def judge(
@@ -3959,6 +3974,11 @@ class Judgement:
                 is_met = is_new or walk.visited[folder // 8] >> folder % 8 & 1
                 if not is_met and path not in known:
                     found.append((rowid, path, from_db(target)))
+        # Should they come back, their directories are to be read.
+        folders = {(to_db(os.path.dirname(path)),) for _, path, _ in found}
+        with transaction(self.conn):
+            update = "UPDATE directories SET mark = NULL WHERE path = ?"
+            self.conn.executemany(update, folders)
         return found
 
     def record_seen(self) -> None:
@@ -4111,12 +4131,13 @@ def load_removed(conn: sqlite3.Connection) -> Set[str]:
 
 def count_good(
     conn: sqlite3.Connection, ground: Ground, wanted: Optional[Set[str]],
-    mounts: Mapping[str, str], roots: Collection[str], newest: int,
+    mounts: Mapping[str, str], roots: Collection[str], newest: int, unsettled: int = 0,
 ) -> None:  # fmt: skip
     """Count for the ground what is good beneath the wanted directories, None for all of them, from
     the whole database.
 
-    Library directories with a rowid above `newest` were met for the first time.
+    Library directories with a rowid above `newest` were met for the first time; of the rows that
+    say ok, `unsettled` wait for their verdict.
     """
 
     @functools.lru_cache(4096)
@@ -4141,23 +4162,24 @@ def count_good(
             if len(samples) < SAMPLES and folder not in samples:
                 samples.append(folder)
 
-    covered, folders = 0, set()
+    covered = 0
     for rowid, name, packed in conn.execute("SELECT rowid, path, targets FROM directories"):
         targets = marshal.loads(packed)[2] if packed else ()
         if targets:
             folder = from_db(name)
-            folders.add(folder)
             is_flat = is_flat_folder(folder, len({target[0] for target in targets}), roots)
             for _, _, real, links in targets:
                 covered += links
                 count(folder, real, links, is_flat, rowid > newest)
     # Rows that no scan of this edition has met: the container's, another root's before an upgrade.
-    if covered < conn.execute("SELECT count(*) FROM symlinks WHERE status = 'ok'").fetchone()[0]:
+    total = conn.execute("SELECT count(*) FROM symlinks WHERE status = 'ok'").fetchone()[0]
+    if covered + unsettled < total:
+        folders = {row[0] for row in conn.execute("SELECT path FROM directories")}
         for name, text in conn.execute(
             "SELECT path, last_target FROM symlinks WHERE status = 'ok'"
         ):
             folder = os.path.dirname(from_db(name))
-            if folder not in folders:
+            if to_db(folder) not in folders:
                 goal = os.path.normpath(os.path.join(folder, from_db(text)))
                 count(folder, os.path.dirname(goal), 1, False, False)
 

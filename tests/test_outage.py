@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import sqlite3
 import subprocess
 import sys
 import time
@@ -372,127 +371,6 @@ def test_a_single_file_that_hangs_on_a_healthy_mount(
     assert (theatre.scan()["exit_code"], theatre.having("ok")) == (0, strings([*good, hung]))
 
 
-# The guard
-
-
-@pytest.mark.parametrize(
-    ("total", "gone", "others", "config", "held"),
-    [
-        (100, 15, 0, "", False),
-        (100, 20, 0, "", False),
-        (100, 21, 0, "", True),
-        (100, 21, 0, "max_new_broken = 30%", False),
-        (100, 60, 0, "max_new_broken = 100%", False),
-        (100, 6, 0, "max_new_broken = 5%", False),
-        (12, 9, 0, "", False),
-        (12, 10, 0, "", True),
-        (60, 24, 200, "", True),
-        (50, 11, 200, "", True),
-        (49, 11, 200, "", False),
-    ],
-)
-def test_the_guard_s_limits(
-    theatre: Theatre,
-    memory: tmpfs,
-    write_config: Callable[[str], Path],
-    total: int,
-    gone: int,
-    others: int,
-    config: str,
-    held: bool,
-) -> None:
-    """`others` lie in another directory of the mount: 24 of 60 are not lost in the crowd."""
-    write_config(f"[scan]\n{config}\n")
-    memory.mount()
-    links = theatre.add("shows/release", total)
-    theatre.add("movies/release", others)
-    assert theatre.scan()["exit_code"] == 0
-    theatre.lose(links[:gone])
-    scan = theatre.scan()
-    assert theatre.having("unreachable" if held else "broken") == strings(links[:gone])
-    assert (scan["exit_code"], scan["guard"]["tripped"]) == (4 if held else 0, held)
-    assert scan["guard"]["held_back"] == (gone if held else 0)
-    assert scan["changes"]["newly_broken"] == (0 if held else gone)
-
-
-@pytest.mark.parametrize("old", [0, 30, 100])
-@pytest.mark.parametrize("share", [0.6, 0.4])
-def test_links_that_were_never_judged_count_as_good(
-    theatre: Theatre, memory: tmpfs, old: int, share: float
-) -> None:
-    """`old` good links are known; 50 new ones come, a share of which leads nowhere."""
-    memory.mount()
-    if old:
-        theatre.add("shows/release", old)
-        assert theatre.scan()["exit_code"] == 0
-    new = theatre.add("shows/release", 50, name="new")
-    theatre.lose(new[: int(50 * share)])
-    limit = 0.2 if old > 50 else 0.5
-    held = 50 * share / (50 + old) > limit
-    scan = theatre.scan()
-    assert (scan["exit_code"], scan["guard"]["tripped"]) == (4 if held else 0, held)
-    assert theatre.having("unreachable" if held else "broken") == theatre.lost
-
-
-@pytest.mark.parametrize(
-    ("meanwhile", "release"),
-    [
-        ("nothing", "accept"),
-        ("nothing", "files are back"),
-        ("outage", "accept"),
-        ("killed", "files are back"),
-        ("new links", "accept"),
-        ("removed links", "files are back"),
-    ],
-)
-def test_the_guard_keeps_holding(
-    theatre: Theatre, cloud: FuseMount, meanwhile: str, release: str
-) -> None:
-    links = theatre.add("shows/release", 60)
-    theatre.add("movies/release", 65)
-    (old,) = theatre.add("shows/release", lost=True, name="old")
-    assert theatre.scan()["changes"]["newly_broken"] == 1
-    lost = strings(links[:24])
-    theatre.lose(links[:24])
-    result = theatre.refresherr("scan", theatre.media)
-    assert result.code == 4
-    for words in ("24", str(theatre.mount / "shows"), "scan --accept-breakage"):
-        assert words in result.err
-
-    if meanwhile == "outage":
-        cloud.empty()
-        assert theatre.scan()["exit_code"] == 4
-        assert theatre.having("ok") | theatre.having("broken") == set()
-        cloud.heal()
-    elif meanwhile == "killed":
-        cloud.kill()
-        assert theatre.scan()["exit_code"] == 4
-        end_outage(cloud)
-    elif meanwhile == "new links":
-        theatre.add("shows/release", 200, name="new")
-    elif meanwhile == "removed links":
-        for link in links[30:50]:  # 24 of 36 are left
-            link.unlink()
-    for _ in range(2):
-        scan = theatre.scan()
-        assert (scan["exit_code"], scan["guard"]["tripped"]) == (4, True)
-        assert (scan["guard"]["held_back"], scan["changes"]["newly_broken"]) == (24, 0)
-        assert (theatre.having("unreachable"), theatre.having("broken")) == (lost, {str(old)})
-
-    if release == "accept":
-        scan = theatre.scan("--accept-breakage")
-        assert (scan["exit_code"], scan["changes"]["newly_broken"]) == (0, 24)
-        assert theatre.having("broken") == lost | {str(old)}
-        assert theatre.scan()["exit_code"] == 0
-        theatre.bring_back(links[:24])
-        assert theatre.scan()["changes"] == {**NO_CHANGES, "recovered": 24}
-    else:
-        theatre.bring_back(links[:24])
-        assert theatre.scan()["changes"] == NO_CHANGES
-    assert (theatre.having("unreachable"), theatre.having("broken")) == (set(), {str(old)})
-    assert theatre.scan()["exit_code"] == 0
-
-
 # The library's own mount
 
 
@@ -690,74 +568,29 @@ def test_another_file_system_in_the_place_of_a_remembered_mount(
 # What an adversary found
 
 
-def test_what_the_guard_holds_it_holds_to_the_last(theatre: Theatre, memory: tmpfs) -> None:
-    memory.mount()
-    links = theatre.add("shows/release", 100)
-    theatre.scan()
-    theatre.lose(links[:30])
-    assert theatre.scan()["guard"]["held_back"] == 30
-    theatre.bring_back(links[5:30])
-    scan = theatre.scan()
-    assert (scan["exit_code"], scan["guard"]["held_back"]) == (4, 5)
-    assert theatre.having("broken") == set()
-    theatre.scan("--accept-breakage")
-    assert theatre.having("broken") == strings(links[:5])
-
-
-def test_an_emptied_directory_makes_no_link_new(theatre: Theatre, memory: tmpfs) -> None:
-    """Its good links stay good ones for the guard: 40 of 100 are too many at once."""
-    memory.mount()
-    links = theatre.add("movies/release", 100)
-    theatre.scan()
-    theatre.lose(links)
-    (theatre.backend / "movies" / "release").rmdir()
-    assert theatre.scan()["exit_code"] == 4
-    (theatre.backend / "movies" / "release").mkdir()
-    theatre.bring_back(links[:60])
-    assert theatre.scan()["exit_code"] == 4
-    assert theatre.having("broken") == set()
-
-
-def test_an_accepted_loss_is_none_of_what_we_never_saw_mounted(theatre: Theatre) -> None:
-    """A row of the container edition says ok; its mount was absent ever since we look."""
-    theatre.add_local("good.mkv")
-    link = theatre.media / "old.mkv"
-    link.symlink_to(theatre.mount / "old.mkv")
-    assert theatre.refresherr("stats").code == 0
-    conn = sqlite3.connect(str(theatre.refresherr.db_path))
-    with conn:
-        conn.execute(
-            "INSERT INTO symlinks (path, last_target, status, last_status, last_seen_utc) "
-            "VALUES (?, ?, 'ok', 'ok', '2024-05-06T07:08:09')",
-            (str(link), str(theatre.mount / "old.mkv")),
-        )
-    conn.close()
-    for options in ([], [], ["--accept-breakage"], []):
-        assert theatre.scan(*options)["exit_code"] == 4
-        assert theatre.having("unreachable") == {str(link)}
-
-
 MEANWHILE = """
 import subprocess, sys
 sys.path.insert(0, {project!r})
 import refresherr
-walk = refresherr.Surveyor.walk_directory
-def walk_and_meddle(self, task, directory, root):
+visit = refresherr.ANSWERERS["visit"]
+def visit_and_meddle(looker, directory, *noted):
     if directory.endswith("/060"):
         subprocess.check_call(["umount", "--lazy", {mount!r}])
-    walk(self, task, directory, root)
+    found = visit(looker, directory, *noted)
     if directory.endswith("/060") and {back!r}:
         subprocess.check_call(["mount", "--bind", {backend!r}, {mount!r}])
-refresherr.Surveyor.walk_directory = walk_and_meddle
-work, meddled = refresherr.Surveyor.work, []
-def work_and_meddle(self, count=1):
-    second_look = {again!r} and not self.doubts and not meddled
+    return found
+refresherr.ANSWERERS["visit"] = visit_and_meddle
+look, meddled = refresherr.Watch.look, []
+def look_and_meddle(self, *paths):
+    second_look = {again!r} and not meddled
     if second_look:
         meddled.append(subprocess.check_call(["umount", "--lazy", {mount!r}]))
-    work(self, count)
+    found = look(self, *paths)
     if second_look:
         subprocess.check_call(["mount", "--bind", {backend!r}, {mount!r}])
-refresherr.Surveyor.work = work_and_meddle
+    return found
+refresherr.Watch.look = look_and_meddle
 sys.exit(refresherr.main(sys.argv[1:]))
 """
 

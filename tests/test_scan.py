@@ -616,7 +616,9 @@ def test_an_interrupted_scan_ends_at_once_and_keeps_what_it_had(
     out, err = process.communicate(timeout=20)
     assert (process.returncode, '"status": "interrupted"' in out) == (130, True), err
     kept = refresherr.statuses()
-    assert kept and set(kept.values()) == {"ok"}, refresherr.query("SELECT * FROM symlinks WHERE status <> 'ok'")
+    assert kept and set(kept.values()) == {"ok"}, refresherr.query(
+        "SELECT * FROM symlinks WHERE status <> 'ok'"
+    )
     assert refresherr.query("PRAGMA integrity_check") == [("ok",)]
     cloud.heal()
     scan = refresherr.scan(slow_library)
