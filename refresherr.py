@@ -2957,15 +2957,16 @@ def directories_above(loss: Loss) -> Iterator[str]:
 
 
 def find_place(loss: Loss, ground: Ground) -> str:
-    """Return the directory whose good targets speak for a loss: the nearest one that exists, or
-    the first above it where links of two titles lead, on the same mount.
+    """Return the directory above the nearest one whose good targets may speak for a loss, too: the
+    first to which links of two titles lead, on the same mount.
 
-    On the root file system it is the nearest one, for what is not mounted leads there; one level
-    above it where the file alone is missing.
+    On the root file system only for what was good there once: a volume that is not mapped would
+    have its place there.  Or where the file alone is missing, one level up.
     """
-    steps = list(directories_above(loss))
+    steps = list(directories_above(loss))[1:]
     if loss.mount == "/":
-        steps = [step for step in steps[: 2 if loss.levels == 0 else 1] if step != "/"]
+        steps = [step for step in steps if step != "/"]
+        steps = steps if loss.was_good else steps[: loss.levels == 0]
     wide = (step for step in steps if ground.count_titles(step) > 1)
     return next(wide, loss.near)
 
