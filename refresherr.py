@@ -2173,24 +2173,22 @@ class Looker:
         with self.locks[hash(place.real) % len(self.locks)]:
             listing = self.listings.get(place.real)
             if listing is None:
-                listing = self.ask(
-                    functools.partial(self.list_some, wanted), place.real, place.mount
-                )
-                if place.mark is not None:
-                    listing = listing._replace(mark=place.mark)
-                self.listings[place.real] = listing
+                list_some = functools.partial(self.list_some, wanted)
+                names, is_whole = self.ask(list_some, place.real, place.mount)
+                mark = place.mark or ""
+                if place.mark is None and is_whole:
+                    mark = digest(name + "@" * is_link for name, is_link in names.items())
+                listing = self.listings[place.real] = Listing(names, mark, is_whole)
                 if len(self.listings) > (512 if self.is_threaded else 8):
                     self.listings.popitem(last=False)
             return listing
 
-    def list_some(self, wanted: int, directory: str) -> Listing:
+    def list_some(self, wanted: int, directory: str) -> Tuple[Dict[str, bool], bool]:
         """List a directory; only its beginning where that is long and little is wanted of it."""
         with os.scandir(directory) as entries:
             some = itertools.islice(entries, LISTED_PER_NAME * (wanted + 4))
             names = {entry.name: entry.is_symlink() for entry in some}
-            is_whole = next(entries, None) is None
-        told = (name + "@" * is_link for name, is_link in names.items())
-        return Listing(names, digest(told) if is_whole else "", is_whole)
+            return names, next(entries, None) is None
 
     def mark_targets(self, head: str, wanted: int) -> str:
         """Return the present mark of a directory of targets, '' if it has none."""
@@ -4764,7 +4762,7 @@ def _look_at_changed(
     conn: sqlite3.Connection, settings: ScanSettings, changes: Iterable[LinkChange]
 ) -> None:
     done = {change.path: change for change in changes if change.result == DONE}
-    problems = {}
+    problems: Dict[str, str] = {}
     for look in _look_at(conn, settings, list(done), read=True):
         done[look.path].verdict = OK, ""
         if look.blocked or not look.file:  # the kernel may remember what nobody can read now
@@ -7676,7 +7674,7 @@ def examine_time(conn: sqlite3.Connection, now: float, cron_line: str) -> List[F
         detail = f"{scan['status']}: {scan['message'] or 'it came to no end'}"
         tripped = scan["guard"].get("tripped")
         advice = (
-            "if that loss is meant, `scan --accept-breakage`"
+            "if that loss is meant, `scan --accept DIR`"
             if tripped
             else "mend what is named below"
         )
@@ -7971,17 +7969,22 @@ def changed_directories(conn: sqlite3.Connection, after: int) -> List[str]:
 
 def name_problems(steps: Mapping[str, JsonObject]) -> Dict[str, str]:
     """Return {'ingest partial': its message} of the steps that did not end well, and
-    {'scan refused: /mnt/remote': reason} for each mount that is unwell.
+    {'scan refused: /mnt/remote': reason} for each mount that is unwell, each directory in which the
+    guard holds something, and each other reason: one that comes later is news.
     """
-    problems = {}
+    problems: Dict[str, str] = {}
     for name, step in steps.items():
-        mounts = [mount for mount in step.get("mounts", ()) if mount["state"] != HEALTHY]
         others = [root for root in step.get("roots", ()) if root["state"] != "scanned"]
         whole = f"{name} {step['status']}"
-        if step["exit_code"] == EXIT_REFUSED and mounts:
-            problems.update({f"{whole}: {m['mount_point']}": m["reason"] for m in mounts})
-        if mounts and not others and not step["guard"]["tripped"]:
-            continue
+        units = step.get("guard", {}).get("units", ())
+        refused = {m["mount_point"]: m["reason"] for m in step.get("mounts", ()) if m["reason"]}
+        told = set(refused.values())
+        refused.update((unit["directory"], describe_unit(unit)) for unit in units)
+        refused.update((reason, "") for reason in step.get("refusals", ()) if reason not in told)
+        if step["exit_code"] == EXIT_REFUSED and refused:
+            problems.update((f"{whole}: {what}", reason) for what, reason in refused.items())
+            if not others:
+                continue
         if step["exit_code"] != EXIT_OK:
             problems[whole] = step.get("message", "")
     return problems
