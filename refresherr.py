@@ -80,8 +80,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 # isort: off
 # fmt: off
 from typing import (
-    Any, Callable, Collection, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence,
-    Set, TextIO, Tuple, Type, Union)
+    Any, Callable, Collection, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple,
+    Optional, Sequence, Set, TextIO, Tuple, Type, Union)
 from urllib.parse import (
     parse_qs, quote, quote_plus, unquote, unquote_to_bytes, urlencode, urlsplit)
 # fmt: on
@@ -2371,143 +2371,148 @@ class Looker:
             return UNKNOWN, exc.strerror or str(exc)
         return FOUND_BY_CHAIN, os.path.dirname(end.real)
 
-    def look(self, path: str, wants_file: bool) -> Look:
-        """Look at a single link, all facts anew; what is no link stands for itself."""
-        text, target = "", path
-        try:
-            place = self.locate(os.path.dirname(path))
-            if place.sealed:
-                return Look(path, BLOCKED, blocked=self.sealed[place.sealed][1])
-            text = self.ask(os.readlink, path, place.mount)
-            target = os.path.join(os.path.dirname(path), text)
-        except OSError as exc:
-            if exc.errno in GONE_ERRNOS:
-                return Look(path, NO_LINK)
-        end = self.locate(target)
-        if end.sealed:
-            return Look(path, BLOCKED, blocked=self.sealed[end.sealed][1], target=text)
-        try:
-            if end.errno not in (0, *GONE_ERRNOS):
-                raise OSError(end.errno, os.strerror(end.errno))
-            self.ask(os.stat, path, end.mount)
-            file = self.ask(self.read_file, path, end.mount) if wants_file else ""
-            return Look(path, FOUND, file=file, target=text, goal=end.real, mount=end.mount)
-        except OSError as exc:
-            if exc.errno not in GONE_ERRNOS:
-                return Look(path, UNKNOWN, exc.strerror or str(exc), target=text, mount=end.mount)
-            failure = exc.errno
-        missing = end.missing or end.real
-        look = Look(path, GONE, target=text, goal=end.real, missing=missing, mount=end.mount)
-        if failure == errno.ELOOP:
-            return look._replace(is_loop=True)
-        try:
-            near = os.path.dirname(missing)
-            names = self.ask(self.list_names, near, end.mount)
-        except OSError as exc:
-            if exc.errno in (*GONE_ERRNOS, *NO_LISTING_ERRNOS):  # ENOTDIR: a file stands there
-                return look
-            return look._replace(finding=UNKNOWN, detail=f"{near}: {exc.strerror}")
-        is_listed = failure == errno.ENOENT and os.path.basename(missing) in names
-        return look._replace(empty="" if names else near, is_listed=is_listed)
 
-    def read_file(self, path: str) -> str:
-        """Return which file a path leads to in the end.  OSError if it is none to be read."""
-        real = os.path.realpath(path)
-        if not stat.S_ISREG(os.stat(real).st_mode):  # opening a pipe would wait for ever
-            raise OSError(errno.EINVAL, f"{real} is not a file")
-        with open(real, "rb", buffering=0) as stream:
-            stream.read(1)
-        return real
-
-    # Mounts and roots
-
-    def examine_root(self, root: str, tries_to_write: bool) -> Tuple[str, str, str]:
-        """Return (state, reason, real path) of a root: 'scanned', 'missing', 'error', 'refused'."""
-        place = self.locate(root)
+def look_at(looker: Looker, path: str, wants_file: bool) -> Look:
+    """Look at a single link, all facts anew; what is no link stands for itlooker."""
+    text, target = "", path
+    try:
+        place = looker.locate(os.path.dirname(path))
         if place.sealed:
-            return "refused", self.sealed[place.sealed][1], place.real
+            return Look(path, BLOCKED, blocked=looker.sealed[place.sealed][1])
+        text = looker.ask(os.readlink, path, place.mount)
+        target = os.path.join(os.path.dirname(path), text)
+    except OSError as exc:
+        if exc.errno in GONE_ERRNOS:
+            return Look(path, NO_LINK)
+    end = looker.locate(target)
+    if end.sealed:
+        return Look(path, BLOCKED, blocked=looker.sealed[end.sealed][1], target=text)
+    try:
+        if end.errno not in (0, *GONE_ERRNOS):
+            raise OSError(end.errno, os.strerror(end.errno))
+        looker.ask(os.stat, path, end.mount)
+        file = looker.ask(read_file, path, end.mount) if wants_file else ""
+        return Look(path, FOUND, file=file, target=text, goal=end.real, mount=end.mount)
+    except OSError as exc:
+        if exc.errno not in GONE_ERRNOS:
+            return Look(path, UNKNOWN, exc.strerror or str(exc), target=text, mount=end.mount)
+        failure = exc.errno
+    missing = end.missing or end.real
+    look = Look(path, GONE, target=text, goal=end.real, missing=missing, mount=end.mount)
+    if failure == errno.ELOOP:
+        return look._replace(is_loop=True)
+    try:
+        near = os.path.dirname(missing)
+        names = looker.ask(looker.list_names, near, end.mount)
+    except OSError as exc:
+        if exc.errno in (*GONE_ERRNOS, *NO_LISTING_ERRNOS):  # ENOTDIR: a file stands there
+            return look
+        return look._replace(finding=UNKNOWN, detail=f"{near}: {exc.strerror}")
+    is_listed = failure == errno.ENOENT and os.path.basename(missing) in names
+    return look._replace(empty="" if names else near, is_listed=is_listed)
+
+
+def read_file(path: str) -> str:
+    """Return which file a path leads to in the end.  OSError if it is none to be read."""
+    real = os.path.realpath(path)
+    if not stat.S_ISREG(os.stat(real).st_mode):  # opening a pipe would wait for ever
+        raise OSError(errno.EINVAL, f"{real} is not a file")
+    with open(real, "rb", buffering=0) as stream:
+        stream.read(1)
+    return real
+
+
+def examine_root(looker: Looker, root: str, tries_to_write: bool) -> Tuple[str, str, str]:
+    """Return (state, reason, real path) of a root: 'scanned', 'missing', 'error', 'refused'."""
+    place = looker.locate(root)
+    if place.sealed:
+        return "refused", looker.sealed[place.sealed][1], place.real
+    try:
+        if not stat.S_ISDIR(looker.ask(os.stat, root, place.mount).st_mode):
+            return ERROR, "is not a directory", place.real
+        return "scanned", why_closed(root) if tries_to_write else "", place.real
+    except FileNotFoundError:
+        return "missing", "does not exist", place.real
+    except OSError as exc:
+        return ERROR, exc.strerror or "cannot be read", place.real
+
+
+def examine_mount(
+    looker: Looker, probe: str, role: str, fs_type: str, point: str
+) -> Tuple[str, str, str, str]:
+    """Return (state, reason, point, type) of a mount that is watched; a sentinel speaks for
+    its directory, the `point` of one that cannot be looked at.
+    """
+    sealed = find_ancestor(probe, looker.sealed)
+    if sealed is not None:
+        return (*looker.sealed[sealed], point if sealed == probe else sealed, fs_type)
+    try:
+        status = looker.ask(os.stat, probe, probe)
+        point = os.path.realpath(probe)
+        if stat.S_ISREG(status.st_mode) and role == "check":
+            with open(probe, "rb") as stream:
+                stream.read(1)
+            return HEALTHY, "", os.path.dirname(point), SENTINEL
+        empty = False
         try:
-            if not stat.S_ISDIR(self.ask(os.stat, root, place.mount).st_mode):
-                return ERROR, "is not a directory", place.real
-            return "scanned", why_closed(root) if tries_to_write else "", place.real
-        except FileNotFoundError:
-            return "missing", "does not exist", place.real
+            empty = looker.ask(is_empty, probe, probe)
         except OSError as exc:
-            return ERROR, exc.strerror or "cannot be read", place.real
+            if exc.errno not in NO_LISTING_ERRNOS:  # alive, but not to be listed
+                raise
+    except FileNotFoundError:
+        return ABSENT, f"{probe} does not exist", point, fs_type
+    except OSError as exc:
+        return ERROR, f"{probe}: {exc.strerror}", point, fs_type
+    mounts = read_mounts()  # after the look-up: that mounts what autofs only promises
+    found = mounts.get(point)
+    if found is None and len(mounts) == 1 and os.path.ismount(point):
+        found = fs_type or "unknown"  # no procfs here
+    if found is None:
+        return ABSENT, f"{probe} is not a mount point; nothing is mounted there", point, ""
+    if role == "remembered" and found != fs_type:
+        hint = f"if that is meant, run scan --forget-mount {point}"
+        return ABSENT, f"{point} is {found} now and was {fs_type}; {hint}", point, found
+    if empty:
+        return EMPTY, f"{probe} is mounted but empty", point, found
+    return HEALTHY, "", point, found
 
-    def examine_mount(
-        self, probe: str, role: str, fs_type: str, point: str
-    ) -> Tuple[str, str, str, str]:
-        """Return (state, reason, point, type) of a mount that is watched; a sentinel speaks for
-        its directory, the `point` of one that cannot be looked at.
-        """
-        sealed = find_ancestor(probe, self.sealed)
-        if sealed is not None:
-            return (*self.sealed[sealed], point if sealed == probe else sealed, fs_type)
-        try:
-            status = self.ask(os.stat, probe, probe)
-            point = os.path.realpath(probe)
-            if stat.S_ISREG(status.st_mode) and role == "check":
-                with open(probe, "rb") as stream:
-                    stream.read(1)
-                return HEALTHY, "", os.path.dirname(point), SENTINEL
-            empty = False
-            try:
-                empty = self.ask(is_empty, probe, probe)
-            except OSError as exc:
-                if exc.errno not in NO_LISTING_ERRNOS:  # alive, but not to be listed
-                    raise
-        except FileNotFoundError:
-            return ABSENT, f"{probe} does not exist", point, fs_type
-        except OSError as exc:
-            return ERROR, f"{probe}: {exc.strerror}", point, fs_type
-        mounts = read_mounts()  # after the look-up: that mounts what autofs only promises
-        found = mounts.get(point)
-        if found is None and len(mounts) == 1 and os.path.ismount(point):
-            found = fs_type or "unknown"  # no procfs here
-        if found is None:
-            return ABSENT, f"{probe} is not a mount point; nothing is mounted there", point, ""
-        if role == "remembered" and found != fs_type:
-            hint = f"if that is meant, run scan --forget-mount {point}"
-            return ABSENT, f"{point} is {found} now and was {fs_type}; {hint}", point, found
-        if empty:
-            return EMPTY, f"{probe} is mounted but empty", point, found
-        return HEALTHY, "", point, found
 
-    def list_branches(self, union: str, fs_type: str) -> List[Tuple[str, str, str, str]]:
-        """Return (path, mount point, its type, problem) of each part of a union."""
-        names: List[str] = []
-        if fs_type == "overlay":
-            names = read_overlay_branches(union)
-        else:
-            with contextlib.suppress(OSError):
-                call = functools.partial(os.getxattr, attribute="user.mergerfs.branches")
-                text = os.fsdecode(self.ask(call, f"{union}/.mergerfs", union))
-                names = [branch.rpartition("=")[0] or branch for branch in text.split(":")]
-        return [(name, *self.examine_branch(name)) for name in names]
-
-    def examine_branch(self, path: str) -> Tuple[str, str, str]:
-        """Return (mount point, its type, problem) of a part of a union; '!' before a problem that
-        counts even where the part was never seen well.
-        """
-        sealed = find_ancestor(path, self.sealed)
-        if sealed is not None:
-            return "", "", f"!{self.sealed[sealed][1]}"
-        try:
-            status = self.ask(os.stat, path, path)
-            mounts = {"/": "unknown", **read_mounts()}
-            point = find_ancestor(os.path.realpath(path), mounts) or "/"
-            empty = stat.S_ISDIR(status.st_mode) and self.ask(is_empty, path, path)
-            return point, mounts[point], f"{path} is empty" if empty else ""
-        except OSError as exc:
-            # One that is not there may be out of our sight, in another container's.
-            return "", "", f"{'!' * (exc.errno not in GONE_ERRNOS)}{path}: {exc.strerror}"
-
-    def is_alive(self, mount: str) -> bool:
-        """Tell that a mount answers, be it with an error."""
+def list_branches(looker: Looker, union: str, fs_type: str) -> List[Tuple[str, str, str, str]]:
+    """Return (path, mount point, its type, problem) of each part of a union."""
+    names: List[str] = []
+    if fs_type == "overlay":
+        names = read_overlay_branches(union)
+    else:
         with contextlib.suppress(OSError):
-            is_empty(mount)
-        return True
+            call = functools.partial(os.getxattr, attribute="user.mergerfs.branches")
+            text = os.fsdecode(looker.ask(call, f"{union}/.mergerfs", union))
+            names = [branch.rpartition("=")[0] or branch for branch in text.split(":")]
+    return [(name, *examine_branch(looker, name)) for name in names]
+
+
+def examine_branch(looker: Looker, path: str) -> Tuple[str, str, str]:
+    """Return (mount point, its type, problem) of a part of a union; '!' before a problem that
+    counts even where the part was never seen well.
+    """
+    sealed = find_ancestor(path, looker.sealed)
+    if sealed is not None:
+        return "", "", f"!{looker.sealed[sealed][1]}"
+    try:
+        status = looker.ask(os.stat, path, path)
+        mounts = {"/": "unknown", **read_mounts()}
+        point = find_ancestor(os.path.realpath(path), mounts) or "/"
+        empty = stat.S_ISDIR(status.st_mode) and looker.ask(is_empty, path, path)
+        return point, mounts[point], f"{path} is empty" if empty else ""
+    except OSError as exc:
+        # One that is not there may be out of our sight, in another container's.
+        return "", "", f"{'!' * (exc.errno not in GONE_ERRNOS)}{path}: {exc.strerror}"
+
+
+def is_alive(looker: Looker, mount: str) -> bool:
+    """Tell that a mount answers, be it with an error."""
+    with contextlib.suppress(OSError):
+        is_empty(mount)
+    return True
 
 
 class Frames:
@@ -2837,12 +2842,12 @@ def _serve(looker: Looker, answerers: Mapping[str, Answerer], requests: int, ans
 Answerer = Callable[..., Answer]
 ANSWERERS: Dict[str, Answerer] = {
     "visit": Looker.visit,
-    "look": lambda looker, *asked: tuple(looker.look(*asked)),
-    "root": Looker.examine_root,
-    "mount": Looker.examine_mount,
-    "branches": Looker.list_branches,
-    "branch": Looker.examine_branch,
-    "alive": Looker.is_alive,
+    "look": lambda looker, *asked: tuple(look_at(looker, *asked)),
+    "root": examine_root,
+    "mount": examine_mount,
+    "branches": list_branches,
+    "branch": examine_branch,
+    "alive": is_alive,
 }
 
 
@@ -3286,7 +3291,8 @@ class Watch:
         """Return what a look at a link that leads nowhere has found."""
         return Loss(
             look.path, title, look.goal, look.missing, look.mount, self.is_local(look.mount),
-            bool(look.empty), look.is_listed, look.is_loop, not never_judged(old), old is None, **known,
+            bool(look.empty), look.is_listed, look.is_loop, not never_judged(old), old is None,
+            **known,
         )  # fmt: skip
 
     def make_ground(self, mounts: Iterable[str]) -> Ground:
@@ -3634,6 +3640,22 @@ class Walk:
             self.cleared.add(path)
             self.writer.cleared.append((to_db(path),))
 
+    def walked_roots(self) -> List[str]:
+        return [self.job.roots[number] for number in self.real]
+
+    def count_rows(self, roots: Optional[Sequence[str]] = None, condition: str = "1") -> int:
+        """Count the rows beneath roots that stood there before this scan."""
+        total = 0
+        for root in self.walked_roots() if roots is None else roots:
+            place, values = beneath(root)
+            query = f"SELECT count(*) FROM symlinks WHERE {condition} AND {place} AND rowid <= ?"
+            total += self.conn.execute(query, [*values, self.last_link]).fetchone()[0]
+        return total - (0 if condition != "1" else self.count_missing(roots))
+
+    def count_missing(self, roots: Optional[Sequence[str]] = None) -> int:
+        # So says the index.
+        return self.count_rows(roots, "status <> 'ok' AND status = 'missing'")
+
     def is_flat(self, folder: Folder, answer: Answer) -> bool:
         """Tell whether each link of a directory is a title by itself."""
         if answer[0] == "same":
@@ -3679,7 +3701,6 @@ class Judgement:
         self.elsewhere: List[Loss] = []  # what the guard holds and this scan has not met
         self.removed: List[Loss] = []  # the same, and the links are gone themselves
         self.units: List[JsonObject] = []
-        self.unseen: List[Tuple[int]] = []  # rows of links that were not met
         accept = self.walk.job.accept
         real = self.watch.pool.ask_all([("root", path, False) for path in accept])
         self.accepted = [path for path in (*accept, *(answer[2] for answer in real)) if path]
@@ -3702,8 +3723,9 @@ class Judgement:
                 self.walk.refuse(reason, 1)
         self.judge(pending, looks, ground)
         self.writer.flush()
-        self.record_vanished()
-        self.record_seen()
+        present = PresentLinks(self)
+        present.record_vanished()
+        present.record_seen()
 
     def load_pending(self) -> Tuple[Dict[str, Pending], List[Pending]]:
         """Return the links that were not found: those to be judged, and those known as broken."""
@@ -3762,8 +3784,8 @@ class Judgement:
                 loss = Loss(*texts)._replace(doubt=GUARD, lot=lot)  # type: ignore[arg-type]
                 (self.elsewhere if status == UNREACHABLE else self.removed).append(loss)
         if self.losses:
-            wanted = {d for loss in (*self.losses, *self.elsewhere)
-                for near in directories_above(loss) for d in (near, os.path.dirname(near))}  # fmt: skip
+            wanted = {d for x in (*self.losses, *self.elsewhere) for d in directories_above(x)}
+            wanted |= {os.path.dirname(directory) for directory in wanted}
             is_first = self.walk.last_folder == 0 < self.walk.last_link  # of this edition's
             newest = sys.maxsize if is_first else self.walk.last_folder
             unsettled = sum(bool(x.old and x.old.status == OK) for x in pending.values())
@@ -3875,13 +3897,75 @@ class Judgement:
             "lot": lot, "accept": accept,
         })  # fmt: skip
 
-    # What is no longer met
+    # The result
+
+    def list_mounts(self) -> List[JsonObject]:
+        """Return how the mounts are that matter to this scan."""
+        used = {*self.good, *self.loss_mounts, *self.walk.blocked}
+        found: Dict[str, Tuple[str, str, str]] = {}
+        for mount in self.watch.mounts:
+            is_shown = mount.role == "check" or mount.point in used
+            is_shown = is_shown or (mount.state != HEALTHY and self.watch.is_used(mount.point))
+            if is_shown and found.get(mount.point, ("", HEALTHY))[1] == HEALTHY:
+                found[mount.point] = mount.fs_type, mount.state, mount.reason
+        for point, (state, reason) in self.watch.pool.sealed.items():
+            if point in self.watch.types and found.get(point, ("", HEALTHY))[1] == HEALTHY:
+                found[point] = (self.watch.types[point], state, reason)
+        for point in used & set(self.watch.types):
+            found.setdefault(point, (self.watch.types[point], HEALTHY, ""))
+        names = ("mount_point", "fs_type", "state", "reason")
+        return [dict(zip(names, (point, *found[point]))) for point in sorted(found)]
+
+    def to_json(self) -> JsonObject:
+        """Return the scan's result as the commands show it, with its exit code."""
+        walk, mounts = self.walk, self.list_mounts()
+        for mount in mounts:
+            if mount["state"] != HEALTHY:
+                walk.refuse(mount["reason"])
+        totals = {name: sum(root[name] for root in walk.roots) for name in _TALLIED}
+        failed = [root for root in walk.roots if root["state"] != "scanned"]
+        apart = [*walk.walked_roots(), *(root["path"] for root in failed)]
+        missing = walk.count_missing(apart)
+        code = EXIT_PARTIAL if failed or totals[UNREACHABLE] or walk.unread else EXIT_OK
+        if failed == walk.roots:
+            code = EXIT_FAILED
+        if walk.refusals or self.units:
+            code = EXIT_REFUSED
+        for reason, count in walk.refusals.items():
+            what = (
+                f"{plural(count, 'link')} not judged" if count else "nothing beneath it is judged"
+            )
+            log.warning("%s; %s", reason, what)
+        changes = ("new", "newly_broken", "recovered", "vanished")
+        return {
+            "roots": walk.roots,
+            "totals": {**totals, "missing": missing, "ignored": walk.ignored},
+            "changes": {name: self.writer.changes[name] for name in changes},
+            "mounts": mounts,
+            "guard": {
+                "tripped": bool(self.units),
+                "held_back": sum(unit["links"] for unit in self.units),
+                "reason": "; ".join(map(describe_unit, self.units)),
+                "units": self.units,
+            },
+            "refusals": list(walk.refusals),
+            "exit_code": code,
+        }
+
+
+class PresentLinks:
+    """What was met of the links that are known, and what has vanished."""
+
+    def __init__(self, judgement: Judgement) -> None:
+        self.judgement, self.walk, self.unwell = judgement, judgement.walk, judgement.unwell
+        self.conn, self.writer, self.now = self.walk.conn, self.walk.writer, self.walk.now
+        self.unseen: List[Tuple[int]] = []  # rows of links that were not met
 
     def record_vanished(self) -> None:
         """Mark as missing the links that a complete walk of their directories did not meet."""
         walk = self.walk
-        ignore = self.watch.pool.view.ignore
-        if self.count_rows() != walk.seen + len(walk.vanished):
+        ignore = walk.watch.pool.view.ignore
+        if self.walk.count_rows() != walk.seen + len(walk.vanished):
             walk.vanished += self.find_unmet()
         gone: Dict[int, List[Tuple[int, str, str]]] = defaultdict(list)
         ignored = []
@@ -3914,15 +3998,17 @@ class Judgement:
             for rowid, path, target in rows
             if path not in expected and target not in targets
             and not (doubts.get(path, ("",))[0] == VANISHED
-                and any(is_under(path, directory) for directory in self.accepted))
+                and any(is_under(path, directory) for directory in self.judgement.accepted))
         ]  # fmt: skip
         titles = {title_folder(path) if os.path.dirname(path) != root.rstrip("/") else path
             for _, path in by_itself}  # fmt: skip
-        present = self.count_rows([root]) - self.count_missing([root])
-        if self.share < 1.0 and is_too_much(len(by_itself), present, len(titles), self.share):
+        present = self.walk.count_rows([root]) - self.walk.count_missing([root])
+        if self.judgement.share < 1.0 and is_too_much(
+            len(by_itself), present, len(titles), self.judgement.share
+        ):
             self.unseen += [(row[0],) for row in rows]
-            self.add_unit(root, len(by_itself), titles, present, len(by_itself))
-            self.units[-1]["vanished"] = True
+            self.judgement.add_unit(root, len(by_itself), titles, present, len(by_itself))
+            self.judgement.units[-1]["vanished"] = True
             held = [(to_db(path), VANISHED, *[""] * 4, None, self.now) for _, path in by_itself]
             self.writer.doubts += held
             self.writer.flush()
@@ -3939,22 +4025,6 @@ class Judgement:
             if n in self.walk.real}  # fmt: skip
         return roots[find_ancestor(path, roots) or "/"]
 
-    def walked_roots(self) -> List[str]:
-        return [self.walk.job.roots[number] for number in self.walk.real]
-
-    def count_rows(self, roots: Optional[Sequence[str]] = None, condition: str = "1") -> int:
-        """Count the rows beneath roots that stood there before this scan."""
-        total = 0
-        for root in self.walked_roots() if roots is None else roots:
-            place, values = beneath(root)
-            query = f"SELECT count(*) FROM symlinks WHERE {condition} AND {place} AND rowid <= ?"
-            total += self.conn.execute(query, [*values, self.walk.last_link]).fetchone()[0]
-        return total - (0 if condition != "1" else self.count_missing(roots))
-
-    def count_missing(self, roots: Optional[Sequence[str]] = None) -> int:
-        # So says the index.
-        return self.count_rows(roots, "status <> 'ok' AND status = 'missing'")
-
     def find_unmet(self) -> List[Tuple[int, str, str]]:
         """Return (rowid, path, target) of the links of directories that were not visited."""
         walk, found = self.walk, []
@@ -3962,7 +4032,7 @@ class Judgement:
         self.conn.create_function(
             "folder_of", 1, lambda name: to_db(os.path.dirname(from_db(name)))
         )
-        for root in self.walked_roots():
+        for root in self.walk.walked_roots():
             place, values = beneath(root, "s.path")
             select = f"""SELECT s.rowid, s.path, s.last_target, coalesce(d.rowid, 0) FROM symlinks s
                 LEFT JOIN directories d ON d.path = folder_of(s.path)
@@ -3984,7 +4054,7 @@ class Judgement:
         """Move on what tells of the links and mounts when they were last seen, and of the losses
         whether they are still gone.
         """
-        ranges = [beneath(root, "+path") for root in self.walked_roots()]
+        ranges = [beneath(root, "+path") for root in self.walk.walked_roots()]
         with transaction(self.conn):
             self.conn.execute("CREATE TEMP TABLE IF NOT EXISTS unseen (id INTEGER PRIMARY KEY)")
             self.conn.execute("DELETE FROM temp.unseen")
@@ -4005,12 +4075,12 @@ class Judgement:
     def remember_mounts(self) -> None:
         """Remember the mounts on which good targets, or the library itself, live."""
         types = read_mounts()
-        points = {point for point in self.good if point in types}
+        points = {point for point in self.judgement.good if point in types}
         for real in self.walk.real.values():
             # Its links vanish with what the library itself lives on.
             points |= {p for p in types if is_under(p, real) or is_under(real, p)}
         rows = [
-            (to_db(point), types[point], self.good[point], self.now, self.now)
+            (to_db(point), types[point], self.judgement.good[point], self.now, self.now)
             for point in points - {"/"}
             if types[point] != "autofs" and point not in self.unwell
         ]
@@ -4019,61 +4089,6 @@ class Judgement:
             good_targets = CASE WHEN excluded.good_targets THEN excluded.good_targets
                 ELSE good_targets END"""
         self.conn.executemany(insert, rows)
-
-    # The result
-
-    def list_mounts(self) -> List[JsonObject]:
-        """Return how the mounts are that matter to this scan."""
-        used = {*self.good, *self.loss_mounts, *self.walk.blocked}
-        found: Dict[str, Tuple[str, str, str]] = {}
-        for mount in self.watch.mounts:
-            is_shown = mount.role == "check" or mount.point in used
-            if is_shown or (mount.state != HEALTHY and self.watch.is_used(mount.point)):
-                if found.get(mount.point, ("", HEALTHY))[1] == HEALTHY:
-                    found[mount.point] = mount.fs_type, mount.state, mount.reason
-        for point, (state, reason) in self.watch.pool.sealed.items():
-            if point in self.watch.types and found.get(point, ("", HEALTHY))[1] == HEALTHY:
-                found[point] = (self.watch.types[point], state, reason)
-        for point in used & set(self.watch.types):
-            found.setdefault(point, (self.watch.types[point], HEALTHY, ""))
-        names = ("mount_point", "fs_type", "state", "reason")
-        return [dict(zip(names, (point, *found[point]))) for point in sorted(found)]
-
-    def to_json(self) -> JsonObject:
-        """Return the scan's result as the commands show it, with its exit code."""
-        walk, mounts = self.walk, self.list_mounts()
-        for mount in mounts:
-            if mount["state"] != HEALTHY:
-                walk.refuse(mount["reason"])
-        totals = {name: sum(root[name] for root in walk.roots) for name in _TALLIED}
-        failed = [root for root in walk.roots if root["state"] != "scanned"]
-        apart = [*self.walked_roots(), *(root["path"] for root in failed)]
-        missing = self.count_missing(apart)
-        code = EXIT_PARTIAL if failed or totals[UNREACHABLE] or walk.unread else EXIT_OK
-        if failed == walk.roots:
-            code = EXIT_FAILED
-        if walk.refusals or self.units:
-            code = EXIT_REFUSED
-        for reason, count in walk.refusals.items():
-            what = (
-                f"{plural(count, 'link')} not judged" if count else "nothing beneath it is judged"
-            )
-            log.warning("%s; %s", reason, what)
-        changes = ("new", "newly_broken", "recovered", "vanished")
-        return {
-            "roots": walk.roots,
-            "totals": {**totals, "missing": missing, "ignored": walk.ignored},
-            "changes": {name: self.writer.changes[name] for name in changes},
-            "mounts": mounts,
-            "guard": {
-                "tripped": bool(self.units),
-                "held_back": sum(unit["links"] for unit in self.units),
-                "reason": "; ".join(map(describe_unit, self.units)),
-                "units": self.units,
-            },
-            "refusals": list(walk.refusals),
-            "exit_code": code,
-        }
 
 
 def describe_unit(unit: JsonObject) -> str:
@@ -4104,7 +4119,8 @@ _SETTLE_LOSSES = (
     """UPDATE losses SET gone_since_utc = :now WHERE back_utc IS NULL AND gone_since_utc IS NULL
         AND EXISTS (SELECT 1 FROM symlinks s WHERE s.path = losses.path AND status = 'broken')""",
     """DELETE FROM losses WHERE coalesce(back_utc, lost_utc) < datetime(:now, '-31 days')
-        AND NOT EXISTS (SELECT 1 FROM symlinks s WHERE s.path = losses.path AND status = 'broken')""",
+        AND NOT EXISTS
+        (SELECT 1 FROM symlinks s WHERE s.path = losses.path AND status = 'broken')""",
     """DELETE FROM doubts WHERE NOT EXISTS (SELECT 1 FROM symlinks s WHERE s.path = doubts.path
         AND (status IN ('unreachable', 'missing') OR defence IN ('accepted', 'vanished')))""",
     """DELETE FROM lots WHERE NOT EXISTS (SELECT 1 FROM doubts JOIN symlinks USING (path)
@@ -4518,7 +4534,7 @@ def index_copies(
 def _walk_copies(
     conn: sqlite3.Connection, settings: ScanSettings, base: str, held: Mapping[str, Tuple[int, int]]
 ) -> None:
-    """Walk CineSync's tree, and write what has changed since `held`: {directory: (mtime, items)}."""
+    """Walk CineSync's tree; write what has changed since `held`: {directory: (mtime, items)}."""
     below: Dict[str, List[str]] = defaultdict(list)
     for path in held:
         below[os.path.dirname(path)].append(path)
@@ -7674,9 +7690,7 @@ def examine_time(conn: sqlite3.Connection, now: float, cron_line: str) -> List[F
         detail = f"{scan['status']}: {scan['message'] or 'it came to no end'}"
         tripped = scan["guard"].get("tripped")
         advice = (
-            "if that loss is meant, `scan --accept DIR`"
-            if tripped
-            else "mend what is named below"
+            "if that loss is meant, `scan --accept DIR`" if tripped else "mend what is named below"
         )
         findings.append(Finding("last scan", "failed", detail, advice))
     return findings
