@@ -165,8 +165,9 @@ def test_any_name_goes_in_and_comes_out(
         with open(target, "wb"):
             pass
     root = os.fsdecode(media)
-    assert refresherr.scan(root)["totals"]["ok"] == len(NAMES)
-    assert refresherr.statuses() == dict.fromkeys(links, "ok")
+    witness = make_link(tmp_path / "media/witness", make_file(tmp_path / "mount/witness"))
+    assert refresherr.scan(root)["totals"]["ok"] == len(NAMES) + 1
+    assert refresherr.statuses() == dict.fromkeys([*links, str(witness)], "ok")
 
     for target in links.values():
         os.rename(target, os.path.dirname(target) + b"/moved")
@@ -182,7 +183,8 @@ def test_any_name_goes_in_and_comes_out(
     for link in links:
         os.remove(os.fsencode(link))
     assert refresherr.scan(root)["changes"] == {**NO_CHANGES, "vanished": len(NAMES)}
-    assert refresherr.statuses() == dict.fromkeys(links, "missing")
+    gone = {**dict.fromkeys(links, "missing"), str(witness): "ok"}
+    assert refresherr.statuses() == gone
 
 
 # Roots
@@ -483,8 +485,10 @@ def test_what_cannot_be_read_in_the_library_stays_as_it_was(
         make_file(tmp_path / "disk" / name)
     hidden = make_link(library / "Show/Season 01/a.mkv", tmp_path / "disk/a")
     make_link(library / "Other/b.mkv", tmp_path / "disk/b")
+    make_link(library / "Other/witness.mkv", make_file(tmp_path / "disk/c"))
     seen = {
-        name: str(tmp_path / "cloud" / name) for name in ("Show/Season 01/a.mkv", "Other/b.mkv")
+        name: str(tmp_path / "cloud" / name)
+        for name in ("Show/Season 01/a.mkv", "Other/b.mkv", "Other/witness.mkv")
     }
     refresherr.scan(tmp_path / "cloud")
     cloud.fail_paths({where: code})
@@ -497,6 +501,7 @@ def test_what_cannot_be_read_in_the_library_stays_as_it_was(
     assert refresherr.statuses() == {
         seen["Show/Season 01/a.mkv"]: "ok",
         seen["Other/b.mkv"]: "broken",
+        seen["Other/witness.mkv"]: "ok",
     }
     assert (scan["exit_code"], scan["changes"]["vanished"], scan["totals"]["missing"]) == (3, 0, 0)
     cloud.heal()
