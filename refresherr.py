@@ -3821,9 +3821,13 @@ class Judgement:
                 self.hold(loss, doubt, numbers.get(path, loss.lot))
             else:
                 self.settle(link, BROKEN, "", look.mount)
-                if loss.doubt:
+                if loss.doubt == ACCEPTED or (loss.doubt and self.is_accepted(loss)):
                     self.hold(loss, Doubt(ACCEPTED, "", ""), None)
         self.tell_units(verdicts, ground, lots)
+
+    def is_accepted(self, loss: Loss) -> bool:
+        """Tell whether the user has confirmed the loss of a directory that it lies beneath."""
+        return any(is_under(loss.goal, d) or is_under(loss.missing, d) for d in self.accepted)
 
     def settle(self, link: Pending, status: str, reason: str, mount: str) -> None:
         """Record a verdict on a link that was not found at first."""
@@ -4002,7 +4006,7 @@ class PresentLinks:
         ]  # fmt: skip
         titles = {title_folder(path) if os.path.dirname(path) != root.rstrip("/") else path
             for _, path in by_itself}  # fmt: skip
-        present = self.walk.count_rows([root]) - self.walk.count_missing([root])
+        present = self.walk.count_rows([root])
         if self.judgement.share < 1.0 and is_too_much(
             len(by_itself), present, len(titles), self.judgement.share
         ):
