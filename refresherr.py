@@ -3701,6 +3701,7 @@ class Judgement:
         self.elsewhere: List[Loss] = []  # what the guard holds and this scan has not met
         self.removed: List[Loss] = []  # the same, and the links are gone themselves
         self.units: List[JsonObject] = []
+        self.told: Dict[str, str] = {}  # what is said of losses without a witness, by directory
         accept = self.walk.job.accept
         real = self.watch.pool.ask_all([("root", path, False) for path in accept])
         self.accepted = [path for path in (*accept, *(answer[2] for answer in real)) if path]
@@ -3850,8 +3851,9 @@ class Judgement:
             self.walk.refuse(doubt.reason, 1)
             return
         if doubt.defence in (BARE, NO_WITNESS):
-            advice = f"; if it is gone for good, `scan --accept {shell_quote(doubt.directory)}`"
-            self.walk.refuse(doubt.reason + advice, 1)
+            advice = f". If it is gone for good: `scan --accept {shell_quote(doubt.directory)}`"
+            reason = doubt.reason + (advice[1:] if doubt.reason.endswith("?") else advice)
+            self.walk.refuse(self.told.setdefault(doubt.directory, reason), 1)
         values = (loss.path, doubt.defence, loss.title, loss.goal, loss.missing, loss.mount)
         row = (*map(to_db, values), lot if is_guard else None, self.now)
         self.writer.doubts.append(row)
@@ -4097,12 +4099,13 @@ class PresentLinks:
 
 def describe_unit(unit: JsonObject) -> str:
     """Return what the guard holds in one directory, and how its loss is confirmed."""
-    of, titles = f"{unit['of_links']:,}", plural(unit["titles"], "title")
     what = "have vanished from" if unit.get("vanished") else "cannot be found in"
-    return (
-        f"{plural(unit['links'], 'link')} of {titles} {what} {unit['directory']} (of {of}; "
-        f"{unit['lot']:,} were gone at once): `{unit['accept']}` if they are gone for good"
-    )
+    lost = f"{plural(unit['links'], 'link')} of {plural(unit['titles'], 'title')}"
+    share = f"of {unit['of_links']:,} there"
+    if unit["lot"] > unit["links"]:
+        share += f", and {unit['lot']:,} were gone at once"
+    where = f"{what} {unit['directory']} ({share})"
+    return f"{lost} {where}. If they are gone for good: `{unit['accept']}`"
 
 
 def shell_quote(path: str) -> str:
@@ -8167,8 +8170,8 @@ def run_scan(context: Context) -> JsonObject:
         parts = [f"{root['path']}: {root['reason']}" for root in failed]
         if result["guard"]["tripped"]:
             result["message"] = (
-                f"{result['guard']['reason']}; until then it is taken for an outage, and nothing "
-                "of it is marked broken or missing"
+                "taken for an outage, nothing of it is marked broken or missing: "
+                f"{result['guard']['reason']}"
             )
             log.warning("%s", result["message"])
         elif result["exit_code"] == EXIT_REFUSED:
