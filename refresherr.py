@@ -2926,8 +2926,8 @@ class Ground:
     sentinels: Sequence[str] = ()  # directories for which a file has spoken
     once_good: Set[str] = dataclasses.field(default_factory=set)  # missing names beneath which
     lost_titles: Dict[str, Set[str]] = dataclasses.field(default_factory=dict)
-    # Some library directories with good links into each directory.
-    samples: Dict[str, List[str]] = dataclasses.field(default_factory=dict)
+    # Some library directories with good links into each directory, and how these links put it.
+    samples: Dict[str, List[Tuple[str, str]]] = dataclasses.field(default_factory=dict)
 
     def count_titles(self, directory: str) -> int:
         """Return how many titles lead into a directory, good or lost."""
@@ -4165,7 +4165,9 @@ def count_good(
                 break
         return tuple(found)
 
-    def count(folder: str, real: str, links: int, is_flat: bool, is_fresh: bool) -> None:
+    def count(
+        folder: str, head: str, real: str, links: int, is_flat: bool, is_fresh: bool
+    ) -> None:
         for directory in above(real):
             ground.good[directory] += links
             ground.fresh[directory] += links * is_fresh
@@ -4174,8 +4176,8 @@ def count_good(
             else:
                 ground.titles.setdefault(directory, set()).add(title_folder(folder + "/"))
             samples = ground.samples.setdefault(directory, [])
-            if len(samples) < SAMPLES and folder not in samples:
-                samples.append(folder)
+            if len(samples) < SAMPLES:
+                samples.append((folder, head))
 
     covered = 0
     for rowid, name, packed in conn.execute("SELECT rowid, path, targets FROM directories"):
@@ -4183,9 +4185,9 @@ def count_good(
         if targets:
             folder = from_db(name)
             is_flat = is_flat_folder(folder, len({target[0] for target in targets}), roots)
-            for _, _, real, links in targets:
+            for head, _, real, links in targets:
                 covered += links
-                count(folder, real, links, is_flat, rowid > newest)
+                count(folder, head, real, links, is_flat, rowid > newest)
     # Rows that no scan of this edition has met: the container's, another root's before an upgrade.
     total = conn.execute("SELECT count(*) FROM symlinks WHERE status = 'ok'").fetchone()[0]
     if covered + unsettled < total:
@@ -4196,7 +4198,8 @@ def count_good(
             folder = os.path.dirname(from_db(name))
             if to_db(folder) not in folders:
                 goal = os.path.normpath(os.path.join(folder, from_db(text)))
-                count(folder, os.path.dirname(goal), 1, False, False)
+                real = os.path.dirname(goal)
+                count(folder, real, real, 1, False, False)
 
 
 def scan_library(
@@ -4267,25 +4270,45 @@ def recheck_links(
                 is_good = look.finding == FOUND
                 verdicts[path] = (OK, "") if is_good else (UNREACHABLE, look.blocked or look.detail)
         ground = find_witnesses(conn, watch, losses)
+    crowd = find_lost_titles(conn, losses)
     for loss in losses:
-        doubt = explain_loss(loss, ground)
-        if doubt and loss.path in accepted and doubt.defence in (BARE, NO_WITNESS):
-            doubt = None
-        verdicts[loss.path] = (UNREACHABLE, doubt.reason) if doubt else (BROKEN, "")
+        # The scan that lost it may have met other losses along with it, or none.
+        for ground.lost_titles in ({}, crowd):
+            survey_losses([loss], ground)
+            doubt = explain_loss(loss, ground)
+            if doubt and loss.path in accepted and doubt.defence in (BARE, NO_WITNESS):
+                doubt = None
+            verdicts[loss.path] = (UNREACHABLE, doubt.reason) if doubt else (BROKEN, "")
+            if not doubt:
+                break
     return verdicts
+
+
+def find_lost_titles(conn: sqlite3.Connection, losses: Sequence[Loss]) -> Dict[str, Set[str]]:
+    """Return {directory: titles} of what is lost, for the directories around some losses."""
+    wanted = {directory for loss in losses for directory in directories_above(loss)}
+    found: Dict[str, Set[str]] = {}
+    rows = """SELECT path, last_target, title FROM symlinks LEFT JOIN losses USING (path)
+        WHERE status = 'broken' AND back_utc IS NULL"""
+    for name, target, title in conn.execute(rows) if wanted else ():
+        path = from_db(name)
+        goal = os.path.normpath(os.path.join(os.path.dirname(path), from_db(target)))
+        for directory in wanted.intersection(ancestors(os.path.dirname(goal))):
+            found.setdefault(directory, set()).add(from_db(title) or title_folder(path))
+    return found
 
 
 def find_witnesses(conn: sqlite3.Connection, watch: Watch, losses: Sequence[Loss]) -> Ground:
     """Return the ground around some losses, with links that are good at this very moment."""
     ground = watch.make_ground({loss.mount for loss in losses})
-    survey_losses(losses, ground)
     row = conn.execute("SELECT value FROM notes WHERE name = 'scan'").fetchone()
     known = load_ground(conn, row and row[0]) if losses else Ground()
     ground.titles, ground.more_titles = known.titles, known.more_titles
+    ground.once_good = {loss.missing for loss in losses if loss.was_good}
     places = {d for loss in losses
-        for d in (loss.near, os.path.dirname(loss.near), find_place(loss, ground))}  # fmt: skip
-    folders = {folder for place in places for folder in known.samples.get(place, ())}
-    links = [path for folder in folders for path in good_links_in(conn, folder)]
+        for d in (*directories_above(loss), os.path.dirname(loss.near))}  # fmt: skip
+    samples = {sample for place in places for sample in known.samples.get(place, ())}
+    links = {path for folder, head in samples for path in good_links_in(conn, folder, head)}
     for look in watch.look(links).values():
         if look.finding == FOUND:
             for directory in ancestors(os.path.dirname(look.goal)):
@@ -4295,11 +4318,14 @@ def find_witnesses(conn: sqlite3.Connection, watch: Watch, losses: Sequence[Loss
     return ground
 
 
-def good_links_in(conn: sqlite3.Connection, folder: str) -> List[str]:
-    """Return some good links of a library directory."""
+def good_links_in(conn: sqlite3.Connection, folder: str, head: str) -> List[str]:
+    """Return some good links of a library directory: those first that lead into `head`."""
     condition, values = beneath(folder)
-    select = f"SELECT path FROM symlinks WHERE status = 'ok' AND {condition} LIMIT ?"
-    return [from_db(row[0]) for row in conn.execute(select, (*values, WITNESSES))]
+    within, texts = beneath(head, "last_target")
+    select = f"SELECT path FROM symlinks WHERE status = 'ok' AND {condition}"
+    found = conn.execute(f"{select} AND {within} LIMIT ?", (*values, *texts, WITNESSES)).fetchall()
+    found = found or conn.execute(f"{select} LIMIT ?", (*values, WITNESSES)).fetchall()  # relative
+    return [from_db(row[0]) for row in found]
 
 
 @functools.lru_cache(1)

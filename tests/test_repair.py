@@ -65,11 +65,17 @@ class World:
         self.cloud = folder / "cloud"
         self.media.mkdir()
         self.cloud.mkdir()
+        self.neighbours = folder / "neighbours"  # another root, with a good link into the cloud
+        file = self.cloud / "neighbour" / "file.mkv"
+        for path in (self.neighbours, file.parent):
+            path.mkdir()
+        file.touch()
+        (self.neighbours / "Neighbour (1999).mkv").symlink_to(file)
         self.stack = contextlib.ExitStack()
         self.servers: Dict[str, FakeArr] = {}
         self.relay: Optional[FakeRelay] = None
         self.sections: Dict[str, Dict[str, str]] = {
-            "scan": {"roots": str(self.media)},
+            "scan": {"roots": f"{self.media}, {self.neighbours}"},
             "repair": {"min_age": "0", "patience": "0", "timeout": "5s", "cooldown": "6h"},
         }
         self.healthy: Dict[Path, Path] = {}  # link: target
