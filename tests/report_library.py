@@ -207,6 +207,7 @@ def make_hostile(refresherr: Refresherr, library: Library) -> None:
     for name in names:
         library.link(f"{name}/{name}", f"gone/{name}", exists=False)
     (library.mount / "gone" / "neighbour").write_text("so that the folder is not empty")
+    refresherr.scan(library.root)
     result = refresherr.scan("--accept-breakage", library.root)
     assert result["totals"]["broken"] == len(names)
     url = f"http://me:{SECRET}@relay/find?type=<script>pwned</script>&token={SECRET}"

@@ -75,7 +75,7 @@ class World:
         self.servers: Dict[str, FakeArr] = {}
         self.relay: Optional[FakeRelay] = None
         self.sections: Dict[str, Dict[str, str]] = {
-            "scan": {"roots": f"{self.media}, {self.neighbours}"},
+            "scan": {"roots": f"{self.media}, {self.neighbours}", "max_new_broken": "100%"},
             "repair": {"min_age": "0", "patience": "0", "timeout": "5s", "cooldown": "6h"},
         }
         self.healthy: Dict[Path, Path] = {}  # link: target
@@ -466,7 +466,7 @@ def test_a_library_that_is_away_for_us_alone(world: World) -> None:
     link = next(iter(world.broken))
     door = world.folder / "door"
     door.symlink_to(radarr.root)
-    world.sections["scan"]["roots"] = str(door)
+    world.sections["scan"]["roots"] = f"{door}, {world.neighbours}"
     world.sections["radarr movies"].update(roots=str(door), path_map=f"{door} => /movies")
     world.bystanders(1)
     world.scan_and_queue()
@@ -491,7 +491,7 @@ def test_links_into_a_library_that_is_away_for_us_alone(world: World) -> None:
     mine = world.media / "mine" / "Film (2021)" / "link.mkv"
     mine.parent.mkdir(parents=True)
     mine.symlink_to(door / "Film (2021)" / "Film (2021).mkv")
-    world.sections["scan"]["roots"] = str(mine.parent.parent)
+    world.sections["scan"]["roots"] = f"{mine.parent.parent}, {world.neighbours}"
     world.sections["radarr movies"].update(roots="", path_map=f"{door} => /movies")
     world.do("scan")
     world.do("ingest")
@@ -512,6 +512,7 @@ def test_the_mount_of_the_targets_goes(world: World, tmpfs_mount: tmpfs, outage:
     world.movie(late, "Late")
     world.cloud = world.folder / "disk"
     world.cloud.mkdir()
+    world.link(world.neighbours / "Local Neighbour (1998).mkv")
     world.movie(other, "Local")  # what is not concerned is repaired all the same
     assert len(world.scan_and_queue()) == 4
     late.close()
@@ -593,7 +594,7 @@ def test_a_link_to_a_file_that_a_server_knows(world: World) -> None:
     mine[0].parent.mkdir()
     mine[0].symlink_to(file)
     mine[1].symlink_to(os.path.relpath(file, mine[1].parent))
-    world.sections["scan"]["roots"] = str(mine[0].parent)
+    world.sections["scan"]["roots"] = f"{mine[0].parent}, {world.neighbours}"
     for section in ("radarr movies", "radarr other"):
         del world.sections[section]["roots"]
     world.do("scan")
@@ -1336,6 +1337,8 @@ def test_a_broken_link_does_not_speak_for_a_healthy_one(
             (tmp_path / "files" / str(number)).mkdir(parents=True)
             (tmp_path / "files" / str(number) / "other").touch()
             link.symlink_to(tmp_path / "files" / str(number) / "video.mkv")
+        (first.parent / "neighbour").symlink_to(tmp_path / "files" / "0" / "other")
+        (second / "neighbour").symlink_to(tmp_path / "files" / "1" / "other")
         write_config(
             f"[scan]\nroots = {first.parent}\n[repair]\nmin_age = 0\npatience = 0\n[sonarr tv]\n"
             f"url = {sonarr.url}\napi_key = {sonarr.api_key}\n"

@@ -481,8 +481,10 @@ def test_a_run_has_its_time(stage: Stage) -> None:
 
 
 def wait_for(process: subprocess.Popen[str], condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60
     while not condition():
         assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
@@ -637,6 +639,7 @@ def test_every_confirms_a_loss_once(stage: Stage) -> None:
     stage.run()
     for link in links[:15]:
         stage.spoil(link)
+    assert stage.run()["exit_code"] == 4  # what no scan has held yet is not accepted
     stage.told()
     flags = ("--apply", "--max", 0, "--accept-breakage")
     process = stage.refresherr.start("run", "--every", "0.3s", *flags)
