@@ -65,7 +65,7 @@ class World:
         self.cloud = folder / "cloud"
         self.media.mkdir()
         self.cloud.mkdir()
-        self.neighbours = folder / "neighbours"  # another root, with a good link into the cloud
+        self.neighbours = self.media / "neighbours"  # with a good link into the cloud
         file = self.cloud / "neighbour" / "file.mkv"
         for path in (self.neighbours, file.parent):
             path.mkdir()
@@ -75,7 +75,7 @@ class World:
         self.servers: Dict[str, FakeArr] = {}
         self.relay: Optional[FakeRelay] = None
         self.sections: Dict[str, Dict[str, str]] = {
-            "scan": {"roots": f"{self.media}, {self.neighbours}", "max_new_broken": "100%"},
+            "scan": {"roots": str(self.media), "max_new_broken": "100%"},
             "repair": {"min_age": "0", "patience": "0", "timeout": "5s", "cooldown": "6h"},
         }
         self.healthy: Dict[Path, Path] = {}  # link: target
