@@ -504,7 +504,7 @@ def test_broken_tells_what_it_is(refresherr: Refresherr, library: Library) -> No
     library.season("Some Show", 3)
     library.link("Some Show/Season 01/Some Show - S01E04-E05.mkv", "a/x.mkv", exists=False)
     library.link("Film (2010) {tmdb-7}/Film (2010).mkv", "a/y.mkv", exists=False)
-    (library.mount / "a" / "neighbour").write_text("here")
+    library.link("Some Show/Season 01/Some Show - S01E06.mkv", "a/z.mkv")
     refresherr.scan(library.root)
     links = {link["kind"]: link for link in refresherr("broken", "--json").json["links"]}
     keys = {"path", "target", "status", "since", "kind", "name", "season", "episodes"}
