@@ -555,7 +555,7 @@ def test_the_relays_token_does_not_show(tmp_path: Path) -> None:
                 body=json.dumps(body).encode(),
                 times=None,
             )
-        text = f"[scan]\nroots = {tmp_path / 'doc'}\n[relay]\nbase = {relay.url}\ntoken = {token}\n"
+        text = f"[scan]\nroots = {tmp_path / 'doc'}\nmax_new_broken = 100%\n[relay]\nbase = {relay.url}\ntoken = {token}\n"
         configure(refresherr, text, f"routes = {tmp_path / 'doc'} => sonarr_doc\n")
         for command in (["scan"], ["queue"], ["dispatch", "--apply", "--json"], ["actions"]):
             result = run(refresherr, *command)
@@ -1284,7 +1284,7 @@ def instance_of(sickness: str) -> str:
 def open_ward(folder: Path, hub: Hub, command: str, stage: str) -> Ward:
     """Make the servers; for dispatch each with a broken link, unmonitored, among others."""
     folder.mkdir()
-    servers, sections = {}, [f"[scan]\nroots = {folder / 'media'}\n"]
+    servers, sections = {}, [f"[scan]\nroots = {folder / 'media'}\nmax_new_broken = 100%\n"]
     sick = FEWER.get((command, stage), SICKNESSES)
     for name in [*map(instance_of, sick), "sonarr_healthy"]:
         root = folder / "media" / name
