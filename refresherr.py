@@ -2373,7 +2373,7 @@ class Looker:
 
 
 def look_at(looker: Looker, path: str, wants_file: bool) -> Look:
-    """Look at a single link, all facts anew; what is no link stands for itlooker."""
+    """Look at a single link, all facts anew; what is no link stands for itself."""
     text, target = "", path
     try:
         place = looker.locate(os.path.dirname(path))
@@ -2383,7 +2383,7 @@ def look_at(looker: Looker, path: str, wants_file: bool) -> Look:
         target = os.path.join(os.path.dirname(path), text)
     except OSError as exc:
         if exc.errno in GONE_ERRNOS:
-            return Look(path, NO_LINK)
+            return Look(path, NO_LINK, goal=looker.locate(path).real)
     end = looker.locate(target)
     if end.sealed:
         return Look(path, BLOCKED, blocked=looker.sealed[end.sealed][1], target=text)
@@ -4250,7 +4250,8 @@ def recheck_links(
     """Look at links again, this very moment, and record nothing.
 
     Returns {path: (status, reason)}: broken only where no defence but the loss guard speaks against
-    it, and a good link into the same place is good now.  What is no link is not in it.
+    it, and a good link into the same place is good now.  What is no link is not in it, unless its
+    mount is not well.
     """
     if not paths:
         return {}
@@ -4259,8 +4260,8 @@ def recheck_links(
     verdicts: Dict[str, Tuple[str, str]] = {}
     with contextlib.closing(Watch(conn, settings)) as watch:
         watch.probe()
-        losses = []
-        for path, look in watch.look(paths).items():
+        losses, looks, unwell = [], watch.look(paths), watch.unwell()
+        for path, look in looks.items():
             if look.finding == GONE:
                 known = find_link(conn, path)
                 losses.append(
@@ -4269,6 +4270,10 @@ def recheck_links(
             elif look.finding != NO_LINK:
                 is_good = look.finding == FOUND
                 verdicts[path] = (OK, "") if is_good else (UNREACHABLE, look.blocked or look.detail)
+            else:  # where a mount is not well, nothing tells that there is none
+                point = find_ancestor(look.goal, unwell)
+                if point is not None:
+                    verdicts[path] = UNREACHABLE, unwell[point]
         ground = find_witnesses(conn, watch, losses)
     crowd = find_lost_titles(conn, losses)
     for loss in losses:
