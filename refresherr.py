@@ -4165,9 +4165,7 @@ def count_good(
                 break
         return tuple(found)
 
-    def count(
-        folder: str, head: str, real: str, links: int, is_flat: bool, is_fresh: bool
-    ) -> None:
+    def count(folder: str, head: str, real: str, links: int, is_flat: bool, is_fresh: bool) -> None:
         for directory in above(real):
             ground.good[directory] += links
             ground.fresh[directory] += links * is_fresh
