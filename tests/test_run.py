@@ -331,7 +331,8 @@ def test_what_the_guard_holds_is_told_once(stage: Stage) -> None:
     for link in links[:15]:
         stage.heal(link)
     assert stage.run()["exit_code"] == 0
-    assert [note["title"] for note in stage.told()] == ["Refresherr: no longer: scan refused"]
+    over = f"Refresherr: no longer: scan refused: {stage.cloud}"
+    assert [note["title"] for note in stage.told()] == [over]
     for link in links[:15]:
         stage.spoil(link)
     assert stage.run()["exit_code"] == 4
