@@ -6316,7 +6316,7 @@ def retry_actions(conn: sqlite3.Connection, ids: Sequence[int]) -> List[int]:
             twin = "SELECT 1 FROM actions WHERE status = 'pending' AND url = ? AND id <> ?"
             if status in (SENT, REPAIRED) or conn.execute(twin, (url, number)).fetchone():
                 continue
-            progress = {**json.loads(noted or "{}"), "searches": 0}
+            progress = {**json.loads(noted or "{}"), "searches": 0, "sending": False}
             if progress.get("step"):
                 progress["step"] = "found"
             anew = {"attempts": 0, "next_attempt_utc": None, "last_error": None}
@@ -6372,7 +6372,6 @@ MAX_TRIES = 5
 FIRST_DELAY = 60.0  # seconds before the second try; doubled with each
 POLL_LIMIT = 120.0  # seconds for which the commands of a server are followed
 OWN_SEARCH = 5.0  # seconds for which a server's own search for a failed release is waited for
-SECONDS_A_DAY = 86400.0
 FINAL_STATES = ("completed", "failed", "aborted", "cancelled", "orphaned")
 _JOURNAL_REMOVAL = """
 INSERT INTO link_changes (run_id, path, old_target, new_target, state, changed_utc, reason)
@@ -6472,12 +6471,13 @@ def settle_repairs(conn: sqlite3.Connection) -> List[Action]:
     what has failed, where another link has come in the place of one that is gone.
     """
     settled = []
-    for action in load_actions(conn, "status IN ('sent', 'failed') AND related_path LIKE '/%'"):
+    for action in load_actions(conn, "status IN ('sent', 'failed')"):
         known = find_links(conn, action.paths)
         good = [path for path, link in known.items() if link.status == OK]
         if action.status == FAILED and any(link.status != MISSING for link in known.values()):
             continue
-        if all(path in good or is_replaced(conn, path, action.fired) for path in action.paths):
+        back = [path in good or is_replaced(conn, path, action.fired) for path in action.paths]
+        if back and all(back):
             end_action(conn, action, REPAIRED)
             settled.append(action)
     return settled
@@ -6679,12 +6679,12 @@ class Dispatcher:
     def is_time_to_ask(self, name: str) -> bool:
         """Tell whether a server was not asked after failed repairs for a day."""
         last = read_note(self.conn, f"asked after failed repairs: {name}", 0.0)
-        return bool(last < time.time() - SECONDS_A_DAY)
+        return bool(last < time.time() - DAY)
 
     def budget(self, name: str, count: int = 0) -> float:
         """Return how many more searches a server may be sent today, after `count` more of them."""
         key, now = f"searches: {name}", time.time()
-        sent = [entry for entry in read_note(self.conn, key, []) if entry[0] > now - SECONDS_A_DAY]
+        sent = [entry for entry in read_note(self.conn, key, []) if entry[0] > now - DAY]
         if count:
             sent.append([now, count])
             write_note(self.conn, key, sent)
@@ -6709,7 +6709,7 @@ class Dispatcher:
             self.stop((), f"no relay is configured at {where}; {advice}")
         groups: Dict[str, List[Action]] = {}
         for action in ours:
-            if action.step:  # a run was killed while it sent it: not twice, the cooldown decides
+            if action.progress.get("sending"):  # a run was killed then: the cooldown decides
                 end_action(self.conn, action, SENT)
             elif action.is_due:
                 groups.setdefault(action.season, []).append(action)
@@ -6734,14 +6734,14 @@ class Dispatcher:
         """Send one action to the relay."""
         query = parse_qs(action.url.partition("?")[2])
         try:
-            self.note([action], step="sending")
+            self.note([action], sending=True)
             sent = {**query, "token": self.config.relay.token}
             _check_relay(client, client.send(Call("GET", "", sent))[1])
             with transaction(self.conn):
                 self.budget("relay", 1)
                 end_action(self.conn, action, SENT)
         except HttpError as exc:
-            self.note([action], step="")
+            self.note([action], sending=False)
             if exc.status in DENIED:
                 raise
             self.fail(action, exc)
@@ -7216,9 +7216,7 @@ class Searches:
         command = None
         if actions[0].step == "searching":
             command = find_command(self.commands_since(last, True), body, last)
-            if (
-                not last and not command
-            ):  # nobody can tell whether it was sent: the cooldown decides
+            if not last and not command:  # nobody can tell: the cooldown decides
                 command = {"name": body["name"]}
         else:
             last = self.last_command()
@@ -7264,7 +7262,7 @@ class Searches:
                 grabs.setdefault(action.progress["grab"]["download"], []).append(action)
         for group in grabs.values():
             try:
-                command = self.mark_failed(group[0].progress["grab"], group)
+                command = self.mark_failed(group[0].progress["grab"], group, len(grabs) == 1)
             except HttpError as exc:  # nothing but the search decides now
                 self.repair.blame(exc)
                 self.repair.report(group[0], exc)
@@ -7276,7 +7274,9 @@ class Searches:
                 self.adopt(command, group)
         return [action for action in actions if action.step != "sent"]
 
-    def mark_failed(self, grab: JsonObject, actions: Sequence[Action]) -> Optional[JsonObject]:
+    def mark_failed(
+        self, grab: JsonObject, actions: Sequence[Action], is_only: bool
+    ) -> Optional[JsonObject]:
         """Mark a grab as failed, and return the server's own search for it, None without one."""
         missing, last = _all_missing(actions), actions[0].progress.get("blocking")
         history = self.server.get_history(actions[0].progress["title_id"], None)
@@ -7286,15 +7286,22 @@ class Searches:
             config = self.server.client.ask("GET", "/api/v3/config/downloadclient")
             is_own = not isinstance(config, dict) or config.get("autoRedownloadFailed") is not False
             all_of_it = {r.get(self.repair.item_key) for r in mine if r["eventType"] == "grabbed"}
-            if is_own and not all_of_it.issubset(missing):
-                text = "is not blocklisted: the server would search for more than what is gone"
+            is_apart = actions[0].progress.get("whole") and not is_only
+            if is_own and (is_apart or not all_of_it.issubset(missing)):
+                text = "is not blocklisted: the server would search by itself, and not for a season"
+                if not is_apart:
+                    text = "is not blocklisted: the server would search for what is healthy, too"
                 log.warning("%s: %s %s", self.server.name, self.server.client.quote(grab["title"]),
                     f"{text}; switch off its 'Redownload Failed'")  # fmt: skip
                 return None
             last = self.last_command()
             self.errand.note(actions, blocking=last if is_own else None)
             path = f"/api/v3/history/failed/{grab['id']}"
-            self.server.client.send(Call("POST", path, {"skipRedownload": "true"}))
+            try:
+                self.server.client.send(Call("POST", path, {"skipRedownload": "true"}))
+            except HttpError as exc:  # it may have been heard all the same
+                self.repair.blame(exc)
+                self.repair.report(actions[0], exc)
             last = last if is_own else None
         deadline = time.monotonic() + OWN_SEARCH
         while last is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import os
 import re
@@ -493,9 +494,13 @@ def ingest_arguments(scratch: Path, name: str, *servers: Tuple[str, FakeArr]) ->
 
 def measure_ingest(table: Table, scratch: Path, runs: int) -> None:
     """Sonarr at 20 ms a request, one server and six, against serial; memory, Radarr's too."""
-    program = [sys.executable, PROJECT / "refresherr.py"]
+    program: List[object] = [sys.executable, PROJECT / "refresherr.py"]
     serial: List[object] = [sys.executable, "-c", SERIAL, PROJECT]
     fresh = (scratch / f"data-{number}" for number in itertools.count())
+
+    def fresh_seconds(command: List[object], arguments: List[object]) -> float:
+        return seconds(*command, *arguments, next(fresh))
+
     with contextlib.ExitStack() as stack:
         servers = []
         for number in range(6):
@@ -506,8 +511,8 @@ def measure_ingest(table: Table, scratch: Path, runs: int) -> None:
             arguments = ingest_arguments(scratch, f"sonarr{count}", *servers[:count])
             one, several = alternate(
                 runs if count == 1 else 1,
-                lambda: seconds(*serial, *arguments, next(fresh)),
-                lambda: seconds(*program, *arguments, next(fresh)),
+                functools.partial(fresh_seconds, serial, arguments),
+                functools.partial(fresh_seconds, program, arguments),
             )
             what = f"ingest, {count} x 300 series, 12,000 files, 20 ms: ours / serial"
             table.row(what, f"{several / one:.3f}", reach)

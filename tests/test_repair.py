@@ -69,11 +69,13 @@ class World:
         self.servers: Dict[str, FakeArr] = {}
         self.relay: Optional[FakeRelay] = None
         self.sections: Dict[str, Dict[str, str]] = {
-            "scan": {"roots": str(self.media)},
+            # What guard and patience do has tests of its own, and there always is a witness.
+            "scan": {"roots": str(self.media), "max_new_broken": "100%"},
             "repair": {"min_age": "0", "patience": "0", "timeout": "5s", "cooldown": "6h"},
         }
         self.healthy: Dict[Path, Path] = {}  # link: target
         self.broken: Set[Path] = set()
+        self.witnesses: Set[Path] = set()  # directories of targets of which one is good
         self.releases = 0
         self.outputs: List[str] = []
         self.secrets: List[str] = []
@@ -120,6 +122,9 @@ class World:
         path.symlink_to(target)
         if broken:
             self.broken.add(path)
+            if self.cloud not in self.witnesses:
+                self.witnesses.add(self.cloud)
+                self.link(self.media / "other" / f"Witness {self.releases} (1999)" / "file.mkv")
         else:
             target.write_bytes(b"video")
             self.healthy[path] = target

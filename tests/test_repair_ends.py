@@ -17,7 +17,10 @@ from typing import Any, Dict, List
 
 import pytest
 from fake_servers import FakeArr, FakeSonarr, Record
-from test_repair import FAST, TOKEN, World, searched, world  # noqa: F401
+from test_repair import FAST, TOKEN, World, searched
+from test_repair import world as world_of_repair
+
+world = world_of_repair
 
 KEEP = {"timeout": "5s", "min_age": "0"}
 
@@ -26,7 +29,7 @@ def names_of(server: FakeArr) -> List[str]:
     return [search["name"] for search in server.searches]
 
 
-def big_season(world: World, count: int = 26, **options: Any) -> FakeSonarr:  # noqa: F811
+def big_season(world: World, count: int = 26, **options: Any) -> FakeSonarr:
     """A season all of whose episodes are broken, among good links that are nobody's."""
     sonarr = world.sonarr(**options)
     series = sonarr.add_series("Show")
@@ -43,7 +46,7 @@ def big_season(world: World, count: int = 26, **options: Any) -> FakeSonarr:  # 
 
 
 @pytest.mark.parametrize("is_read", [True, False])
-def test_a_season_that_is_larger_than_the_limits(world: World, is_read: bool) -> None:  # noqa: F811
+def test_a_season_that_is_larger_than_the_limits(world: World, is_read: bool) -> None:
     sonarr = big_season(world, auto_unmonitor=True)
     if not is_read:
         world.alter("DELETE FROM episode_files")
@@ -56,7 +59,7 @@ def test_a_season_that_is_larger_than_the_limits(world: World, is_read: bool) ->
     assert names_of(sonarr) == ["SeasonSearch"]
 
 
-def test_one_episode_that_is_younger_holds_its_season(world: World) -> None:  # noqa: F811
+def test_one_episode_that_is_younger_holds_its_season(world: World) -> None:
     sonarr = big_season(world, 4)
     world.sections["repair"]["min_age"] = "1h"
     world.pass_hours(2)
@@ -71,7 +74,7 @@ def test_one_episode_that_is_younger_holds_its_season(world: World) -> None:  # 
     assert names_of(sonarr) == ["SeasonSearch"]
 
 
-def test_limits_between_seasons(world: World) -> None:  # noqa: F811
+def test_limits_between_seasons(world: World) -> None:
     """What does not fit waits, whole; what is older goes first."""
     sonarr = world.sonarr()
     for title in ("One", "Two", "Three"):
@@ -89,7 +92,7 @@ def test_limits_between_seasons(world: World) -> None:  # noqa: F811
     assert names_of(sonarr) == ["SeasonSearch"] * 3
 
 
-def test_a_season_with_a_healthy_file_is_not_searched_as_a_whole(world: World) -> None:  # noqa: F811
+def test_a_season_with_a_healthy_file_is_not_searched_as_a_whole(world: World) -> None:
     sonarr = world.sonarr()
     world.season(sonarr, sonarr.add_series("Show"), 1, 5, broken=[1, 2, 3, 4])
     world.scan_and_queue()
@@ -97,7 +100,7 @@ def test_a_season_with_a_healthy_file_is_not_searched_as_a_whole(world: World) -
     assert names_of(sonarr) == ["EpisodeSearch"] and len(searched(sonarr)) == 4
 
 
-def test_what_was_missing_before_does_not_hinder_a_season_search(world: World) -> None:  # noqa: F811
+def test_what_was_missing_before_does_not_hinder_a_season_search(world: World) -> None:
     sonarr = world.sonarr()
     series = sonarr.add_series("Show")
     world.season(sonarr, series, 1, 3, broken=[1, 2, 3])
@@ -108,7 +111,7 @@ def test_what_was_missing_before_does_not_hinder_a_season_search(world: World) -
     assert names_of(sonarr) == ["SeasonSearch"]
 
 
-def test_a_day_has_so_many_searches(world: World) -> None:  # noqa: F811
+def test_a_day_has_so_many_searches(world: World) -> None:
     world.sections["repair"]["per_day"] = "3"
     radarr = world.radarr()
     for number in range(5):
@@ -117,7 +120,7 @@ def test_a_day_has_so_many_searches(world: World) -> None:  # noqa: F811
     world.scan_and_queue()
     result = world.do("dispatch", *FAST)
     assert (result["sent"], result["exit_code"]) == (3, 0) and len(radarr.deleted_files) == 3
-    assert "per_day" in [item["error"] for item in result["actions"] if item["error"]][0]
+    assert "per_day" in next(item["error"] for item in result["actions"] if item["error"])
     assert world.do("dispatch", *FAST)["sent"] == 0 and len(radarr.searches) == 3
     world.pass_hours(25)
     notes = world.refresherr.query("SELECT name, value FROM notes WHERE name LIKE 'searches:%'")
@@ -132,7 +135,7 @@ def test_a_day_has_so_many_searches(world: World) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("trouble", ["down", "401", "403", "hang", "html", "502"])
-def test_a_server_that_is_away_costs_its_actions_nothing(world: World, trouble: str) -> None:  # noqa: F811
+def test_a_server_that_is_away_costs_its_actions_nothing(world: World, trouble: str) -> None:
     world.sections["repair"].update(timeout="0.3s", list_timeout="0.3s")
     radarr, other = world.radarr("away"), world.radarr("here")
     for number in range(3):
@@ -160,7 +163,7 @@ def test_a_server_that_is_away_costs_its_actions_nothing(world: World, trouble: 
     assert world.do("dispatch", *FAST)["sent"] == 3 and len(radarr.searches) == 3
 
 
-def test_a_server_that_goes_away_in_the_middle(world: World) -> None:  # noqa: F811
+def test_a_server_that_goes_away_in_the_middle(world: World) -> None:
     """The first DELETE is the last that it hears: nothing is booked to the film."""
     radarr = world.radarr()
     for number in range(3):
@@ -174,7 +177,7 @@ def test_a_server_that_goes_away_in_the_middle(world: World) -> None:  # noqa: F
     assert world.do("dispatch", *FAST)["sent"] == 3 and len(radarr.searches) == 3
 
 
-def test_open_actions_of_a_server_that_is_away_are_told_though_none_is_due(world: World) -> None:  # noqa: F811
+def test_open_actions_of_a_server_that_is_away_are_told_though_none_is_due(world: World) -> None:
     radarr = world.radarr()
     world.movie(radarr, "Film")
     world.scan_and_queue()
@@ -187,7 +190,7 @@ def test_open_actions_of_a_server_that_is_away_are_told_though_none_is_due(world
 
 
 @pytest.mark.parametrize("trouble", ["down", "401", "hang"])
-def test_a_relay_that_is_away(world: World, trouble: str) -> None:  # noqa: F811
+def test_a_relay_that_is_away(world: World, trouble: str) -> None:
     world.sections["repair"].update(timeout="0.3s")
     relay = world.add_relay(f"{world.media}/doc => radarr_doc")
     for title in ("One (2001)", "Two (2002)"):
@@ -211,8 +214,8 @@ def test_a_relay_that_is_away(world: World, trouble: str) -> None:  # noqa: F811
     assert world.do("dispatch", *FAST)["sent"] == 2 and len(relay.finds) == 2
 
 
-def test_a_relay_that_hangs_over_one_term(world: World) -> None:  # noqa: F811
-    """It has heard of that one, and perhaps it searches: five times at the most, and the others go on."""
+def test_a_relay_that_hangs_over_one_term(world: World) -> None:
+    """Of that one it has heard, and may search: five times at the most.  The others go on."""
     world.sections["repair"].update(timeout="0.3s")
     relay = world.add_relay(f"{world.media}/doc => radarr_doc")
     for title in ("One (2001)", "Two (2002)"):
@@ -231,7 +234,7 @@ def test_a_relay_that_hangs_over_one_term(world: World) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("by", ["ingest", "dispatch"])
-def test_a_failed_repair_is_asked_after(world: World, by: str) -> None:  # noqa: F811
+def test_a_failed_repair_is_asked_after(world: World, by: str) -> None:
     world.sections["repair"]["max_attempts"] = "1"
     radarr = world.radarr()
     movie = world.movie(radarr, "Film")
@@ -265,7 +268,7 @@ def test_a_failed_repair_is_asked_after(world: World, by: str) -> None:  # noqa:
 
 
 @pytest.mark.parametrize("trouble", ["flag", "items", "link", "season"])
-def test_nothing_but_the_search_decides_after_the_delete(world: World, trouble: str) -> None:  # noqa: F811
+def test_nothing_but_the_search_decides_after_the_delete(world: World, trouble: str) -> None:
     sonarr = world.sonarr(auto_unmonitor=True, recycle_bin=False)
     series = sonarr.add_series("Show")
     file = world.episode(sonarr, series, (1, 1), broken=True)
@@ -310,7 +313,7 @@ def test_nothing_but_the_search_decides_after_the_delete(world: World, trouble: 
 # 5. A file whose folder went along with it
 
 
-def test_a_file_whose_folder_went_with_it(world: World) -> None:  # noqa: F811
+def test_a_file_whose_folder_went_with_it(world: World) -> None:
     """Sonarr's library lies on the mount, and the user's links lead there."""
     radarr = world.radarr(server_root="/data/movies")
     world.movie(radarr, "Film")
@@ -343,7 +346,7 @@ def test_a_file_whose_folder_went_with_it(world: World) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("setup", ["plain", "auto", "skip"])
-def test_a_dead_release_is_blocklisted_and_searched_for_once(world: World, setup: str) -> None:  # noqa: F811
+def test_a_dead_release_is_blocklisted_and_searched_for_once(world: World, setup: str) -> None:
     world.sections["repair"]["blocklist"] = "yes"
     radarr = world.radarr()
     movie = world.movie(radarr, "Film")
@@ -360,7 +363,7 @@ def test_a_dead_release_is_blocklisted_and_searched_for_once(world: World, setup
     assert world.do("dispatch", *FAST)["repaired"] == 1
 
 
-def test_a_pack_of_which_one_episode_is_gone(world: World) -> None:  # noqa: F811
+def test_a_pack_of_which_one_episode_is_gone(world: World) -> None:
     """The server would search for the healthy ones, too: then the pack is not marked."""
     world.sections["repair"]["blocklist"] = "yes"
     sonarr = world.sonarr()
@@ -374,7 +377,7 @@ def test_a_pack_of_which_one_episode_is_gone(world: World) -> None:  # noqa: F81
     assert "Redownload Failed" in result.err
 
 
-def test_a_whole_pack_is_marked_once(world: World) -> None:  # noqa: F811
+def test_a_whole_pack_is_marked_once(world: World) -> None:
     world.sections["repair"]["blocklist"] = "yes"
     sonarr = big_season(world, 5)
     sonarr.add_grab([501, 502, 503, 504, 505], "Show.S01.PACK")
@@ -383,7 +386,7 @@ def test_a_whole_pack_is_marked_once(world: World) -> None:  # noqa: F811
     assert sonarr.blocklist == ["Show.S01.PACK"] and names_of(sonarr) == ["SeasonSearch"]
 
 
-def test_without_blocklist_the_reason_says_what_the_server_did(world: World) -> None:  # noqa: F811
+def test_without_blocklist_the_reason_says_what_the_server_did(world: World) -> None:
     world.sections["repair"]["max_attempts"] = "2"
     radarr = world.radarr()
     movie = world.movie(radarr, "Film")
@@ -401,10 +404,24 @@ def test_without_blocklist_the_reason_says_what_the_server_did(world: World) -> 
     assert radarr.blocklist == []
 
 
+def test_a_season_of_single_grabs_is_left_to_one_search(world: World) -> None:
+    """A server that searches by itself would do so for each episode alone."""
+    world.sections["repair"]["blocklist"] = "yes"
+    sonarr = big_season(world, 3)
+    for file in (501, 502, 503):
+        sonarr.add_grab([file], f"Show.{file}")
+    sonarr.auto_redownload = True
+    world.do("queue")
+    assert world.do("dispatch", *FAST)["sent"] == 3
+    assert sonarr.blocklist == [] and names_of(sonarr) == ["SeasonSearch"]
+
+
+@pytest.mark.parametrize("is_own", [True, False])
 @pytest.mark.parametrize("lost", ["answer", "request"])
-def test_a_mark_whose_answer_is_lost_is_not_set_again(world: World, lost: str) -> None:  # noqa: F811
+def test_a_mark_whose_answer_is_lost(world: World, lost: str, is_own: bool) -> None:
     world.sections["repair"]["blocklist"] = "yes"
     radarr = world.radarr()
+    radarr.auto_redownload = is_own
     movie = world.movie(radarr, "Film")
     radarr.add_grab([radarr.movies[movie]["movieFileId"]], "Film.2021.DEAD")
     world.scan_and_queue()
@@ -417,7 +434,7 @@ def test_a_mark_whose_answer_is_lost_is_not_set_again(world: World, lost: str) -
 # 9. Odds and ends of a queue
 
 
-def test_tags_are_spared(world: World) -> None:  # noqa: F811
+def test_tags_are_spared(world: World) -> None:
     radarr, sonarr = world.radarr(), world.sonarr()
     radarr.tags, sonarr.tags = {3: "keep"}, {1: "other", 9: "archive"}
     movies = [world.movie(radarr, f"Film {number}") for number in range(3)]
@@ -437,7 +454,7 @@ def test_tags_are_spared(world: World) -> None:  # noqa: F811
     assert (result["sent"], result["cancelled"]) == (1, 1) and searched(radarr) == [movies[2]]
 
 
-def test_actions_that_nobody_can_send(world: World) -> None:  # noqa: F811
+def test_actions_that_nobody_can_send(world: World) -> None:
     relay = world.add_relay(f"{world.media}/doc => sonarr_doc")
     world.bystanders(1)
     world.do("scan")
@@ -455,23 +472,21 @@ def test_actions_that_nobody_can_send(world: World) -> None:  # noqa: F811
     assert world.do("dispatch", *FAST)["exit_code"] == 0
 
 
-def test_a_broken_subtitle_asks_for_nothing(world: World) -> None:  # noqa: F811
+def test_a_broken_subtitle_asks_for_nothing(world: World) -> None:
     relay, radarr = world.add_relay(f"{world.media}/doc => sonarr_doc"), world.radarr()
     show = world.media / "doc" / "Show" / "Season 1"
     world.link(show / "Show S01E01.mkv")
     world.link(show / "Show S01E01.en.srt", broken=True)
     world.movie(radarr, "Film", broken=False)
     world.link(radarr.root / "Film (2021)" / "Film (2021).de.srt", broken=True)
-    world.healthy = {
-        link: to for link, to in world.healthy.items() if radarr.root not in link.parents
-    }
+    del world.servers["radarr_movies"]  # which has no record of the subtitle
     world.do("scan")
     result = world.do("queue")
     assert result["queued"] == [] and result["skipped"]["no_route"] == 2
     assert relay.finds == []
 
 
-def test_two_left_sides_and_a_server_on_windows(world: World) -> None:  # noqa: F811
+def test_two_left_sides_and_a_server_on_windows(world: World) -> None:
     """Two directories here are one there; their files are found in both, looked up both ways."""
     first, second = world.media / "tv", world.media / "tv2"
     windows = "D:\\Media\\TV"
@@ -520,11 +535,8 @@ def _here(path: str, windows: str, first: Path, second: Path) -> Path:
 
 
 @pytest.mark.parametrize("setup", ["plain", "blocklist", "auto"])
-def test_killed_at_every_step_and_never_one_search_too_many(
-    world: World,
-    setup: str,  # noqa: F811
-) -> None:
-    """The server kills the program before, or after, it does what it was asked: each request once."""
+def test_killed_at_every_step_and_never_one_search_too_many(world: World, setup: str) -> None:
+    """Each request that changes something is the last of a run, as it comes or as it is done."""
     world.sections["repair"]["blocklist"] = "no" if setup == "plain" else "yes"
     sonarr = big_season(world, 3, auto_unmonitor=True)
     sonarr.add_grab([501, 502, 503], "Show.S01.PACK")
@@ -588,7 +600,7 @@ def authority(tmp_path: Path) -> Path:
     return file
 
 
-def test_a_server_with_an_authority_of_its_own(world: World, authority: Path) -> None:  # noqa: F811
+def test_a_server_with_an_authority_of_its_own(world: World, authority: Path) -> None:
     radarr = world.radarr()
     world.movie(radarr, "Film")
     radarr.close()
@@ -606,7 +618,7 @@ def test_a_server_with_an_authority_of_its_own(world: World, authority: Path) ->
     assert world.do("dispatch", *FAST)["sent"] == 1
 
 
-def test_a_proxy_that_wants_a_login_or_headers(world: World) -> None:  # noqa: F811
+def test_a_proxy_that_wants_a_login_or_headers(world: World) -> None:
     radarr = world.radarr()
     world.movie(radarr, "Film")
     radarr.login = "me:s3cret-p4ssword"
@@ -626,7 +638,7 @@ def test_a_proxy_that_wants_a_login_or_headers(world: World) -> None:  # noqa: F
     assert "cf-secret" not in world.call("config", "show").out
 
 
-def test_a_list_may_take_its_time_until_the_first_byte(world: World) -> None:  # noqa: F811
+def test_a_list_may_take_its_time_until_the_first_byte(world: World) -> None:
     world.sections["repair"]["timeout"] = "1s"
     radarr = world.radarr()
     world.movie(radarr, "Film")
