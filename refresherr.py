@@ -6372,6 +6372,7 @@ MAX_TRIES = 5
 FIRST_DELAY = 60.0  # seconds before the second try; doubled with each
 POLL_LIMIT = 120.0  # seconds for which the commands of a server are followed
 OWN_SEARCH = 5.0  # seconds for which a server's own search for a failed release is waited for
+FORGOTTEN = 240.0  # seconds after which a server's list may have lost a command that has ended
 FINAL_STATES = ("completed", "failed", "aborted", "cancelled", "orphaned")
 _JOURNAL_REMOVAL = """
 INSERT INTO link_changes (run_id, path, old_target, new_target, state, changed_utc, reason)
@@ -7216,7 +7217,8 @@ class Searches:
         command = None
         if actions[0].step == "searching":
             command = find_command(self.commands_since(last, True), body, last)
-            if not last and not command:  # nobody can tell: the cooldown decides
+            age = time.time() - actions[0].progress.get("begun", 0.0)
+            if not last and not command and age > FORGOTTEN:  # who can tell?  The cooldown decides
                 command = {"name": body["name"]}
         else:
             last = self.last_command()
@@ -7225,6 +7227,7 @@ class Searches:
                 for action in actions:
                     searches = action.progress.get("searches", 0) + 1
                     noted = {"search": body, "last_command": last, "searches": searches}
+                    noted["begun"] = time.time()
                     self.errand.note([action], step="searching", **noted)
         self.adopt(command or self.server.change("POST", "/command", body), actions)
 

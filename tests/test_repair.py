@@ -124,7 +124,7 @@ class World:
             self.broken.add(path)
             if self.cloud not in self.witnesses:
                 self.witnesses.add(self.cloud)
-                self.link(self.media / "other" / f"Witness {self.releases} (1999)" / "file.mkv")
+                self.link(self.media / "seen" / f"Witness {self.releases} (1999)" / "file.mkv")
         else:
             target.write_bytes(b"video")
             self.healthy[path] = target
@@ -252,7 +252,8 @@ class World:
         return sent + [("GET", request.target) for request in self.relay_requests()]
 
     def relay_requests(self) -> List[Any]:
-        return list(self.relay.requests) if self.relay else []
+        """Return what the relay was asked, but for whether it is there."""
+        return [request for request in self.relay.requests if request.query] if self.relay else []
 
     def forget_requests(self) -> None:
         for server in self.servers.values():
@@ -468,7 +469,7 @@ def test_a_library_that_is_away_for_us_alone(world: World) -> None:
     link = next(iter(world.broken))
     door = world.folder / "door"
     door.symlink_to(radarr.root)
-    world.sections["scan"]["roots"] = str(door)
+    world.sections["scan"]["roots"] = f"{door}, {world.media / 'seen'}"
     world.sections["radarr movies"].update(roots=str(door), path_map=f"{door} => /movies")
     world.bystanders(1)
     world.scan_and_queue()
@@ -597,6 +598,7 @@ def test_a_link_to_a_file_that_a_server_knows(world: World) -> None:
     mine[0].parent.mkdir()
     mine[0].symlink_to(file)
     mine[1].symlink_to(os.path.relpath(file, mine[1].parent))
+    (mine[0].parent / "witness.mkv").symlink_to(target_of(file).with_name("release.nfo"))
     world.sections["scan"]["roots"] = str(mine[0].parent)
     for section in ("radarr movies", "radarr other"):
         del world.sections[section]["roots"]
@@ -1255,7 +1257,7 @@ def test_what_the_relay_answers(world: World) -> None:
         **dict.fromkeys(("502", "429"), "retry"),
     }
     assert "no matches" in found["No"]["error"] and "not in the library" in found["409"]["error"]
-    assert len(relay.requests) == len(answers)
+    assert len(world.relay_requests()) == len(answers)
     waits = world.refresherr.query(
         "SELECT next_attempt_utc FROM actions WHERE next_attempt_utc IS NOT NULL ORDER BY 1"
     )
@@ -1341,6 +1343,7 @@ def test_a_broken_link_does_not_speak_for_a_healthy_one(
             (tmp_path / "files" / str(number)).mkdir(parents=True)
             (tmp_path / "files" / str(number) / "other").touch()
             link.symlink_to(tmp_path / "files" / str(number) / "video.mkv")
+        (first / "witness.mkv").symlink_to(tmp_path / "files" / "0" / "other")
         write_config(
             f"[scan]\nroots = {first.parent}\n[repair]\nmin_age = 0\npatience = 0\n[sonarr tv]\n"
             f"url = {sonarr.url}\napi_key = {sonarr.api_key}\n"

@@ -17,7 +17,7 @@ from typing import Any, Dict, List
 
 import pytest
 from fake_servers import FakeArr, FakeSonarr, Record
-from test_repair import FAST, TOKEN, World, searched
+from test_repair import FAST, TOKEN, World, searched, target_of
 from test_repair import world as world_of_repair
 
 world = world_of_repair
@@ -322,7 +322,8 @@ def test_a_file_whose_folder_went_with_it(world: World) -> None:
     mine = world.media / "mine" / "Film (2021).mkv"
     mine.parent.mkdir()
     mine.symlink_to(file)
-    world.link(world.media / "mine" / "good.mkv")
+    (mine.parent / "witness.mkv").symlink_to(target_of(file).with_name("release.nfo"))
+    (mine.parent / "other.mkv").symlink_to(radarr.link_of(602))
     world.sections["scan"]["roots"] = str(mine.parent)
     del world.sections["radarr movies"]["roots"]
     world.do("scan")
