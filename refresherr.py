@@ -511,8 +511,8 @@ class InstanceSettings:
         "Leave alone what carries one of these tags there.", "keep, archive")
     ca_file: str = setting("", parse_path, "The certificate authority of a server with its own.",
         "/etc/ssl/my-ca.pem")
-    headers: PathMap = setting((), parse_headers, "Lines of 'Name: value' for a proxy before it; "
-        "better headers_file = FILE.", "...", secret=True)
+    headers: Any = secret(parse_headers, "Lines of 'Name: value' for a proxy before it.",
+        "CF-Access-Client-Id: ...")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -7139,6 +7139,7 @@ def remove_link(repair: Repair, action: Action) -> bool:
 
 
 def unlink(repair: Repair, action: Action, here: str) -> bool:
+    """Remove a link that has just been found broken; the journal has it first."""
     try:
         text = os.readlink(here)
         row = (to_db(here), to_db(text), utc_now())

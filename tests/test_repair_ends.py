@@ -17,7 +17,7 @@ from typing import Any, Dict, List
 
 import pytest
 from fake_servers import FakeArr, FakeSonarr, Record
-from test_repair import FAST, TOKEN, World, searched, target_of
+from test_repair import FAST, TOKEN, World, searched
 from test_repair import world as world_of_repair
 
 world = world_of_repair
@@ -314,22 +314,24 @@ def test_nothing_but_the_search_decides_after_the_delete(world: World, trouble: 
 
 
 def test_a_file_whose_folder_went_with_it(world: World) -> None:
-    """Sonarr's library lies on the mount, and the user's links lead there."""
+    """Radarr's library lies on the mount, real files in folders, and the user's links lead there."""
     radarr = world.radarr(server_root="/data/movies")
-    world.movie(radarr, "Film")
-    world.movie(radarr, "Other", broken=False)
-    file = next(iter(world.broken))
-    mine = world.media / "mine" / "Film (2021).mkv"
-    mine.parent.mkdir()
-    mine.symlink_to(file)
-    (mine.parent / "witness.mkv").symlink_to(target_of(file).with_name("release.nfo"))
-    (mine.parent / "other.mkv").symlink_to(radarr.link_of(602))
-    world.sections["scan"]["roots"] = str(mine.parent)
+    mine = world.media / "mine"
+    mine.mkdir()
+    for title in ("Film", "Other"):
+        movie = world.movie(radarr, title, broken=False)
+        file = radarr.link_of(radarr.movies[movie]["movieFileId"])
+        file.unlink()
+        file.write_bytes(b"video")
+        (mine / file.name).symlink_to(file)
+    world.healthy.clear()
+    world.sections["scan"]["roots"] = str(mine)
     del world.sections["radarr movies"]["roots"]
     world.do("scan")
     world.do("ingest")
+    shutil.rmtree(str(radarr.link_of(601).parent))
+    world.do("scan")
     assert len(world.do("queue")["queued"]) == 1
-    shutil.rmtree(str(file.parent))
     moved = radarr.root.with_name("away")
     radarr.root.rename(moved)  # the library itself is away for us: wait
     radarr.root_accessible = True
@@ -340,7 +342,8 @@ def test_a_file_whose_folder_went_with_it(world: World) -> None:
     radarr.root.rmdir()
     moved.rename(radarr.root)
     assert world.do("dispatch", *FAST)["sent"] == 1
-    assert radarr.deleted_files == [601] and mine.is_symlink() and len(radarr.searches) == 1
+    assert radarr.deleted_files == [601] and len(radarr.searches) == 1
+    assert (mine / "Film (2021).mkv").is_symlink()
 
 
 # 8. The dead release
