@@ -7049,24 +7049,32 @@ def check_file(repair: Repair, action: Action) -> None:
     with contextlib.suppress(OSError):
         goal = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
     text = f"by its path_map, {action.server_path} is neither the link nor its target"
-    if path in places:
-        # Where several links wait for one file, another one may be the broken one.
-        if OK not in states:
-            return None
-        text = f"{places[states.index(OK)]} is not broken now"
-        raise HttpError(f"{repair.server.name}: {text}", 503, retry=True)
-    if goal in places or action.step:
+    if path in places or goal in places or action.step:
         if UNREACHABLE in states:
             text = f"{places[states.index(UNREACHABLE)]} cannot be judged now"
             raise HttpError(f"{repair.server.name}: {text}", 503, retry=True)
+        if OK in states and path in places:  # several links wait for one file
+            text = f"{places[states.index(OK)]} is not broken now"
+            raise HttpError(f"{repair.server.name}: {text}", 503, retry=True)
         text = f"its file {places[0]} is not gone; the link's own text is at fault"
         if OK not in states:
-            root = find_ancestor(slashed(action.server_path), repair.roots)
-            roots = map_back(root, repair.server.path_map) if root else []
-            if any(repair.look(root) == OK and not is_empty_folder(root) for root in roots):
-                return None
-            return repair.errand.put_off(action, f"the root folder of {places[0]} is not there")
+            away = next((p for p in places if p != path and not is_at_home(repair, action, p)), "")
+            if away:
+                repair.errand.put_off(action, f"the root folder of {away} is not there")
+            return
     raise HttpError(f"{repair.server.name}: {text}; correct that, and queue it anew", 404)
+
+
+def is_at_home(repair: Repair, action: Action, place: str) -> bool:
+    """Tell whether the library around a file of the server is there for us: if it is away, that
+    the file cannot be found means nothing.
+    """
+    if repair.look(os.path.dirname(place)) == OK:
+        return True
+    root = find_ancestor(slashed(action.server_path), repair.roots)
+    roots = map_back(root, repair.server.path_map) if root else []
+    mine = [here for here in roots if is_under(place, here)]
+    return any(repair.look(here) == OK and not is_empty_folder(here) for here in mine)
 
 
 def is_whole(repair: Repair, title_id: int, season: Any, records: Iterable[JsonObject]) -> bool:

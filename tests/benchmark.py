@@ -506,6 +506,7 @@ def measure_ingest(table: Table, scratch: Path, runs: int) -> None:
         for number in range(6):
             sonarr = stack.enter_context(FakeSonarr(scratch / f"tv{number}", latency=0.02))
             populate(sonarr)
+            sonarr.can_files()
             servers.append(("sonarr", sonarr))
         for count, reach in ((1, "0.25"), (6, "0.12")):
             arguments = ingest_arguments(scratch, f"sonarr{count}", *servers[:count])

@@ -314,7 +314,7 @@ def test_nothing_but_the_search_decides_after_the_delete(world: World, trouble: 
 
 
 def test_a_file_whose_folder_went_with_it(world: World) -> None:
-    """Radarr's library lies on the mount, real files in folders, and the user's links lead there."""
+    """Radarr's library lies on the mount, real files in folders; the user's links lead there."""
     radarr = world.radarr(server_root="/data/movies")
     mine = world.media / "mine"
     mine.mkdir()
@@ -516,6 +516,23 @@ def test_two_left_sides_and_a_server_on_windows(world: World) -> None:
     assert result["sent"] == 2, result
     assert sorted(sonarr.deleted_files) == files
     assert not any(os.path.lexists(link) for link in world.broken)
+
+
+def test_the_other_left_side_is_away(world: World) -> None:
+    """The server may see a healthy file there, under the very name of our broken link."""
+    first, second = world.media / "tv", world.media / "tv2"
+    sonarr = world.sonarr("tv", server_root="/tv")
+    series = sonarr.add_series("Show")
+    file = world.episode(sonarr, series, (1, 1), broken=True)
+    world.episode(sonarr, series, (1, 2))
+    world.sections["sonarr tv"]["path_map"] = f"{first} => /tv, {second} => /tv"
+    world.bystanders(3)
+    assert len(world.scan_and_queue()) == 1
+    assert world.do("dispatch", *FAST)["exit_code"] == 4 and sonarr.changes() == []
+    second.mkdir()
+    assert world.do("dispatch", *FAST)["exit_code"] == 4 and sonarr.changes() == []
+    (second / "Another Show").mkdir()
+    assert world.do("dispatch", *FAST)["sent"] == 1 and sonarr.deleted_files == [file]
 
 
 class WindowsPaths:

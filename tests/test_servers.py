@@ -1326,7 +1326,7 @@ def instance_of(sickness: str) -> str:
 def open_ward(folder: Path, hub: Hub, command: str, stage: str) -> Ward:
     """Make the servers; for dispatch each with a broken link, unmonitored, among others."""
     folder.mkdir()
-    servers, sections = {}, [f"[scan]\nroots = {folder / 'media'}\n"]
+    servers, sections = {}, [f"[scan]\nroots = {folder / 'media'}\nmax_new_broken = 100%\n"]
     sick = FEWER.get((command, stage), SICKNESSES)
     for name in [*map(instance_of, sick), "sonarr_healthy"]:
         root = folder / "media" / name
