@@ -61,6 +61,7 @@ import math
 import mmap
 import operator
 import os
+import queue
 import re
 import select
 import shutil
@@ -75,7 +76,7 @@ import traceback
 import unicodedata
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 # isort: off
 # fmt: off
@@ -385,6 +386,15 @@ def parse_key(text: str) -> str:
     return text.strip()
 
 
+def parse_headers(text: str) -> Tuple[Tuple[str, str], ...]:
+    """Return (name, value) pairs from lines of 'Name: value'."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not all(re.fullmatch(r"[\w-]+: *[ -~]*[!-~]", line, re.ASCII) for line in lines):
+        raise ValueError("write lines of plain characters: 'Name: value'")
+    pairs = (line.partition(":") for line in lines)
+    return tuple((name, value.strip()) for name, _, value in pairs)
+
+
 def parse_count(text: str) -> int:
     """Return a whole number from 0."""
     if not re.fullmatch(r"\d+", text.strip()):
@@ -497,6 +507,12 @@ class InstanceSettings:
     roots: Paths = setting((), parse_paths, "The directories of links that this server owns.",
         "/opt/media/{folder}")
     path_map: PathMap = setting((), parse_map, _MAP_DOC, "/opt/media/{folder} => /{folder}")
+    skip_tags: Tuple[str, ...] = setting((), parse_list,
+        "Leave alone what carries one of these tags there.", "keep, archive")
+    ca_file: str = setting("", parse_path, "The certificate authority of a server with its own.",
+        "/etc/ssl/my-ca.pem")
+    headers: Any = secret(parse_headers, "Lines of 'Name: value' for a proxy before it.",
+        "CF-Access-Client-Id: ...")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -522,6 +538,11 @@ class RepairSettings:
     limit: int = setting(25, parse_count, "Actions queued in one run.", "25", "QUEUE_LIMIT")
     max: int = setting(25, parse_count, "Actions sent in one run.", "25", "ACTIONS_MAX")
     timeout: float = setting(20.0, parse_duration, "For one request.", "20s", "ACTIONS_TIMEOUT")
+    list_timeout: float = setting(120.0, parse_interval, "For the first byte of a long list.", "2m")
+    per_day: int = setting(200, parse_count,
+        "Searches sent to one server in 24 hours; 0 is no limit.", "200")
+    blocklist: bool = setting(False, parse_bool,
+        "Have the server take the dead release for a failed one, before the search.", "no")
     unmonitored: bool = setting(True, parse_bool, "Repair the unmonitored, too.", "yes")
 
 
@@ -5235,10 +5256,12 @@ def count_undone(changes: Iterable[LinkChange]) -> JsonObject:
 # ---------------------------------------------------------------------------------------------
 
 MAX_BODY = 8 << 20  # bytes of an answer
-MAX_LIST = 128 << 20  # bytes of the list of all that a server has
+MAX_LIST = 4 << 30  # bytes of the list of all that a server has
 MAX_ELEMENT = 1 << 20  # bytes of one series or movie in it
 MAX_ERROR = 300  # characters of a server's own words
+KEPT_ALIVE = 10.0  # seconds for which an unused connection, with its thread, waits for work
 RETRY_STATUSES = (408, 425, 429)
+DENIED = (401, 403)  # by the server, or by a proxy before it
 
 
 class HttpError(RefresherrError):
@@ -5263,12 +5286,56 @@ class Call(NamedTuple):
     headers: Mapping[str, str] = {}
 
 
+HttpAnswer = Tuple[int, str, Any]  # status, content type, the whole body as a file
+
+
+class _Line(threading.Thread):
+    """A connection that is kept alive, with a thread that sends one request after the other.
+
+    Only because of the thread the look-up of a name, or a byte a second, has an end for the caller.
+    """
+
+    def __init__(self, client: Client) -> None:
+        super().__init__(daemon=True)
+        self.client, self.connection = client, None  # type: Client, Any
+        self.jobs: queue.SimpleQueue[Tuple[Future[HttpAnswer], Tuple[Any, ...]]] = (
+            queue.SimpleQueue()
+        )
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            try:
+                future, job = self.jobs.get(timeout=KEPT_ALIVE)
+            except queue.Empty:
+                with contextlib.suppress(ValueError):  # it is wanted this very moment
+                    self.client.idle.remove(self)
+                    self.close()
+                    return
+                continue
+            result: Any = None
+            try:
+                result = self.client.send_over(self, *job)
+            except BaseException as exc:
+                self.close()
+                result = exc
+            self.client.idle.append(self)  # first: who waits may have the next request
+            is_error = isinstance(result, BaseException)
+            (future.set_exception if is_error else future.set_result)(result)
+
+    def close(self) -> None:
+        if self.connection:
+            self.connection.close()
+        self.connection = None
+
+
 class Client:
     """Talks to one configured address, named `name` in messages, and to no other.
 
     Redirects are not followed, proxies not used; `headers` carry the key.  `timeout` is for the
-    connection and for every wait; a whole answer may take that long too, a list three times.
-    With `hidden` all of the URL but its host is a secret, and its query is sent along.
+    connection, for every wait and for a whole answer.  The first byte of a list may take
+    `list_timeout`, and the whole of it three times as long.  `ca_file` names another certificate
+    authority.  With `hidden` all of the URL but its host is a secret, and its query is sent along.
     """
 
     def __init__(
@@ -5279,48 +5346,42 @@ class Client:
         headers: Mapping[str, str],
         token: str = "",
         hidden: bool = False,
+        ca_file: str = "",
+        list_timeout: float = 120.0,
     ) -> None:
         import base64
-        import urllib.request as web
-
-        class NoRedirect(web.HTTPRedirectHandler):
-            def redirect_request(self, *_: Any) -> None:
-                return None
 
         userinfo = re.match(r"(?i)https?://([^/]*)@", url)
-        self.name, self.timeout = name, timeout
+        self.name, self.timeout, self.list_timeout = name, timeout, list_timeout
         self.url = self._address = strip_secrets(url)  # the first is for messages
-        self._query = ""
-        self.aborted = False
-        secrets = [*headers.values(), token]
+        self._query, self._ca_file, self._tls = "", ca_file, None  # type: str, str, Any
+        self.idle: List[_Line] = []
+        secrets = [token]
+        for value in headers.values():
+            secrets += [value, *(part for part in re.split(r"[\s;=,]+", value) if len(part) > 7)]
         if hidden:
             bare = _USERINFO.sub(r"\1", url)
             self._address, _, self._query = bare.partition("?")
             scheme, _, host, *parts = re.split(r"[/?&=#]", bare)
             self.url = f"{scheme}//{host}/***"
             secrets += parts
-        self._headers = {"User-Agent": f"Refresherr/{__version__}", **headers}
-        self._headers["Accept"] = "application/json"
+        self._headers = {"User-Agent": f"Refresherr/{__version__}", "Accept": "application/json"}
         if userinfo:
             login = base64.b64encode(unquote(userinfo.group(1)).encode()).decode()
             self._headers["Authorization"] = f"Basic {login}"
             password = userinfo.group(1).partition(":")[2]
             secrets += [login, password, unquote(password)]
+        self._headers.update(headers)
         forms = {form(text) for text in secrets for form in (str, unquote, quote, quote_plus)}
         longest_first = sorted(filter(None, forms), key=len, reverse=True)
         self._secrets = re.compile("|".join(map(re.escape, longest_first)) or "(?!)", re.IGNORECASE)
-        self._opener = web.OpenerDirector()  # http and https, and nothing else that urllib knows
-        names = ("HTTP", "HTTPS", "Unknown", "HTTPDefaultError")  # without ssl there is no HTTPS
-        known = [getattr(web, f"{name}Handler", None) for name in names]
-        for handler in filter(None, [*known, web.HTTPErrorProcessor, NoRedirect]):
-            self._opener.add_handler(handler())
 
     def ask(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
         """Send a request and return the JSON of its answer, None if that has none.
 
         Raises HttpError, also where GET and POST are answered with something else than JSON.
         """
-        status, kind, stream = self._exchange(Call(method, path, query, body))
+        status, kind, stream = self.start(Call(method, path, query, body))()
         content = stream.read()
         if "json" not in kind and (method in ("GET", "POST") or content.strip()):
             raise self._not_json(path, kind)
@@ -5332,21 +5393,34 @@ class Client:
             raise HttpError(f"{self.name}: {path} answered {status} and not 201, created", status)
         return result
 
-    def ask_list(self, path: str, **query: Any) -> Iterator[JsonObject]:
-        """Yield the objects of a list, one at a time: memory does not grow with the library."""
-        _, kind, stream = self._exchange(Call("GET", path, query), MAX_LIST, 3)
-        if "json" not in kind:
-            raise self._not_json(path, kind)
-        try:
-            for element in iterate_json(stream):
-                if isinstance(element, dict):
-                    yield element
-        except (ValueError, RecursionError):
-            raise HttpError(f"{self.name}: the JSON of {path} is damaged", retry=True) from None
+    def start_list(self, path: str, **query: Any) -> Callable[[], Iterator[Any]]:
+        """Ask for a list; return a function that waits for it and yields its elements, one at a
+        time: memory does not grow with the library.
+        """
+        wait = self.start(Call("GET", path, query), is_list=True)
+
+        def elements(kind: str, stream: Any) -> Iterator[Any]:
+            if "json" not in kind:
+                raise self._not_json(path, kind)
+            stream.seek(0, os.SEEK_END)
+            size = stream.tell()
+            stream.seek(0)
+            try:
+                if size > MAX_ELEMENT:
+                    yield from iterate_json(stream)
+                    return
+                elements = json.loads(stream.read())
+                if not isinstance(elements, list):
+                    raise ValueError
+                yield from elements
+            except (ValueError, RecursionError):
+                raise HttpError(f"{self.name}: the JSON of {path} is damaged", retry=True) from None
+
+        return lambda: elements(*wait()[1:])
 
     def send(self, call: Call) -> Tuple[int, Any]:
         """Send what any 2xx fulfils; return (status, the JSON of the answer, or else its text)."""
-        status, _, stream = self._exchange(call)
+        status, _, stream = self.start(call)()
         content = stream.read()
         with contextlib.suppress(ValueError, RecursionError):
             return status, json.loads(content)
@@ -5357,59 +5431,90 @@ class Client:
         text = f"{self.name}: {self.url}{path} answered with {kind}, not with JSON"
         return HttpError(f"{text}; is its url right, with the URL base if one is set?", retry=True)
 
-    def _exchange(
-        self, call: Call, limit: int = MAX_BODY, patience: int = 1
-    ) -> Tuple[int, str, Any]:
-        """Return (status, content type, body as a file), all of it read.  Raises HttpError.
+    def start(self, call: Call, is_list: bool = False) -> Callable[[], HttpAnswer]:
+        """Send a request; return a function that waits for the answer, and raises HttpError."""
+        wait, whole = self.timeout, self.timeout
+        if is_list:
+            wait, whole = self.list_timeout, 3 * self.list_timeout
+        end = time.monotonic() + whole
+        future: Future[HttpAnswer] = Future()
+        try:
+            line = self.idle.pop()
+        except IndexError:
+            line = _Line(self)
+        line.jobs.put((future, (call, MAX_LIST if is_list else MAX_BODY, wait, end)))
 
-        In a thread of its own: only so the look-up of a name, or a byte a second, has an end.
-        """
-        outcome: List[Any] = []
-        deadline = time.monotonic() + patience * self.timeout
-
-        def run() -> None:
+        def answer() -> HttpAnswer:
             try:
-                outcome.append(self._send(call, limit, deadline))
-            except BaseException as exc:
-                outcome.append(exc)
+                return future.result(max(0.0, end - time.monotonic()) + 0.1)
+            except Exception as exc:
+                error = self._explain(exc, is_list)
+                raise error from (None if isinstance(error, HttpError) else exc)
 
-        thread = threading.Thread(target=run, daemon=True)
-        if not self.aborted:
-            thread.start()
-        while thread.is_alive() and not self.aborted and time.monotonic() < deadline + 0.1:
-            thread.join(0.2)
-        result: Any = outcome[0] if outcome else TimeoutError()
-        if isinstance(result, BaseException):
-            error = self._explain(result)
-            raise error from (None if isinstance(error, HttpError) else result)
-        status, kind, stream = result
-        return status, kind, stream
+        return answer
 
-    def _send(self, call: Call, limit: int, end: float) -> Tuple[int, str, Any]:
-        import urllib.error
-        import urllib.request
-
+    def send_over(self, line: _Line, call: Call, limit: int, wait: float, end: float) -> HttpAnswer:
+        """Send a request over a connection, a new one where it changes something: one that was
+        kept may be closed by now, and who knows then what has arrived?
+        """
         # A name that is not UTF-8 goes into a query as its bytes; JSON can only hold a ? for it.
         query = urlencode(call.query, doseq=True, errors="surrogateescape", quote_via=quote)
         query = "&".join(filter(None, [self._query, query]))
-        url = self._address + call.path + (query and f"?{query}")
+        parts = urlsplit(self._address + call.path)
+        target = (parts.path or "/") + (query and f"?{query}")
         headers, data = {**self._headers, **call.headers}, call.body
         if isinstance(data, bytes):
             headers["Content-Type"] = "text/plain; charset=utf-8"
         elif data is not None:
             headers["Content-Type"] = "application/json"
             data = json.dumps(data, ensure_ascii=False).encode("utf-8", "replace")
-        request = urllib.request.Request(url, data, headers, method=call.method)
-        try:
-            with self._opener.open(request, timeout=self.timeout) as answer:
-                kind = answer.headers.get("Content-Type") or ""
-                return answer.status, kind.lower(), self._read(answer, limit, end)
-        except urllib.error.HTTPError as exc:
-            with exc:
-                content = b""
-                with contextlib.suppress(Exception):
-                    content = self._read(exc.fp, 1 << 16, end).read()
-                raise self._refusal(exc.code, exc.headers, content, call.path) from None
+        request = (call.method, target, data, headers)
+        if line.connection and call.method == "GET":
+            with contextlib.suppress(ConnectionError):
+                return self._receive(line, call.path, request, limit, wait, end)
+        line.close()
+        line.connection = self._connection(parts)
+        return self._receive(line, call.path, request, limit, wait, end)
+
+    def _connection(self, parts: Any) -> Any:
+        import http.client
+
+        if parts.scheme == "http":
+            return http.client.HTTPConnection(parts.hostname, parts.port)
+        if parts.scheme != "https" or not hasattr(http.client, "HTTPSConnection"):
+            raise ValueError("only http, and https where this Python has ssl")
+        import ssl
+
+        if self._tls is None:
+            self._tls = ssl.create_default_context()
+            if self._ca_file:
+                # Authorities made at home rarely have all that Python 3.13 began to demand.
+                self._tls.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
+                try:
+                    self._tls.load_verify_locations(self._ca_file)
+                except OSError as exc:
+                    self._tls, words = None, exc.strerror or "no certificate in it"
+                    text = f"cannot use its ca_file {self._ca_file}: {words}"
+                    raise HttpError(f"{self.name}: {text}") from exc
+        return http.client.HTTPSConnection(parts.hostname, parts.port, context=self._tls)
+
+    def _receive(
+        self, line: _Line, path: str, request: Tuple[Any, ...], limit: int, wait: float, end: float
+    ) -> HttpAnswer:
+        connection = line.connection
+        connection.timeout = wait
+        if connection.sock:
+            connection.sock.settimeout(wait)
+        connection.request(*request)
+        with connection.getresponse() as answer:
+            status, kind = answer.status, (answer.headers.get("Content-Type") or "").lower()
+            if 200 <= status < 300:
+                return status, kind, self._read(answer, limit, end)
+            content = b""
+            with contextlib.suppress(Exception):
+                content = self._read(answer, 1 << 16, end).read()
+            line.close()
+            raise self._refusal(status, answer.headers, content, path)
 
     def _read(self, answer: Any, limit: int, end: float) -> Any:
         import http.client
@@ -5441,8 +5546,13 @@ class Client:
             base, found, _ = where.partition(here.path + path)
             if found and base.startswith("/"):
                 said += f"; set its url to {here.scheme}://{here.netloc}{self.quote(base)}"
+        elif status in DENIED and headers.get("WWW-Authenticate"):
+            said = ": something before it asks for a login; write user:password@ into its url, "
+            said += "or name a headers_file"
         elif status == 401:
             said = ": the key or token is refused; correct it in the config"
+        elif status == 403 and not words:
+            said = ": the key is refused, or something before it asks for a headers_file"
         elif status == 404 and not words:
             said = f": {self.url}{path} is unknown there; is its url right, with the URL base?"
         retry = status >= 500 or status in RETRY_STATUSES
@@ -5451,35 +5561,39 @@ class Client:
         after = parse_retry_after(asked, time.time())
         return HttpError(f"{self.name}: answered {status}{said}", status, retry, after)
 
-    def _explain(self, exc: BaseException) -> BaseException:
-        """Return the HttpError for whatever urllib, socket, ssl or http.client raised."""
+    def _explain(self, reason: Exception, is_list: bool) -> Exception:
+        """Return the HttpError for whatever socket, ssl or http.client raised."""
+        import concurrent.futures
         import http.client
         import socket
-        import urllib.error
 
-        reason = exc.reason if isinstance(exc, urllib.error.URLError) else exc
         text, retry = "", True
-        if isinstance(exc, HttpError):
-            return exc
-        if isinstance(reason, (socket.timeout, TimeoutError)):
-            text = f"no whole answer within {format_duration(self.timeout)}"
+        if isinstance(reason, HttpError):
+            return reason
+        if isinstance(reason, (socket.timeout, TimeoutError, concurrent.futures.TimeoutError)):
+            name = "list_timeout" if is_list else "timeout"
+            waited = format_duration(getattr(self, name))
+            text = f"no whole answer within {waited}; [repair] {name} allows for more"
         elif "CERTIFICATE" in str(reason):
-            text, retry = f"its certificate is not trusted ({self.quote(reason)})", False
+            text = f"its certificate is not trusted ({self.quote(reason)}); name its ca_file"
+            retry = False
         elif "WRONG_VERSION_NUMBER" in str(reason):
             text, retry = "speaks no https there; write http:// in its url", False
         elif isinstance(reason, ConnectionError) and not getattr(reason, "strerror", None):
             text = "closed the connection without an answer"
         elif isinstance(reason, http.client.IncompleteRead):
             text = "broke off in the middle of its answer"
-        elif isinstance(reason, (str, ValueError, http.client.InvalidURL)):
+        elif isinstance(reason, (ValueError, http.client.InvalidURL)):
             text, retry = "cannot be asked; correct its url", False  # its words may hold a key
         elif isinstance(reason, http.client.HTTPException):
             text = f"speaks no HTTP there ({type(reason).__name__})"
         elif isinstance(reason, OSError):
             words = reason.strerror or str(reason) or type(reason).__name__
             text = f"{self.quote(words).lower()}; is it running, and its url right?"
+            if reason.errno == errno.ENOSPC:
+                text = "no room for its answer; free some space in TMPDIR"
         else:
-            return exc
+            return reason
         return HttpError(f"{self.name}: {self.url}: {text}", retry=retry)
 
     def quote(self, words: Any) -> str:
@@ -5593,6 +5707,10 @@ class Kind(NamedTuple):
     files: str
     file_fields: Mapping[str, str]
 
+    def tables(self) -> Sequence[Tuple[str, Mapping[str, str]]]:
+        """Return (table, fields) of the titles and of their files."""
+        return (self.titles, self.title_fields), (self.files, self.file_fields)
+
 
 # fmt: off
 KINDS = {
@@ -5600,7 +5718,7 @@ KINDS = {
         "EpisodeSearch", "/episodefile", "series",
         {"sonarr_id": "id", "title": "title", "imdb_id": "imdbId", "tvdb_id": "tvdbId",
          "tmdb_id": "tmdbId", "monitored": "monitored", "poster_url": "images.poster",
-         "fanart_url": "images.fanart"},
+         "fanart_url": "images.fanart", "year": "year", "tags": "labels"},
         "episode_files",
         {"sonarr_file_id": "id", "sonarr_series_id": "seriesId", "season_number": "seasonNumber",
          "quality": "quality.quality.name", "resolution": "quality.quality.resolution",
@@ -5609,7 +5727,7 @@ KINDS = {
         "/moviefile", "movies",
         {"radarr_id": "id", "title": "title", "year": "year", "imdb_id": "imdbId",
          "tmdb_id": "tmdbId", "monitored": "monitored", "added_utc": "added",
-         "poster_url": "images.poster", "fanart_url": "images.fanart"},
+         "poster_url": "images.poster", "fanart_url": "images.fanart", "tags": "labels"},
         "movie_files",
         {"radarr_file_id": "id", "radarr_movie_id": "movieId",
          "quality": "quality.quality.name", "resolution": "quality.quality.resolution",
@@ -5622,17 +5740,21 @@ KINDS = {
 class Server:
     """A configured Sonarr or Radarr."""
 
-    def __init__(self, instance: Instance, timeout: float) -> None:
+    def __init__(self, instance: Instance, timeout: float, list_timeout: float = 120.0) -> None:
         settings = instance.settings
         self.name = instance.name
         self.kind = KINDS[instance.kind]
         self.path_map = settings.path_map
-        headers = {"X-Api-Key": settings.api_key}
-        self.client = Client(instance.name, settings.url, timeout, headers)
+        headers = {**dict(settings.headers), "X-Api-Key": settings.api_key}
+        self.client = Client(
+            instance.name, settings.url, timeout, headers,
+            ca_file=settings.ca_file, list_timeout=list_timeout,
+        )  # fmt: skip
+        self._tags: Optional[Dict[int, str]] = None
 
     def connect(self) -> str:
         """Return the server's version.  HttpError if it is not what the config says."""
-        status = self.get("/system/status")
+        status = self.client.ask("GET", "/api/v3/system/status")
         app = dig(status, "appName") or "something else"
         if app != self.kind.app:
             text = f"{self.client.url} is {self.client.quote(app)}, not {self.kind.app}"
@@ -5640,17 +5762,36 @@ class Server:
         return self.client.quote(dig(status, "version") or "")
 
     def get(self, path: str) -> JsonObject:
-        """Return the object that a GET answers with."""
-        result = self.client.ask("GET", "/api/v3" + path)
-        if not isinstance(result, dict):
-            raise HttpError(f"{self.name}: the JSON of {path} is not what it should be", retry=True)
-        return result
+        """Return the object, with its id, that a GET answers with."""
+        return self._with_id(self.client.ask("GET", "/api/v3" + path), path)
 
     def get_list(self, path: str, **query: Any) -> Iterator[JsonObject]:
-        """Yield the objects of a GET's list; what has no number is none of them."""
-        for element in self.client.ask_list("/api/v3" + path, **query):
-            if isinstance(element.get("id"), int):
-                yield element
+        """Yield the objects of a GET's list.  HttpError if any is none, or has no id: a proxy, or
+        something else that is not the server, must not empty its mirror.
+        """
+        return self.start_list(path, **query)()
+
+    def start_list(self, path: str, **query: Any) -> Callable[[], Iterator[JsonObject]]:
+        """Do as `get_list` does, but only send the request; what is returned waits for it."""
+        wait = self.client.start_list("/api/v3" + path, **query)
+
+        def objects(elements: Iterator[Any]) -> Iterator[JsonObject]:
+            for element in elements:
+                yield self._with_id(element, path)
+
+        return lambda: objects(wait())
+
+    def _with_id(self, element: Any, path: str) -> JsonObject:
+        number = element.get("id") if isinstance(element, dict) else None
+        if type(number) is not int or dig(element, "id") is None:
+            text = f"{self.name}: the JSON of {path} is not what it should be, objects with ids"
+            raise HttpError(text, retry=True)
+        return dict(element)
+
+    def embedded_file(self, movie: JsonObject) -> Optional[JsonObject]:
+        """Return the file of a movie, None where it has none."""
+        file = movie.get("movieFile")
+        return None if file is None else self._with_id(file, "/movie")
 
     def change(self, method: str, path: str, body: Any = None) -> Any:
         """Send what changes the server."""
@@ -5676,7 +5817,32 @@ class Server:
         wanted = set(ids)
         if self.find(f"/series/{title_id}") is None:
             return []
-        return [e for e in self.get_list("/episode", seriesId=title_id) if e.get("id") in wanted]
+        return [e for e in self.get_list("/episode", seriesId=title_id) if e["id"] in wanted]
+
+    def get_history(self, title_id: int, season: Any) -> List[JsonObject]:
+        """Return what the server has done for a season or a movie, the oldest first."""
+        query = {self.kind.title: title_id, "seasonNumber": season}
+        path = "/history/movie"
+        if self.kind.item == "movie" or season is None:
+            del query["seasonNumber"]
+        if self.kind.item == "episode":
+            path = "/history/series"
+        return sorted(self.get_list(path, **query), key=operator.itemgetter("id"))
+
+    def labels(self, title: JsonObject) -> str:
+        """Return the labels of a title's tags, comma-separated."""
+        numbers = title.get("tags")
+        if not isinstance(numbers, list) or not numbers:
+            return ""
+        if self._tags is None:
+            tags = self.get_list("/tag")
+            self._tags = {tag["id"]: str(dig(tag, "label")).lower() for tag in tags}
+        return ",".join(sorted(label for n, label in self._tags.items() if n in numbers))
+
+    def file_of(self, item: JsonObject) -> int:
+        """Return the id of the file that an episode or movie has, 0 without one."""
+        place = "episodeFileId" if self.kind.item == "episode" else "movieFileId"
+        return int(dig(item, place) or dig(item, "movieFile.id") or 0)
 
 
 def dig(value: Any, place: str) -> Union[str, int, float, None]:
@@ -5692,17 +5858,42 @@ def dig(value: Any, place: str) -> Union[str, int, float, None]:
     return value if isinstance(value, (str, float)) else None
 
 
-def map_path(path: str, pairs: PathMap, back: bool = False) -> str:
-    """Return a path as the server sees it, or with `back` its path as it is here.
+_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|[A-Za-z]:$|\\\\")
+
+
+def slashed(path: str) -> str:
+    """Return a path of Windows with slashes; elsewhere a backslash is part of a name."""
+    return path.replace("\\", "/") if _WINDOWS.match(path) else path
+
+
+def map_path(path: str, pairs: PathMap) -> str:
+    """Return a path as the server sees it.
 
     The longest prefix wins; without one the path is the same on both sides.
     """
-    sides = [(there, here) if back else (here, there) for here, there in pairs]
-    fitting = [pair for pair in sides if is_under(path, pair[0])]
+    fitting = [pair for pair in pairs if is_under(path, pair[0])]
     if not fitting:
         return path
-    old, new = max(fitting, key=lambda pair: len(pair[0]))
-    return (new.rstrip("/") + path[len(old.rstrip("/")) :]).rstrip("/") or "/"
+    here, there = max(fitting, key=lambda pair: len(pair[0]))
+    rest = path[len(here.rstrip("/")) :]
+    if _WINDOWS.match(there):
+        return there.replace("/", "\\").rstrip("\\") + rest.replace("/", "\\")
+    return (there.rstrip("/") + rest).rstrip("/") or "/"
+
+
+def map_back(path: str, pairs: PathMap) -> List[str]:
+    """Return where a server's path may be here: several places, where several left sides have the
+    longest right side that fits.  Windows does not mind the case.
+    """
+    path, fitting = slashed(path), []
+    for here, there in pairs:
+        prefix, whole = slashed(there).rstrip("/"), path
+        if _WINDOWS.match(there):
+            prefix, whole = prefix.lower(), path.lower()
+        if is_under(whole, prefix):
+            fitting.append((len(prefix), here.rstrip("/") + path[len(prefix) :]))
+    longest = max(fitting, default=(0, ""))[0]
+    return [here.rstrip("/") or "/" for length, here in fitting if length == longest] or [path]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5710,96 +5901,125 @@ def map_path(path: str, pairs: PathMap, back: bool = False) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-def ingest_instance(
-    conn: sqlite3.Connection, instance: Instance, timeout: float, progress: Callable[[str], None]
-) -> JsonObject:
-    """Mirror a server's titles and files in the database; one line of `ingest --json`.
+def ingest_instances(
+    conn: sqlite3.Connection, instances: Sequence[Instance], repair: RepairSettings,
+    progress: Callable[[str], None],
+) -> List[JsonObject]:  # fmt: skip
+    """Mirror servers' titles and files in the database; return the lines of `ingest --json`.
 
-    What is read goes to temporary tables first: a server that fails halfway changes nothing.
+    A thread a server reads; this one alone writes, to temporary tables first: a server that fails
+    halfway changes nothing.
     """
-    server = Server(instance, timeout)
-    kind = server.kind
-    result: JsonObject = {"name": server.name, "kind": instance.kind, "version": ""}
-    result.update(titles=0, files=0, linked=0, removed=0, error=None)
+    lines: List[JsonObject] = [
+        {"name": one.name, "kind": one.kind, "version": "", "titles": 0, "files": 0, "linked": 0,
+         "removed": 0, "error": None} for one in instances
+    ]  # fmt: skip
+    kinds = [KINDS[instance.kind] for instance in instances]
+    pieces: queue.Queue[Tuple[int, Any]] = queue.Queue(2 * len(instances))
+    left = threading.Event()
+    _collect_goals(conn)
+    for number, instance in enumerate(instances):
+        for table, fields in kinds[number].tables():
+            conn.execute(f"DROP TABLE IF EXISTS temp.{table}_{number}")
+            conn.execute(f"CREATE TEMP TABLE {table}_{number} (here, {', '.join(fields)})")
+        server = Server(instance, repair.timeout, repair.list_timeout)
+        arguments = (server, number, pieces, left)
+        threading.Thread(target=_read_server, args=arguments, daemon=True).start()
+    reading = set(range(len(instances)))
     try:
-        result["version"] = server.connect()
-        for table, fields in ((kind.titles, kind.title_fields), (kind.files, kind.file_fields)):
-            conn.execute(f"DROP TABLE IF EXISTS temp.new_{table}")
-            conn.execute(f"CREATE TEMP TABLE new_{table} (here, {', '.join(fields)})")
-        titles: List[JsonObject] = []
-        files: List[JsonObject] = []
-        for more_titles, more_files in _read_all(server):
-            titles += more_titles
-            files += more_files
-            result["titles"] += len(more_titles)
-            result["files"] += len(more_files)
-            progress(f"{server.name}: {result['files']:,} files")
-            if len(titles) + len(files) >= ROWS_AT_ONCE:
-                _keep(conn, kind, titles, files, server.path_map)
-        _keep(conn, kind, titles, files, server.path_map)
-        result.update(_replace_rows(conn, server.name, kind))
-    except HttpError as exc:
-        log.error("%s", exc)
-        result["error"] = str(exc)
-    return result
+        while reading:
+            with contextlib.suppress(queue.Empty):
+                number, piece = pieces.get(timeout=0.5)
+                line = lines[number]
+                if isinstance(piece, list):
+                    for (table, fields), rows in zip(kinds[number].tables(), piece):
+                        _keep(conn, f"{table}_{number}", len(fields), rows)
+                    line["titles"] += len(piece[0])
+                    line["files"] += len(piece[1])
+                elif isinstance(piece, str):
+                    line["version"] = piece
+                else:
+                    reading.remove(number)
+                    if isinstance(piece, HttpError):
+                        log.error("%s", piece)
+                        line["error"] = str(piece)
+                    elif piece:
+                        raise piece
+                    else:
+                        line.update(_replace_rows(conn, line["name"], kinds[number], number))
+            progress(f"{sum(line['files'] for line in lines):,} files")
+    finally:
+        left.set()
+    return lines
+
+
+def _read_server(server: Server, number: int, pieces: Any, left: threading.Event) -> None:
+    """Put (number, piece) into a queue: the version, lists of rows, at the end None or an error."""
+
+    def put(piece: Any) -> None:
+        while not left.is_set():
+            with contextlib.suppress(queue.Full):
+                pieces.put((number, piece), timeout=0.2)
+                return
+        raise InterruptedError
+
+    rows: List[List[List[Any]]] = [[], []]
+    try:
+        put(server.connect())
+        for found in _read_all(server):
+            for kept, items, (_, fields) in zip(rows, found, server.kind.tables()):
+                kept.extend(_make_row(server, item, fields.values()) for item in items)
+            if len(rows[0]) + len(rows[1]) >= ROWS_AT_ONCE:
+                put(rows)
+                rows = [[], []]
+        put(rows)
+        put(None)
+    except BaseException as exc:
+        with contextlib.suppress(InterruptedError):
+            put(exc)
+
+
+def _make_row(server: Server, item: JsonObject, places: Iterable[str]) -> List[Any]:
+    """Return the columns of a title or file, the first of them the places where it may be here."""
+    here = map_back(str(dig(item, "path") or ""), server.path_map)
+    values = (dig(item, place) for place in places)
+    return [here, *(to_db(value) if isinstance(value, str) else value for value in values)]
 
 
 def _read_all(server: Server) -> Iterator[Tuple[List[JsonObject], List[JsonObject]]]:
     """Yield titles and files, as they come: all movies at once, series a few at a time."""
     if server.kind.item == "movie":
         for movie in server.get_list("/movie"):
-            file = movie.get("movieFile")
-            yield [movie], [{"movieId": movie.get("id"), **file}] if isinstance(file, dict) else []
+            movie["labels"] = server.labels(movie)
+            file = server.embedded_file(movie)
+            yield [movie], [{**file, "movieId": movie["id"]}] if file else []
         return
+    waiting: Deque[Tuple[int, Callable[[], Iterator[JsonObject]]]] = deque()
 
-    def read_files(series: JsonObject) -> List[JsonObject]:
+    def next_files() -> Iterator[JsonObject]:
+        number, wait = waiting.popleft()
         try:
-            return list(server.get_list(server.kind.file, seriesId=series["id"]))
+            return wait()
         except HttpError as exc:
-            if exc.status == 404 and server.find(f"/series/{series['id']}") is None:
-                return []  # deleted since the list was made
+            if exc.status == 404 and server.find(f"/series/{number}") is None:
+                return iter(())  # deleted since the list was made
             raise
 
-    waiting: Deque[Future[List[JsonObject]]] = deque()
-    with ThreadPoolExecutor(READERS) as pool:
-        try:
-            for series in server.get_list("/series"):
-                yield [series], []
-                if dig(series, "statistics.episodeFileCount"):
-                    waiting.append(pool.submit(read_files, series))
-                if len(waiting) > 2 * READERS:
-                    yield [], waiting.popleft().result()
-            while waiting:
-                yield [], waiting.popleft().result()
-        except BaseException:
-            server.client.aborted = True  # or the pool would wait for all that is under way
-            raise
+    for series in server.get_list("/series"):
+        series["labels"] = server.labels(series)
+        files: Iterator[JsonObject] = iter(())
+        if dig(series, "statistics.episodeFileCount"):
+            if len(waiting) >= READERS:
+                files = next_files()
+            start = server.start_list(server.kind.file, seriesId=series["id"])
+            waiting.append((series["id"], start))
+        yield [series], list(files)  # while the others are under way
+    while waiting:
+        yield [], list(next_files())
 
 
-def _keep(
-    conn: sqlite3.Connection, kind: Kind, titles: List[JsonObject], files: List[JsonObject],
-    path_map: PathMap,
-) -> None:  # fmt: skip
-    """Move what was read into the temporary tables."""
-    conn.execute("BEGIN")  # or each row would be a transaction; only temporary tables are locked
-    with conn:
-        for table, fields, found in (
-            (kind.titles, kind.title_fields, titles),
-            (kind.files, kind.file_fields, files),
-        ):
-            rows = []
-            for item in found:
-                here = map_path(str(dig(item, "path") or ""), path_map, back=True)
-                values = [here, *(dig(item, place) for place in fields.values())]
-                if values[1] is not None:  # without an id it is nothing
-                    rows.append([to_db(v) if isinstance(v, str) else v for v in values])
-            marks = ", ".join("?" * (len(fields) + 1))
-            conn.executemany(f"INSERT INTO temp.new_{table} VALUES ({marks})", rows)
-            found.clear()
-
-
-def _replace_rows(conn: sqlite3.Connection, instance: str, kind: Kind) -> Dict[str, int]:
-    """Put what was read in the place of the instance's rows, each file linked to its symlink."""
+def _collect_goals(conn: sqlite3.Connection) -> None:
+    """Write down for all servers where the links lead, by their own words."""
 
     def goal(path: Any, target: Any) -> Union[str, bytes]:
         folder = os.path.dirname(from_db(path))
@@ -5812,30 +6032,53 @@ def _replace_rows(conn: sqlite3.Connection, instance: str, kind: Kind) -> Dict[s
         "INSERT OR IGNORE INTO temp.goals SELECT goal(path, last_target), path FROM symlinks "
         "WHERE status <> 'missing' ORDER BY path"
     )
-    number = next(iter(kind.file_fields))
-    gone = f"""SELECT count(*) FROM {kind.files} WHERE instance = ? AND {number} NOT IN
-        (SELECT {number} FROM temp.new_{kind.files})"""
-    columns = ", ".join(kind.file_fields)
+
+
+def _keep(conn: sqlite3.Connection, table: str, width: int, rows: List[List[Any]]) -> None:
+    """Move what was read into a temporary table."""
+    is_link = "SELECT 1 FROM symlinks WHERE path = ? AND status <> 'missing'"
+    is_goal = "SELECT 1 FROM temp.goals WHERE goal = ?"
+    conn.execute("BEGIN")  # or each row would be a transaction; only temporary tables are locked
+    with conn:
+        for row in rows:
+            places = [to_db(place) for place in row[0]]
+            tests = [(q, p) for q in (is_link, is_goal) for p in places] if len(places) > 1 else []
+            known = (place for test, place in tests if conn.execute(test, (place,)).fetchone())
+            row[0] = next(known, places[0])
+        marks = ", ".join("?" * (width + 1))
+        conn.executemany(f"INSERT INTO temp.{table} VALUES ({marks})", rows)
+
+
+def _replace_rows(
+    conn: sqlite3.Connection, instance: str, kind: Kind, number: int
+) -> Dict[str, int]:
+    """Put what was read in the place of the instance's rows, each file linked to its symlink."""
+    file_id, columns = next(iter(kind.file_fields)), ", ".join(kind.file_fields)
+    (titles, title_fields), (files, _) = kind.tables()
+    names = ", ".join(title_fields)
     with transaction(conn):
-        removed = conn.execute(gone, (instance,)).fetchone()[0]
-        for table in (kind.titles, kind.files):
+        removed = conn.execute(
+            f"SELECT count(*) FROM {files} WHERE instance = ? AND {file_id} NOT IN "
+            f"(SELECT {file_id} FROM temp.{files}_{number})",
+            (instance,),
+        ).fetchone()[0]
+        for table in (titles, files):
             conn.execute(f"DELETE FROM {table} WHERE instance = ?", (instance,))
-        names = ", ".join(kind.title_fields)
         conn.execute(
-            f"INSERT OR REPLACE INTO {kind.titles} (instance, {names}) "
-            f"SELECT ?, {names} FROM temp.new_{kind.titles}",
+            f"INSERT OR REPLACE INTO {titles} (instance, {names}) "
+            f"SELECT ?, {names} FROM temp.{titles}_{number}",
             (instance,),
         )
         conn.execute(
-            f"""INSERT INTO {kind.files} (instance, {columns}, symlink_path)
+            f"""INSERT INTO {files} (instance, {columns}, symlink_path)
             SELECT ?, {columns}, coalesce(link.path, near.path, far.path)
-            FROM temp.new_{kind.files}
+            FROM temp.{files}_{number}
             LEFT JOIN symlinks link ON link.path = here AND link.status <> 'missing'
             LEFT JOIN temp.goals near ON near.goal = here
             LEFT JOIN temp.goals far ON far.goal = original_path""",
             (instance,),
         )
-        mine = f"SELECT count(symlink_path) FROM {kind.files} WHERE instance = ?"
+        mine = f"SELECT count(symlink_path) FROM {files} WHERE instance = ?"
         linked = conn.execute(mine, (instance,)).fetchone()[0]
     return {"linked": linked, "removed": removed}
 
@@ -5848,27 +6091,31 @@ PENDING, SENT, FAILED, CANCELLED, REPAIRED = "pending", "sent", "failed", "cance
 RETRY, WOULD_SEND = "retry", "would send"  # what else a dispatch says of an action
 SKIPPED = (
     "already_queued", "too_recent", "cooldown", "exhausted", "no_route", "recovered", "unreachable",
-    "waiting", "unmonitored", "over_limit",
+    "waiting", "unmonitored", "tagged", "over_limit",
 )  # fmt: skip
+YOUNG = ("too_recent", "waiting")  # what time alone will end
 
 
 class Owner(NamedTuple):
     """Who can replace a file: an instance, under the name that the server gives the file.
 
-    `file_id` and `monitored` are known from the last ingest, if the server told of the file.
+    All but the first two are known from the last ingest, if the server told of the file.
     """
 
     instance: str
     server_path: str
     file_id: Optional[int] = None
     monitored: Optional[int] = None
+    tags: str = ""
+    title_id: Optional[int] = None
+    season: Optional[int] = None
 
 
 def find_owner(
     conn: sqlite3.Connection, instances: Sequence[Instance], path: str, target: str
 ) -> Optional[Owner]:
     """Return who owns a link: the server to which exactly this path, or else exactly its target,
-    is a file; else the instance with the longest root above it; else None.
+    is a file, or a folder of files; else, for a video, the instance with the longest root above it.
     """
     goal = os.path.normpath(os.path.join(os.path.dirname(path), target))
     nearest = sorted(instances, key=lambda instance: -_root_length(instance, path))
@@ -5876,16 +6123,20 @@ def find_owner(
         for instance in nearest:
             kind = KINDS[instance.kind]
             title_id, (file_id, parent_id, *_) = next(iter(kind.title_fields)), kind.file_fields
+            season = "f.season_number" if kind.item == "episode" else "NULL"
             server_path = map_path(name, instance.settings.path_map)
-            row = conn.execute(
-                f"SELECT f.{file_id}, t.monitored FROM {kind.files} f LEFT JOIN {kind.titles} t "
-                f"ON t.instance = f.instance AND t.{title_id} = f.{parent_id} "
-                "WHERE f.original_path = ? AND f.instance = ?",
-                (to_db(server_path), instance.name),
-            ).fetchone()
-            if row:
-                return Owner(instance.name, server_path, *row)
-    if nearest and _root_length(nearest[0], path):
+            exactly = "f.original_path = ?", [to_db(server_path)]
+            for condition, values in (exactly, beneath(server_path, "f.original_path")):
+                row = conn.execute(
+                    f"SELECT f.{file_id}, t.monitored, coalesce(t.tags, ''), f.{parent_id}, "
+                    f"{season} FROM {kind.files} f LEFT JOIN {kind.titles} t "
+                    f"ON t.instance = f.instance AND t.{title_id} = f.{parent_id} "
+                    f"WHERE {condition} AND f.instance = ?",
+                    (*values, instance.name),
+                ).fetchone()
+                if row:
+                    return Owner(instance.name, server_path, *row)
+    if nearest and _root_length(nearest[0], path) and is_video(path):
         return Owner(nearest[0].name, map_path(path, nearest[0].settings.path_map))
     return None
 
@@ -5923,7 +6174,7 @@ def plan_relay(relay: RelaySettings, path: str) -> List[RelayTerm]:
     Shows and movies are named as their folders are: so the relay has always been asked.
     """
     above = find_ancestor(path, dict(relay.routes))
-    if above is None or not relay.base:
+    if above is None or not relay.base or not is_video(path):
         return []
     kind, media = dict(relay.routes)[above], parse_media(path)
     folders = path[len(above.rstrip("/")) + 1 :].split("/")[:-1]
@@ -5996,15 +6247,41 @@ def is_replaced(conn: sqlite3.Connection, path: str, since: float) -> bool:
     return any(is_video(name) and parts(parse_work(name)) == parts(work) for name in newer)
 
 
+def fill_batch(groups: Iterable[Sequence[Any]], room: int) -> List[Any]:
+    """Return the members of the first groups that have room together.  No group is cut in two, and
+    one that is larger than all the room goes alone.
+    """
+    batch: List[Any] = []
+    for group in groups:
+        if len(batch) >= room or (batch and len(batch) + len(group) > room):
+            break
+        batch += group
+    return batch
+
+
+def name_season(config: Config, path: str, owner: Optional[Owner]) -> str:
+    """Return a name for what a link is to be repaired together with: its season, or itself."""
+    if owner is None:
+        terms = plan_relay(config.relay, path)
+        return "/".join(map(str, terms[0][:3])) if terms and terms[0].season is not None else path
+    if owner.season is not None:
+        return f"{owner.instance}/{owner.title_id}/{owner.season}"
+    return os.path.dirname(path) if owner.instance.startswith("sonarr") else path
+
+
 def queue_repairs(conn: sqlite3.Connection, config: Config) -> JsonObject:
     """Turn confirmed broken links into actions, and return what `queue --json` shows."""
     skipped = Counter(dict.fromkeys(SKIPPED, 0))
     settings, history, now = config.repair, load_history(conn), time.time()
+    spared = {one.name: set(map(str.lower, one.settings.skip_tags)) for one in config.instances}
     losses, waits = load_losses(conn), []
     owners: Dict[str, Optional[Owner]] = {}
+    seasons: Dict[str, str] = {}
+    young: Dict[str, str] = {}  # seasons of which a link is still to grow older: why
     for path, target, since_utc in find_broken(conn, config.scan.roots):
         since = parse_time(since_utc) or 0.0
         owner = find_owner(conn, config.instances, path, target)
+        seasons[path] = name_season(config, path, owner)
         wait = plan_wait(settings.min_age, settings.patience, since, losses.get(path))
         reason = why_not(settings, since, history.get(path, ()), now, wait)
         if not reason and is_replaced(conn, path, since):
@@ -6013,11 +6290,17 @@ def queue_repairs(conn: sqlite3.Connection, config: Config) -> JsonObject:
             reason = "no_route"
         if not reason and owner and owner.monitored == 0 and not settings.unmonitored:
             reason = "unmonitored"
+        if not reason and owner and spared[owner.instance].intersection(owner.tags.split(",")):
+            reason = "tagged"
         if reason:
             skipped[reason] += 1
             waits += [wait] if reason == "waiting" else []
+            young.update({seasons[path]: reason} if reason in YOUNG else {})
         else:
             owners[path] = owner
+    for path in [path for path in owners if seasons[path] in young]:
+        skipped[young[seasons[path]]] += 1  # its season waits for the youngest
+        del owners[path]
     verdicts = recheck_links(conn, config.scan, list(owners))
     for path in list(owners):
         status, why = verdicts.get(path, (MISSING, ""))
@@ -6025,22 +6308,35 @@ def queue_repairs(conn: sqlite3.Connection, config: Config) -> JsonObject:
             skipped["unreachable" if status == UNREACHABLE else "recovered"] += 1
             log.debug("%s is not queued: %s", path, why or status)
             del owners[path]
+    queued = _insert_actions(conn, settings, plan_actions(config, owners), seasons, skipped)
+    code = EXIT_REFUSED if skipped["unreachable"] else EXIT_OK
+    told = {"queued": queued, "skipped": dict(skipped), "waits": summarise_waits(waits)}
+    return {**told, "exit_code": code}
+
+
+def _insert_actions(
+    conn: sqlite3.Connection, settings: RepairSettings, plan: List[Tuple[str, List[str]]],
+    seasons: Mapping[str, str], skipped: Counter[str],
+) -> List[JsonObject]:  # fmt: skip
+    """Queue the (URL, links) of a plan, as many as the limit has room for."""
+    groups: Dict[str, List[Tuple[str, List[str]]]] = {}
+    for url, paths in plan:
+        groups.setdefault(seasons[paths[0]], []).append((url, paths))
+    batch = fill_batch(groups.values(), settings.limit)
+    links = sum(len(paths) for _, paths in plan)
+    skipped["over_limit"] += links - sum(len(paths) for _, paths in batch)
     queued: List[JsonObject] = []
-    for url, paths in plan_actions(config, owners):
-        if len(queued) >= settings.limit:
-            skipped["over_limit"] += len(paths)
-            continue
+    times = {"min_age": settings.min_age, "patience": settings.patience}
+    for url, paths in batch:
         reason = "broken link" if len(paths) == 1 else f"{len(paths)} broken links of a season"
-        noted = {"paths": paths, "min_age": settings.min_age, "patience": settings.patience}
+        noted = {"paths": paths, "season": seasons[paths[0]], **times}
         number, is_new = insert_action(conn, url, reason, paths[0], json.dumps(noted))
         if is_new:
             _write_events(conn, [link_event(path, "", "queued", PENDING) for path in paths])
             queued.append({"id": number, "url": url, "related_path": paths[0], "reason": reason})
         else:
             skipped["already_queued"] += len(paths)
-    code = EXIT_REFUSED if skipped["unreachable"] else EXIT_OK
-    told = {"queued": queued, "skipped": dict(skipped), "waits": summarise_waits(waits)}
-    return {**told, "exit_code": code}
+    return queued
 
 
 def list_actions(
@@ -6072,7 +6368,7 @@ def retry_actions(conn: sqlite3.Connection, ids: Sequence[int]) -> List[int]:
             twin = "SELECT 1 FROM actions WHERE status = 'pending' AND url = ? AND id <> ?"
             if status in (SENT, REPAIRED) or conn.execute(twin, (url, number)).fetchone():
                 continue
-            progress = {**json.loads(noted or "{}"), "searches": 0}
+            progress = {**json.loads(noted or "{}"), "searches": 0, "sending": False}
             if progress.get("step"):
                 progress["step"] = "found"
             anew = {"attempts": 0, "next_attempt_utc": None, "last_error": None}
@@ -6120,17 +6416,15 @@ def plan_actions(
 # ---------------------------------------------------------------------------------------------
 # Dispatch
 # ---------------------------------------------------------------------------------------------
-# A direct repair goes from step to step, and each stands in `actions.progress` before the next is
-# taken, so that a run that was killed is finished by the next one:
-#   found      the file record, its episodes or movie, and their monitored flags
-#   deleted    the record is gone from the server
-#   restored   the flags are as they were, and nothing of the old file stands in the way
-#   searching  the search has been sent, or is about to be
-# From then on the action is 'sent', until the server has a file again that resolves on disk.
+# A direct repair goes from step to step, see `REPAIR_STEPS`.  Each stands in `actions.progress`
+# before the next is taken, so that a run that was killed is finished by the next one.  When its
+# search is sent the action is 'sent', until the server has a file again that resolves on disk.
 
 MAX_TRIES = 5
 FIRST_DELAY = 60.0  # seconds before the second try; doubled with each
 POLL_LIMIT = 120.0  # seconds for which the commands of a server are followed
+OWN_SEARCH = 5.0  # seconds for which a server's own search for a failed release is waited for
+FORGOTTEN = 240.0  # seconds after which a server's list may have lost a command that has ended
 FINAL_STATES = ("completed", "failed", "aborted", "cancelled", "orphaned")
 _JOURNAL_REMOVAL = """
 INSERT INTO link_changes (run_id, path, old_target, new_target, state, changed_utc, reason)
@@ -6150,6 +6444,7 @@ class Action:
     attempts: int
     progress: JsonObject
     fired: float
+    is_due: bool = True
     outcome: str = ""
     error: str = ""
     commands: List[JsonObject] = dataclasses.field(default_factory=list)
@@ -6160,8 +6455,9 @@ class Action:
 
     @property
     def paths(self) -> List[str]:
-        """The links that wait for it."""
-        return list(self.progress.get("paths") or [self.path])
+        """The links that wait for it; the container edition has labels in their place."""
+        paths = self.progress.get("paths") or [self.path]
+        return [path for path in paths if path.startswith("/")]
 
     @property
     def server(self) -> str:
@@ -6172,6 +6468,17 @@ class Action:
     def server_path(self) -> str:
         """The file as the server sees it."""
         return os.fsdecode(unquote_to_bytes(urlsplit(self.url).query.partition("=")[2]))
+
+    @property
+    def season(self) -> str:
+        """What it is to be done together with."""
+        folder = os.path.dirname(slashed(self.server_path))
+        return str(self.progress.get("season") or folder or self.id)
+
+    @property
+    def files(self) -> List[int]:
+        """The ids of the file records that it is about."""
+        return self.progress.get("files") or [self.progress["file_id"]]  # the second: version 1.0
 
     def to_json(self) -> JsonObject:
         """Return an item of `dispatch --json`."""
@@ -6184,14 +6491,14 @@ class Action:
 def load_actions(conn: sqlite3.Connection, condition: str, *values: Any) -> List[Action]:
     """Return the actions that an SQL condition names, oldest first."""
     rows = conn.execute(
-        "SELECT id, url, related_path, status, attempts, progress, fired_utc FROM actions "
-        f"WHERE {condition} ORDER BY id",
-        values,
+        "SELECT id, url, related_path, status, attempts, progress, fired_utc, "
+        f"coalesce(next_attempt_utc, '') <= ? FROM actions WHERE {condition} ORDER BY id",
+        (utc_now(), *values),
     )
     return [
         Action(number, url or "", from_db(path), status, attempts or 0,
-            json.loads(progress or "{}"), parse_time(fired) or 0.0)
-        for number, url, path, status, attempts, progress, fired in rows
+            json.loads(progress or "{}"), parse_time(fired) or 0.0, bool(is_due))
+        for number, url, path, status, attempts, progress, fired, is_due in rows
     ]  # fmt: skip
 
 
@@ -6208,19 +6515,39 @@ def end_action(
         columns["attempts"] = 0
     with transaction(conn):
         update_action(conn, action.id, status=status, **columns)
-        _write_events(conn, [link_event(path, "", status, status) for path in action.paths])
+        paths = action.paths or [action.path]
+        _write_events(conn, [link_event(path, "", status, status) for path in paths])
 
 
 def settle_repairs(conn: sqlite3.Connection) -> List[Action]:
-    """Call repaired what was sent and whose links the last scan found good, or well replaced."""
+    """Call repaired what was sent and whose links the last scan found good, or well replaced; and
+    what has failed, where another link has come in the place of one that is gone.
+    """
     settled = []
-    for action in load_actions(conn, "status = 'sent' AND related_path IS NOT NULL"):
+    for action in load_actions(conn, "status IN ('sent', 'failed')"):
         known = find_links(conn, action.paths)
         good = [path for path, link in known.items() if link.status == OK]
-        if all(path in good or is_replaced(conn, path, action.fired) for path in action.paths):
+        if action.status == FAILED and any(link.status != MISSING for link in known.values()):
+            continue
+        back = [path in good or is_replaced(conn, path, action.fired) for path in action.paths]
+        if back and all(back):
             end_action(conn, action, REPAIRED)
             settled.append(action)
     return settled
+
+
+def find_gone(conn: sqlite3.Connection) -> List[Action]:
+    """Return the repairs that have failed after they had begun, and whose link is gone since."""
+    last = "SELECT max(id) FROM actions GROUP BY related_path"
+    failed = load_actions(conn, f"status = 'failed' AND url LIKE 'arr://%' AND id IN ({last})")
+    gone = {path for action in failed for path in action.paths}
+    links = find_links(conn, list(gone))
+    gone = {path for path in gone if path not in links or links[path].status == MISSING}
+    return [a for a in failed if a.progress.get("items") and gone.issuperset(a.paths)]
+
+
+class AwayError(HttpError):
+    """Not what a server was asked for is at fault, but the server, or the way to it."""
 
 
 class Dispatcher:
@@ -6235,8 +6562,7 @@ class Dispatcher:
         self.config = config
         self.applied = applied
         self.wait = wait
-        self.left = 0  # so many may still be tried in this run
-        self.left = 0  # so many may still be tried in this run
+        self.left = self.limit = config.repair.max  # so many may still be tried in this run
         self.deadline = math.inf  # of time.monotonic()
         self.losses = load_losses(conn)
         self.hung = ""  # what hangs, once something does
@@ -6247,37 +6573,53 @@ class Dispatcher:
         """Send at most `limit` pending actions, ask after those on their way; `dispatch --json`."""
         # On the disk before a server or a link is changed: in WAL mode a commit is not, by default.
         self.conn.execute("PRAGMA synchronous=FULL")
-        self.left = limit
+        self.left = self.limit = limit
         settled = settle_repairs(self.conn)
-        condition = "status = 'pending' AND coalesce(next_attempt_utc, '') <= ?"
-        due = load_actions(self.conn, condition, utc_now())
+        is_open = "status = 'pending' OR status = 'sent' AND url LIKE 'arr://%'"
+        owing = "url LIKE 'arr://%' AND progress LIKE '%\"owed\": [\"%'"
+        actions = load_actions(self.conn, f"{is_open} OR {owing}")
         first: Dict[str, int] = {}
-        for action in due:
-            if first.setdefault(action.url, action.id) != action.id:  # of the container edition
+        for action in actions:
+            if action.status != PENDING:
+                continue
+            if not re.match("(arr|https?)://", action.url):
+                self.fail(action, HttpError("cannot be sent: its URL is not http or https"))
+            elif first.setdefault(action.url, action.id) != action.id:  # of the container edition
                 words = f"the same as action {first[action.url]}"
                 end_action(self.conn, action, CANCELLED, words, fired=False)
-        sent = load_actions(self.conn, "status = 'sent' AND url LIKE 'arr://%'")
+        names = {action.server for action in actions if not action.outcome}
+        failed = [a for a in find_gone(self.conn) if self.is_time_to_ask(a.server)]
+        for name in sorted(names.union(action.server for action in failed)):
+            mine = [a for a in actions if a.server == name and not a.outcome]
+            self.visit(name, mine, [a for a in failed if a.server == name])
+        return self.result(settled + actions + failed)
+
+    def visit(self, name: str, actions: List[Action], failed: Sequence[Action]) -> None:
+        """Do what there is to do at a server, or at the relay."""
         instances = {instance.name: instance for instance in self.config.instances}
-        for name in sorted({action.server for action in due + sent}):
-            mine = [action for action in due if action.server == name and not action.outcome]
-            try:
-                if not name:
-                    self.ask_relay(mine)
-                elif name in instances:
-                    waiting = [action for action in sent if action.server == name]
-                    Repair(self, instances[name]).run(mine, waiting)
-                else:
-                    self.stop((), f"{name} is not in the config any more; its actions wait")
-            except HttpError as exc:
-                self.stop(mine, str(exc))
-        return self.result(settled + due + sent)
+        try:
+            if not name:
+                self.ask_relay(actions)
+            elif name in instances:
+                Repair(self, instances[name]).run(actions, failed)
+            elif actions:
+                self.stop((), f"{name} is not in the config any more; its actions wait")
+        except HttpError as exc:
+            if actions:
+                self.stop((a for a in actions if a.status == PENDING and a.is_due), str(exc))
+
+    def ask_failed(self, names: Iterable[str]) -> None:
+        """Ask servers after failed repairs whose link is gone."""
+        failed = find_gone(self.conn)
+        for name in set(names).intersection(action.server for action in failed):
+            self.visit(name, [], [action for action in failed if action.server == name])
 
     def stop(self, actions: Iterable[Action], problem: str) -> None:
         """Leave the actions of a server as they are, and say why."""
         log.error("%s", problem)
         self.problems.append(problem)
         for action in actions:
-            if not action.outcome and self.has_room:
+            if not action.outcome and self.has_room():
                 action.outcome, action.error = PENDING, redact(problem)
 
     def result(self, actions: List[Action]) -> JsonObject:
@@ -6292,19 +6634,19 @@ class Dispatcher:
         result.update({name: count[name] for name in (SENT, FAILED, RETRY, CANCELLED, REPAIRED)})
         result["actions"] = [action.to_json() for action in touched]
         if self.problems:
-            result["message"] = "; ".join(self.problems)
+            result["message"] = "; ".join(dict.fromkeys(self.problems))
         return result
 
     # What all actions have in common
 
-    @property
-    def has_room(self) -> bool:
-        """Whether another action may be tried in this run."""
-        return self.left > 0 and time.monotonic() < self.deadline
+    def has_room(self, count: int = 1) -> bool:
+        """Tell whether so many actions that belong together may still be tried in this run."""
+        is_first = self.left == self.limit > 0
+        return (0 < count <= self.left or is_first) and time.monotonic() < self.deadline
 
     def is_broken(self, action: Action) -> bool:
         """Look at an action's links this very moment; if none is broken, settle the action."""
-        if not action.path:  # somebody's own; no link tells of its mount
+        if not action.paths:  # somebody's own; no link tells of its mount
             last = "SELECT exit_code FROM runs WHERE command = 'scan' ORDER BY run_id DESC LIMIT 1"
             if (self.conn.execute(last).fetchone() or (EXIT_OK,))[0] == EXIT_REFUSED:
                 self.put_off(action, "the last scan was refused")
@@ -6363,9 +6705,9 @@ class Dispatcher:
         log.warning("%s: %s", action.path, action.error)
         self.refused = True
 
-    def fail(self, action: Action, exc: HttpError, quiet: bool = False) -> None:
+    def fail(self, action: Action, exc: HttpError) -> None:
         """Have an action tried again later, if that makes sense, or let it fail."""
-        if action.status == SENT:  # its work is done; only asking after it has failed
+        if action.status != PENDING:  # its work is done; only asking after it has failed
             self.problems.append(str(exc))
         elif not exc.retry or action.attempts + 1 >= MAX_TRIES:
             end_action(self.conn, action, FAILED, str(exc))
@@ -6376,8 +6718,7 @@ class Dispatcher:
             columns = {"attempts": action.attempts, "last_error": action.error}
             when = format_time(time.time() + delay)
             update_action(self.conn, action.id, next_attempt_utc=when, **columns)
-        if not quiet:
-            log.error("%s: %s", action.path, exc)
+        log.error("%s: %s", action.path or action.url, exc)
 
     def note(self, actions: Iterable[Action], event: str = "", **progress: Any) -> None:
         """Write down how far actions have come."""
@@ -6388,6 +6729,26 @@ class Dispatcher:
                 if event:
                     _write_events(self.conn, [link_event(action.path, "", event, action.status)])
 
+    def is_time_to_ask(self, name: str) -> bool:
+        """Tell whether a server was not asked after failed repairs for a day."""
+        last = read_note(self.conn, f"asked after failed repairs: {name}", 0.0)
+        return bool(last < time.time() - DAY)
+
+    def budget(self, name: str, count: int = 0) -> float:
+        """Return how many more searches a server may be sent today, after `count` more of them."""
+        key, now = f"searches: {name}", time.time()
+        sent = [entry for entry in read_note(self.conn, key, []) if entry[0] > now - DAY]
+        if count:
+            sent.append([now, count])
+            write_note(self.conn, key, sent)
+        limit = self.config.repair.per_day or math.inf
+        return float(limit - sum(number for _, number in sent))
+
+    def wait_for_budget(self, action: Action) -> None:
+        """Leave an action for another day."""
+        action.outcome = PENDING
+        action.error = f"waits: [repair] per_day = {self.config.repair.per_day} is used up"
+
     # The relay
 
     def ask_relay(self, actions: Sequence[Action]) -> None:
@@ -6395,24 +6756,74 @@ class Dispatcher:
         relay = self.config.relay
         address = relay_find_url(relay) if relay.base else ""
         client = Client("relay", address, self.config.repair.timeout, {}, relay.token)
-        for action in actions:
-            where, _, query = action.url.partition("?")
-            if not address or where != strip_secrets(address):
-                self.stop((), f"no relay is configured at {where}; set base in [relay]")
-            elif self.has_room and self.is_broken(action):
-                self.left -= 1
-                if not self.applied:
-                    action.outcome = WOULD_SEND
+        ours = [a for a in actions if address and _address_of(a) == strip_secrets(address)]
+        for where in sorted({_address_of(action) for action in actions if action not in ours}):
+            advice = "set base in [relay], or cancel its actions"
+            self.stop((), f"no relay is configured at {where}; {advice}")
+        groups: Dict[str, List[Action]] = {}
+        for action in ours:
+            if action.progress.get("sending"):  # a run was killed then: the cooldown decides
+                end_action(self.conn, action, SENT)
+            elif action.is_due:
+                groups.setdefault(action.season, []).append(action)
+        if ours:
+            self.probe_relay()
+        for group in groups.values():
+            if not self.has_room(len(group)):
+                break
+            for action in group:
+                if not self.is_broken(action):
                     continue
-                try:
-                    sent = {**parse_qs(query), "token": relay.token}
-                    _check_relay(client, client.send(Call("GET", "", sent))[1])
-                    end_action(self.conn, action, SENT)
-                except HttpError as exc:
-                    is_over = exc.status in (0, 401)  # it is down, or does not want us
-                    self.fail(action, exc, quiet=is_over)
-                    if is_over:
-                        raise
+                if self.budget("relay") < 1:
+                    self.wait_for_budget(action)
+                    continue
+                self.left -= 1
+                if self.applied:
+                    self.send_to_relay(client, action)
+                else:
+                    action.outcome = WOULD_SEND
+
+    def send_to_relay(self, client: Client, action: Action) -> None:
+        """Send one action to the relay."""
+        query = parse_qs(action.url.partition("?")[2])
+        try:
+            self.note([action], sending=True)
+            sent = {**query, "token": self.config.relay.token}
+            _check_relay(client, client.send(Call("GET", "", sent))[1])
+            with transaction(self.conn):
+                self.budget("relay", 1)
+                end_action(self.conn, action, SENT)
+        except HttpError as exc:
+            self.note([action], sending=False)
+            if exc.status in DENIED:
+                raise
+            self.fail(action, exc)
+            if not exc.status:
+                self.probe_relay()
+
+    def probe_relay(self) -> None:
+        """Raise HttpError where the relay is away; without token and term it searches nothing."""
+        base = relay_find_url(self.config.relay)[: -len("/find")]
+        try:
+            Client("relay", base, self.config.repair.timeout, {}).send(Call("GET"))
+        except HttpError as exc:
+            if not exc.status or exc.status >= 500:
+                raise
+
+
+def read_note(conn: sqlite3.Connection, name: str, default: Any) -> Any:
+    """Return what stands under a name in the table of notes."""
+    row = conn.execute("SELECT value FROM notes WHERE name = ?", (name,)).fetchone()
+    return json.loads(row[0]) if row else default
+
+
+def write_note(conn: sqlite3.Connection, name: str, value: Any) -> None:
+    """Write something under a name into the table of notes."""
+    conn.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, json.dumps(value)))
+
+
+def _address_of(action: Action) -> str:
+    return action.url.partition("?")[0]
 
 
 def _check_relay(client: Client, answer: Any) -> None:
@@ -6429,244 +6840,398 @@ class Repair:
     def __init__(self, errand: Dispatcher, instance: Instance) -> None:
         self.errand = errand
         self.conn = errand.conn
-        self.server = Server(instance, errand.config.repair.timeout)
-        self.path_map = instance.settings.path_map
+        self.settings = errand.config.repair
+        self.server = Server(instance, self.settings.timeout, self.settings.list_timeout)
+        self.skip_tags = {tag.lower() for tag in instance.settings.skip_tags}
         self.is_sonarr = self.server.kind.item == "episode"
-        self.titles: Dict[str, int] = {}  # the folder of a series, or the file of a movie: its id
-        self.dead_roots: List[str] = []
+        self.titles: Dict[str, JsonObject] = {}  # by the folder of a series, the file of a movie
+        self.roots: Dict[str, Any] = {}  # root folders: whether the server can reach them
+        self.due: List[Action] = []
+        self.whole: Dict[Tuple[int, int], bool] = {}  # (series, season): whether all of it is gone
+        self.stopped: Optional[HttpError] = None
+        self.reserved = 0  # searches that are still to be sent in this run
 
-    def run(self, due: Sequence[Action], waiting: Sequence[Action]) -> None:
+    def run(self, actions: Sequence[Action], failed: Sequence[Action]) -> None:
         """Remove the broken records, search for what they held, ask after earlier searches."""
-        stopped: Optional[HttpError] = None
-        ready: List[Action] = []
-        try:
-            self.server.connect()
-            self.read_titles()
-        except HttpError as exc:
-            if exc.retry and due:
-                self.errand.fail(due[0], exc, quiet=True)
-            raise
-        try:
-            for action in due:
-                if self.errand.has_room and self.attempt(self.prepare, action):
-                    ready.append(action)
-            for action in waiting:
-                if time.monotonic() < self.errand.deadline and self.attempt(self.verify, action):
-                    ready.append(action)
-        except HttpError as exc:
-            if exc.status == 0:
-                raise
-            stopped = exc  # what is deleted is to be searched for, even so
+        self.connect()
         groups: Dict[str, List[Action]] = {}
+        for action in actions:
+            if action.status == PENDING and action.is_due:
+                self.due.append(action)
+                key = action.season if self.is_sonarr else action.url
+                groups.setdefault(key, []).append(action)
+        ready: List[Action] = []
+        searches = Searches(self)
+        for group in groups.values():
+            if self.stopped or not self.errand.has_room(len(group)):
+                break
+            ready += self.prepare(group)
+        for action in (*actions, *failed):
+            if action.status != PENDING and time.monotonic() < self.errand.deadline:
+                ready += [action] if self.attempt(searches.follow_up, action) else []
+        if failed:
+            with transaction(self.conn):
+                name = f"asked after failed repairs: {self.server.name}"
+                write_note(self.conn, name, time.time())
+        titles: Dict[str, List[Action]] = {}
         for action in ready:
             resumed = action.progress["search"] if action.step == "searching" else None
             key = resumed or action.progress["title_id"]
-            groups.setdefault(json.dumps(key, sort_keys=True), []).append(action)
-        for group in groups.values():
-            self.attempt(self.search, *group)
+            titles.setdefault(json.dumps(key, sort_keys=True), []).append(action)
+        for group in titles.values():
+            self.attempt(searches.search, *group)
         if self.errand.wait:
-            self.follow([action for action in ready if action.commands])
-        if stopped:
-            raise stopped
+            searches.follow([action for action in ready if action.commands])
+        if self.stopped:
+            raise self.stopped
+
+    def connect(self) -> None:
+        """Learn which series or movie is where, and which root folders the server can reach."""
+        self.server.connect()
+        for root in self.server.get_list("/rootfolder"):
+            self.roots[slashed(str(dig(root, "path"))).rstrip("/") or "/"] = root.get("accessible")
+        place = "path" if self.is_sonarr else "movieFile.path"
+        for title in self.server.get_list("/series" if self.is_sonarr else "/movie"):
+            path = dig(title, place)
+            if path:
+                kept = {"id": title["id"], "tags": title.get("tags")}
+                self.titles[slashed(str(path)).rstrip("/")] = kept
 
     def attempt(self, step: Callable[..., bool], *actions: Action) -> bool:
         """Take a step; an error is that of its actions alone, unless the server is not itself."""
         try:
             return step(*actions)
+        except AwayError:
+            raise
         except HttpError as exc:
+            self.blame(exc)
             if exc.status == 409:  # a root folder is missing: no moment to delete anything
-                raise
-            is_down = exc.status == 0 and exc.retry
+                self.stopped = self.stopped or exc
+                return False
             for action in actions:
                 if not action.outcome:
-                    self.errand.fail(action, exc, quiet=is_down)
-            if is_down:
-                raise
+                    self.errand.fail(action, exc)
             return False
 
-    def read_titles(self) -> None:
-        """Learn which series or movie is where, and which root folders are not there."""
-        roots = self.server.get_list("/rootfolder")
-        self.dead_roots = [str(dig(r, "path")) for r in roots if r.get("accessible") is False]
-        place = "path" if self.is_sonarr else "movieFile.path"
-        for title in self.server.get_list("/series" if self.is_sonarr else "/movie"):
-            path, number = dig(title, place), dig(title, "id")
-            if path and isinstance(number, int):
-                self.titles[str(path).rstrip("/")] = number
+    def blame(self, exc: HttpError) -> None:
+        """Raise AwayError where not the request was at fault, but the server or the way to it."""
+        if exc.status in DENIED:
+            raise AwayError(str(exc), exc.status)
+        try:
+            self.server.connect()
+        except HttpError as away:
+            raise AwayError(str(away), away.status, away.retry, away.after) from None
 
-    # One file: found, deleted, restored
+    # One file, step by step
 
-    def prepare(self, action: Action) -> bool:
-        """Take an action to where only its search is missing; False if it ends before that."""
-        if action.step and self.errand.is_away(action):
-            return False
-        if action.step in ("", "found") and not self.find(action):
-            return False
-        self.errand.left -= 1
+    def prepare(self, group: Sequence[Action]) -> List[Action]:
+        """Take actions that belong together to where only their search is missing.
+
+        Nothing is deleted before all of them are found: only then it is known what they cost.
+        """
+        found = [action for action in group if self.attempt(self.resume, action)]
+        fresh = [action for action in found if action.step == "found"]
+        waiting = [a for a in group if a.outcome == PENDING and a.error.startswith("waits until")]
+        for action in fresh if waiting else ():  # the season waits for its youngest
+            action.outcome, action.error = PENDING, waiting[0].error
+        found, fresh = ([a for a in some if not a.outcome] for some in (found, fresh))
+        is_whole = all(action.progress.get("whole") for action in fresh)
+        cost = 1 if is_whole else sum(len(action.progress["items"]) for action in fresh)
+        budget = self.errand.budget(self.server.name) - self.reserved
+        if fresh and budget < min(cost, self.settings.per_day or cost):
+            for action in fresh:
+                self.errand.wait_for_budget(action)
+            found = [action for action in found if action not in fresh]
+            cost = 0
+        self.reserved += cost
+        self.errand.left -= len(found)
         if not self.errand.applied:
-            action.outcome = WOULD_SEND
-            return False
-        if action.step in ("restored", "searching"):  # by a run that ended, perhaps long ago
-            noted = action.progress
-            missing = self.missing(
-                self.server.get_items(noted["title_id"], map(int, noted["items"]))
-            )
+            for action in found:
+                action.outcome = WOULD_SEND
+            return []
+        return [action for action in found if self.attempt(self.advance, action)]
+
+    def resume(self, action: Action) -> bool:
+        """Find what an action is about, or what an earlier run has left of it to be done."""
+        if action.step in ("", "found"):
+            return not (action.step and self.errand.is_away(action)) and find_records(self, action)
+        if action.step != "deleted":  # by a run that ended, perhaps long ago
+            try:
+                missing = self.missing(self.get_items(action))
+            except HttpError as exc:  # nothing but the search decides now
+                self.blame(exc)
+                return True
             self.errand.note([action], missing=missing)
             if not missing:
                 end_action(self.conn, action, SENT)  # it has come back already
                 return False
-        if action.step == "found":
-            self.delete(action)
-        if action.step == "deleted":
-            self.restore(action)
         return True
 
-    def find(self, action: Action) -> bool:
-        """Find the file record by its exact path, look at the link again, note what there is."""
-        kind, path = self.server.kind, action.server_path
-        for root in self.dead_roots:
-            if is_under(path, root):
-                raise HttpError(f"{self.server.name}: its root folder {root} is not there", 409)
-        title_id = self.titles.get(find_ancestor(path, self.titles) or "")
-        record: Optional[JsonObject] = None
-        if title_id:
-            records = self.server.get_list(kind.file, **{kind.title: title_id})
-            record = next((r for r in records if r.get("path") == path), None)
-        items: List[JsonObject] = []
-        if record and self.is_sonarr:
-            items = list(self.server.get_list("/episode", episodeFileId=record["id"]))
-        elif record:
-            items = self.server.get_items(title_id or 0, ())
-        if not self.errand.is_broken(action):
-            folder = os.path.dirname(action.path)
-            is_ours = record is None or "removed" in action.progress
-            if not (action.outcome or is_ours or self.look(folder) == OK):
-                # The library is away for us; the server may see it, and a healthy link in it.
-                self.errand.put_off(action, f"{folder} is not there")
-            if action.outcome:
-                return False
-        self.check_file(action)
-        if record and action.progress.get("file_id") == record["id"]:
-            return True  # the flags that were noted first are the true ones
-        if record is None and action.step:
-            self.errand.note([action], step="deleted")
-            return True
-        if not items or record is None:
-            text = f"knows no file {path}; correct path_map, or remove the link"
-            raise HttpError(f"{self.server.name}: {text}", 404)
-        wanted = {str(item["id"]): bool(item.get("monitored")) for item in items}
-        if not any(wanted.values()) and not self.errand.config.repair.unmonitored:
-            end_action(self.conn, action, CANCELLED, "it is unmonitored")
-            return False
-        self.errand.note(
-            [action], step="found", file_id=record["id"], title_id=title_id, items=wanted,
-            season=record.get("seasonNumber"),
-        )  # fmt: skip
+    def advance(self, action: Action) -> bool:
+        """Take the steps that are left until the search."""
+        for step in REPAIR_STEPS:
+            if step.needs != action.step:
+                continue
+            try:
+                step.does(self, action)
+            except HttpError as exc:
+                self.blame(exc)
+                if step.refusal == ENDS or action.step == "found":
+                    raise
+                owed = [*action.progress.get("owed", ()), step.name]
+                self.report(action, exc)
+                self.errand.note([action], owed=owed)
+            self.errand.note([action], "deleted" * (step.name == "deleted"), step=step.name)
         return True
 
-    def check_file(self, action: Action) -> None:
-        """Make sure that the server's file is the broken link itself, or what that points to.
-
-        The text of a link may name a healthy file and lead elsewhere all the same: through `..`
-        behind a symlink, or with a slash at its end.  HttpError if the file is there.
-        """
-        path, goal = action.path, ""
-        here = map_path(action.server_path, self.path_map, back=True)
-        if here == path:
-            # Where several links wait for one file, another one may be the broken one.
-            if len(action.paths) == 1 or self.look(here) in (BROKEN, MISSING):
-                return
-            raise HttpError(f"{self.server.name}: {here} is not broken now", 503, retry=True)
-        with contextlib.suppress(OSError):
-            goal = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
-        text = f"by its path_map, {action.server_path} is neither the link nor its target"
-        if here == goal or action.step:
-            state = self.look(here)
-            if state == UNREACHABLE:
-                raise HttpError(f"{self.server.name}: {here} cannot be judged now", 503, retry=True)
-            if state != OK and self.look(os.path.dirname(here)) == OK:
-                return
-            text = f"its file {here} is not gone; the link's own text is at fault"
-            if state != OK:  # a folder of the server that is away for us alone
-                text = f"the folder of its file {here} is not there"
-        raise HttpError(f"{self.server.name}: {text}; correct that, and queue it anew", 404)
+    def report(self, action: Action, exc: HttpError) -> None:
+        """Say what could not be done for now."""
+        log.warning("%s: %s; tried again later", action.path, exc)
+        self.errand.problems.append(f"{exc}; tried again later")
 
     def look(self, path: str) -> str:
         """Return the state of one link, file or directory at this very moment, hang-safe."""
         return self.errand.look([path]).get(path, (MISSING, ""))[0]
 
-    def delete(self, action: Action) -> None:
-        """Delete the record, on the server's disk the link as well.
+    @property
+    def item_key(self) -> str:
+        """What the id of an episode or movie is called in the server's history."""
+        return "episodeId" if self.is_sonarr else "movieId"
 
-        The server may have done it although the answer says or is nothing; then it has no record.
-        With a recycle bin it cannot move a dangling link there and answers 500.
-        """
-        path = f"{self.server.kind.file}/{action.progress['file_id']}"
-        try:
-            self.server.change("DELETE", path)
-        except HttpError as exc:
-            if exc.status == 500 and self.remove_link(action):
-                self.server.change("DELETE", path)
-            elif not (exc.retry or exc.status == 404) or self.server.find(path) is not None:
-                raise
-        self.errand.note([action], "deleted", step="deleted")
+    def noted(self, action: Action) -> List[int]:
+        return [int(number) for number in action.progress.get("items", ())]
 
-    def restore(self, action: Action) -> None:
-        """Put the monitored flags back that the deletion changed, and clear the file's place."""
-        kind, flags = self.server.kind, action.progress["items"]
-        items = self.server.get_items(action.progress["title_id"], map(int, flags))
-        if any(self.file_of(item) == action.progress["file_id"] for item in items):
-            self.errand.note([action], step="found")  # it said 'deleted' and did not
-            raise HttpError(f"{self.server.name}: has the file record still", 503, retry=True)
-        for flag in (True, False):
-            turned = [i["id"] for i in items if bool(i.get("monitored")) is not flag]
-            changed = [number for number in turned if flags.get(str(number)) is flag]
-            if changed:
-                self.server.change("PUT", kind.monitor, {kind.items: changed, "monitored": flag})
-        self.remove_link(action)  # or the import would find its place taken
-        self.errand.note([action], step="restored", missing=self.missing(items))
-
-    def file_of(self, item: JsonObject) -> int:
-        """Return the id of the file that an episode or movie has, 0 without one."""
-        place = "episodeFileId" if self.is_sonarr else "movieFileId"
-        return int(dig(item, place) or dig(item, "movieFile.id") or 0)
+    def get_items(self, action: Action) -> List[JsonObject]:
+        """Return the episodes or the movie of an action as they are now."""
+        return self.server.get_items(action.progress.get("title_id", 0), self.noted(action))
 
     def missing(self, items: Iterable[JsonObject]) -> List[int]:
-        return [item["id"] for item in items if not self.file_of(item)]
+        return [item["id"] for item in items if not self.server.file_of(item)]
 
-    def remove_link(self, action: Action) -> bool:
-        """Remove the server's link from the disk, journalled, if it is broken this very moment."""
-        here = map_path(action.server_path, self.path_map, back=True)
-        if self.look(here) != BROKEN:
-            return False
-        try:
-            text = os.readlink(here)
-            row = (to_db(here), to_db(text), utc_now())
-            number = self.conn.execute(_JOURNAL_REMOVAL, row).lastrowid
-            self.errand.note([action], removed=here)
-            # The server may have put a new link there since: what goes is what was seen.
-            if self.look(here) != BROKEN or os.readlink(here) != text:
-                self.conn.execute("DELETE FROM link_changes WHERE change_id = ?", (number,))
-                del action.progress["removed"]
-                self.errand.note([action])
-                return False
-            os.unlink(here)
-            self.errand.note([action], "removed")
-        except OSError as exc:
-            text = f"cannot remove {here}: {exc.strerror}; make its directory writable"
-            raise HttpError(
-                f"{self.server.name}: cannot delete its file, and Refresherr {text}", 500
-            ) from exc
+
+# The steps of one file
+
+
+def find_records(repair: Repair, action: Action) -> bool:
+    """Find the file records by their exact path, look at the link again, note what there is."""
+    server = repair.server
+    path = slashed(action.server_path)
+    for root, accessible in repair.roots.items():
+        if accessible is False and is_under(path, root):
+            raise HttpError(f"{server.name}: its root folder {root} is not there", 409)
+    title = find_title(repair.titles, path)
+    query = {server.kind.title: title["id"]} if title else {}
+    records = list(server.get_list(server.kind.file, **query)) if title else []
+    mine = [record for record in records if is_under(slashed(str(dig(record, "path"))), path)]
+    if not is_gone_here(repair, action, bool(mine)):
+        return False
+    numbers = [record["id"] for record in mine]
+    if mine and action.step and set(numbers) <= set(action.files):
+        return True  # the flags that were noted first are the true ones
+    if not mine and action.step:
+        repair.errand.note([action], step="deleted", missing=repair.noted(action))
         return True
+    items: List[JsonObject] = []
+    for number in numbers if repair.is_sonarr else ():
+        items += server.get_list("/episode", episodeFileId=number)
+    if mine and title and not repair.is_sonarr:
+        items = server.get_items(title["id"], ())
+    if not items or not title:
+        text = f"knows no file {action.server_path}; correct path_map, or remove the link"
+        raise HttpError(f"{server.name}: {text}", 404)
+    if is_spared(repair, action, title, items):
+        return False
+    seasons = {record.get("seasonNumber") for record in mine}
+    season = seasons.pop() if len(seasons) == 1 else None
+    wanted = {str(item["id"]): bool(item.get("monitored")) for item in items}
+    repair.errand.note(
+        [action], step="found", files=numbers, title_id=title["id"], season_number=season,
+        items=wanted, missing=[int(number) for number in wanted],
+        whole=is_whole(repair, title["id"], season, records),
+        **look_up_grab(repair, title["id"], season, wanted),
+    )  # fmt: skip
+    return True
 
-    # Searching, and what comes of it
+
+def find_title(titles: Mapping[str, JsonObject], path: str) -> Optional[JsonObject]:
+    """Return the title that a path belongs to, or the only one that has its file beneath it."""
+    within = [title for file, title in titles.items() if path and is_under(file, path)]
+    return titles.get(find_ancestor(path, titles) or "") or (
+        within[0] if len(within) == 1 else None
+    )
+
+
+def is_spared(
+    repair: Repair, action: Action, title: JsonObject, items: Iterable[JsonObject]
+) -> bool:
+    """Tell whether the user wants something left alone; settle its action then."""
+    tags = repair.skip_tags and repair.skip_tags.intersection(
+        repair.server.labels(title).split(",")
+    )
+    refusal = f"it carries the tag {', '.join(sorted(tags))}" if tags else ""
+    if not any(item.get("monitored") for item in items) and not repair.settings.unmonitored:
+        refusal = "it is unmonitored"
+    if refusal:
+        end_action(repair.conn, action, CANCELLED, refusal)
+    return bool(refusal)
+
+
+def is_gone_here(repair: Repair, action: Action, is_known: bool) -> bool:
+    """Tell whether a file of the server is surely gone; settle the action where it is not."""
+    if not repair.errand.is_broken(action):
+        folder = os.path.dirname(action.path)
+        is_ours = not is_known or "removed" in action.progress
+        if not (action.outcome or is_ours or repair.look(folder) == OK):
+            # The library is away for us; the server may see it, and a healthy link in it.
+            repair.errand.put_off(action, f"{folder} is not there")
+    if not action.outcome:
+        check_file(repair, action)
+    return not action.outcome
+
+
+def check_file(repair: Repair, action: Action) -> None:
+    """Make sure that the server's file is the broken link itself, or what that points to.
+
+    The text of a link may name a healthy file and lead elsewhere all the same: through `..`
+    behind a symlink, or with a slash at its end.  HttpError if the file is there.
+    """
+    path, goal = action.path, ""
+    places = map_back(action.server_path, repair.server.path_map)
+    states = [repair.look(place) for place in places]
+    with contextlib.suppress(OSError):
+        goal = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
+    text = f"by its path_map, {action.server_path} is neither the link nor its target"
+    if path in places or goal in places or action.step:
+        if UNREACHABLE in states:
+            text = f"{places[states.index(UNREACHABLE)]} cannot be judged now"
+            raise HttpError(f"{repair.server.name}: {text}", 503, retry=True)
+        if OK in states and path in places:  # several links wait for one file
+            text = f"{places[states.index(OK)]} is not broken now"
+            raise HttpError(f"{repair.server.name}: {text}", 503, retry=True)
+        text = f"its file {places[0]} is not gone; the link's own text is at fault"
+        if OK not in states:
+            away = next((p for p in places if p != path and not is_at_home(repair, action, p)), "")
+            if away:
+                repair.errand.put_off(action, f"the root folder of {away} is not there")
+            return
+    raise HttpError(f"{repair.server.name}: {text}; correct that, and queue it anew", 404)
+
+
+def is_at_home(repair: Repair, action: Action, place: str) -> bool:
+    """Tell whether the library around a file of the server is there for us: if it is away, that
+    the file cannot be found means nothing.
+    """
+    if repair.look(os.path.dirname(place)) == OK:
+        return True
+    root = find_ancestor(slashed(action.server_path), repair.roots)
+    roots = map_back(root, repair.server.path_map) if root else []
+    mine = [here for here in roots if is_under(place, here)]
+    return any(repair.look(here) == OK and not is_empty_folder(here) for here in mine)
+
+
+def is_whole(repair: Repair, title_id: int, season: Any, records: Iterable[JsonObject]) -> bool:
+    """Tell, before anything of a season is deleted, whether all its files are broken links."""
+    if not repair.is_sonarr or not season:
+        return False
+    if (title_id, season) not in repair.whole:
+        due = {action.server_path for action in repair.due}
+        paths = [str(r.get("path")) for r in records if r.get("seasonNumber") == season]
+        places = {path: map_back(path, repair.server.path_map) for path in paths}
+        links = find_links(repair.conn, [one for some in places.values() for one in some])
+        repair.whole[title_id, season] = all(
+            path in due or any(p in links and links[p].status == BROKEN for p in places[path])
+            for path in paths
+        )
+    return repair.whole[title_id, season]
+
+
+def look_up_grab(repair: Repair, title_id: int, season: Any, items: Iterable[str]) -> JsonObject:
+    """Return, to be noted, what the server had grabbed when it got a file that is now dead."""
+    try:
+        history = repair.server.get_history(title_id, season)
+    except HttpError as exc:
+        log.debug("%s", exc)
+        return {"grab": None, "last_history": 0}
+    grab = find_grab(history, repair.item_key, set(map(int, items)))
+    return {"grab": grab, "last_history": max((r["id"] for r in history), default=0)}
+
+
+def delete_records(repair: Repair, action: Action) -> None:
+    """Delete the records, on the server's disk the link as well.
+
+    The server may have done it although the answer says or is nothing; then it has no record.
+    With a recycle bin it cannot move a dangling link there and answers 500.
+    """
+    for number in action.files:
+        path = f"{repair.server.kind.file}/{number}"
+        try:
+            repair.server.change("DELETE", path)
+        except HttpError as exc:
+            if exc.status == 500 and remove_link(repair, action):
+                repair.server.change("DELETE", path)
+            elif not (exc.retry or exc.status == 404) or repair.server.find(path) is not None:
+                raise
+
+
+def restore_flags(repair: Repair, action: Action) -> None:
+    """Put the monitored flags back that the deletion changed."""
+    kind, flags = repair.server.kind, action.progress["items"]
+    items = repair.get_items(action)
+    if any(repair.server.file_of(item) in action.files for item in items):
+        repair.errand.note([action], step="found")  # it said 'deleted' and did not
+        raise HttpError(f"{repair.server.name}: has the file record still", 503, retry=True)
+    repair.errand.note([action], missing=repair.missing(items))
+    for flag in (True, False):
+        turned = [i["id"] for i in items if bool(i.get("monitored")) is not flag]
+        changed = [number for number in turned if flags.get(str(number)) is flag]
+        if changed:
+            repair.server.change("PUT", kind.monitor, {kind.items: changed, "monitored": flag})
+
+
+def remove_link(repair: Repair, action: Action) -> bool:
+    """Remove the server's link from the disk, journalled, if it is broken this very moment;
+    or else an import would find its place taken.
+    """
+    removed = False
+    for here in map_back(action.server_path, repair.server.path_map):
+        removed = (repair.look(here) == BROKEN and unlink(repair, action, here)) or removed
+    return removed
+
+
+def unlink(repair: Repair, action: Action, here: str) -> bool:
+    """Remove a link that has just been found broken; the journal has it first."""
+    try:
+        text = os.readlink(here)
+        row = (to_db(here), to_db(text), utc_now())
+        number = repair.conn.execute(_JOURNAL_REMOVAL, row).lastrowid
+        repair.errand.note([action], removed=here)
+        # The server may have put a new link there since: what goes is what was seen.
+        if repair.look(here) != BROKEN or os.readlink(here) != text:
+            repair.conn.execute("DELETE FROM link_changes WHERE change_id = ?", (number,))
+            del action.progress["removed"]
+            repair.errand.note([action])
+            return False
+        os.unlink(here)
+        repair.errand.note([action], "removed")
+    except OSError as exc:
+        text = f"cannot remove {here}: {exc.strerror}; make its directory writable"
+        raise HttpError(
+            f"{repair.server.name}: cannot delete its file, and Refresherr {text}", 500
+        ) from exc
+    return True
+
+
+class Searches:
+    """The searches for what a repair has removed from one Sonarr or Radarr, and what becomes of
+    them.
+    """
+
+    def __init__(self, repair: Repair) -> None:
+        self.repair, self.server, self.errand = repair, repair.server, repair.errand
+        self.conn, self.settings = repair.conn, repair.settings
 
     def search(self, *actions: Action) -> bool:
         """Search for what the files of one series, or one movie, held."""
-        # While others were prepared, the mount may have gone.
-        actions = tuple(action for action in actions if not self.errand.is_away(action))
-        if not actions:
-            return False
         if actions[0].step == "searching":
             self.post(actions[0].progress["search"], actions)
             return True
@@ -6674,12 +7239,15 @@ class Repair:
         for action in actions:
             if action not in rest:  # it has come back already
                 end_action(self.conn, action, SENT)
+        if self.settings.blocklist:
+            rest = self.blocklist(rest)
         seasons: Dict[Any, List[Action]] = {}
         for action in rest:
-            seasons.setdefault(action.progress["season"], []).append(action)
+            if action.progress.get("whole"):
+                seasons.setdefault(action.progress["season_number"], []).append(action)
         for season, group in seasons.items():
             title_id = group[0].progress["title_id"]
-            if self.is_sonarr and self.is_season_gone(title_id, season, _all_missing(group)):
+            if self.is_for_season(title_id, season, _all_missing(group)):
                 body = {"name": "SeasonSearch", "seriesId": title_id, "seasonNumber": season}
                 self.post(body, group)
                 rest = [action for action in rest if action not in group]
@@ -6688,72 +7256,201 @@ class Repair:
             self.post({"name": kind.search, kind.items: _all_missing(rest)}, rest)
         return True
 
-    def is_season_gone(self, series_id: int, season: Any, missing: List[int]) -> bool:
-        """Tell whether these are all episodes of a season, all monitored: else a season search
-        would look for others as well, or refuse.
+    def is_for_season(self, series_id: int, season: int, missing: List[int]) -> bool:
+        """Tell whether a season search finds what is missing: it refuses where any episode has a
+        file, or is unmonitored.
         """
-        if not season or len(missing) < 2:
+        if len(missing) < 2:
             return False
-        found = self.server.get_list("/episode", seriesId=series_id, seasonNumber=season)
-        episodes = [e for e in found if e.get("seasonNumber") == season]
-        series = self.server.get(f"/series/{series_id}")
+        try:
+            found = list(self.server.get_list("/episode", seriesId=series_id, seasonNumber=season))
+            series = self.server.get(f"/series/{series_id}")
+        except HttpError as exc:
+            self.repair.blame(exc)
+            return False
+        episodes = [episode for episode in found if episode.get("seasonNumber") == season]
         is_monitored = all(thing.get("monitored") for thing in [series, *episodes])
-        return is_monitored and sorted(e["id"] for e in episodes) == missing
+        return is_monitored and not any(map(self.server.file_of, episodes))
 
     def post(self, body: JsonObject, actions: Sequence[Action]) -> None:
         """Send a search command, once: what a killed run sent is looked for first."""
-        commands = list(self.server.get_list("/command"))
+        last = actions[0].progress.get("last_command", 0)
         command = None
         if actions[0].step == "searching":
-            command = find_command(commands, body, actions[0].progress["last_command"])
+            command = find_command(self.commands_since(last, True), body, last)
+            age = time.time() - actions[0].progress.get("begun", 0.0)
+            if not last and not command and age > FORGOTTEN:  # who can tell?  The cooldown decides
+                command = {"name": body["name"]}
         else:
-            last = max((known["id"] for known in commands), default=0)
+            last = self.last_command()
             with transaction(self.conn):  # or a killed run would split the group
+                self.errand.budget(self.server.name, len(body.get(self.server.kind.items, "1")))
                 for action in actions:
                     searches = action.progress.get("searches", 0) + 1
                     noted = {"search": body, "last_command": last, "searches": searches}
+                    noted["begun"] = time.time()
                     self.errand.note([action], step="searching", **noted)
-        command = command or self.server.change("POST", "/command", body)
-        sent = {"id": dig(command, "id"), "name": body["name"], "status": "queued"}
+        self.adopt(command or self.server.change("POST", "/command", body), actions)
+
+    def adopt(self, command: JsonObject, actions: Sequence[Action]) -> None:
+        """Take a command for the search of some actions; they are sent."""
+        sent = {"id": dig(command, "id"), "name": dig(command, "name"), "status": "queued"}
         with transaction(self.conn):
-            self.errand.note(actions, step="sent")
+            self.errand.note(actions, step="sent", command=sent["id"])
             for action in actions:
                 action.commands = [sent]
                 end_action(self.conn, action, SENT)
 
-    def verify(self, action: Action) -> bool:
+    def last_command(self) -> int:
+        return max((known["id"] for known in self.server.get_list("/command")), default=0)
+
+    def commands_since(self, last: int, is_resumed: bool = False) -> List[JsonObject]:
+        """Return the commands that are newer.  The list forgets them soon, but for a day they can
+        be asked for by their numbers, and what a killed run has sent came next.
+        """
+        found = {c["id"]: c for c in self.server.get_list("/command") if c["id"] > last}
+        for number in range(last + 1, last + 6) if is_resumed and last else ():
+            command = None if number in found else self.server.find(f"/command/{number}")
+            found.update({number: command} if command else {})
+        return list(found.values())
+
+    # The dead release
+
+    def blocklist(self, actions: Sequence[Action]) -> List[Action]:
+        """Have the server take dead releases for failed ones, each once; return the actions that
+        are still to be searched for, where its own search for them is not.
+        """
+        grabs: Dict[str, List[Action]] = {}
+        for action in actions:
+            if action.progress.get("grab"):
+                grabs.setdefault(action.progress["grab"]["download"], []).append(action)
+        for group in grabs.values():
+            try:
+                command = self.mark_failed(group[0].progress["grab"], group, len(grabs) == 1)
+            except HttpError as exc:  # nothing but the search decides now
+                self.repair.blame(exc)
+                self.repair.report(group[0], exc)
+                continue
+            if command:
+                count = {"searches": group[0].progress.get("searches", 0) + 1}
+                self.errand.note(group, **count)
+                self.errand.budget(self.server.name, 1)
+                self.adopt(command, group)
+        return [action for action in actions if action.step != "sent"]
+
+    def mark_failed(
+        self, grab: JsonObject, actions: Sequence[Action], is_only: bool
+    ) -> Optional[JsonObject]:
+        """Mark a grab as failed, and return the server's own search for it, None without one."""
+        missing, last = _all_missing(actions), actions[0].progress.get("blocking")
+        history = self.server.get_history(actions[0].progress["title_id"], None)
+        mine = [record for record in history if record.get("downloadId") == grab["download"]]
+        is_done = any(r.get("eventType") == "downloadFailed" and r["id"] > grab["id"] for r in mine)
+        if not is_done:
+            config = self.server.client.ask("GET", "/api/v3/config/downloadclient")
+            is_own = not isinstance(config, dict) or config.get("autoRedownloadFailed") is not False
+            all_of_it = {r.get(self.repair.item_key) for r in mine if r["eventType"] == "grabbed"}
+            is_apart = actions[0].progress.get("whole") and not is_only
+            if is_own and (is_apart or not all_of_it.issubset(missing)):
+                text = "is not blocklisted: the server would search by itself, and not for a season"
+                if not is_apart:
+                    text = "is not blocklisted: the server would search for what is healthy, too"
+                log.warning("%s: %s %s", self.server.name, self.server.client.quote(grab["title"]),
+                    f"{text}; switch off its 'Redownload Failed'")  # fmt: skip
+                return None
+            last = self.last_command()
+            self.errand.note(actions, blocking=last if is_own else None)
+            path = f"/api/v3/history/failed/{grab['id']}"
+            try:
+                self.server.client.send(Call("POST", path, {"skipRedownload": "true"}))
+            except HttpError as exc:  # it may have been heard all the same
+                self.repair.blame(exc)
+                self.repair.report(actions[0], exc)
+            last = last if is_own else None
+        deadline = time.monotonic() + OWN_SEARCH
+        while last is not None:
+            for command in self.commands_since(last, is_done):
+                if is_search_for(command, actions[0].progress, missing):
+                    return command
+            if is_done or time.monotonic() > deadline:
+                return {"name": "its own search"} if is_done and not last else None
+            time.sleep(0.5)
+        return None
+
+    # What comes of a search
+
+    def follow_up(self, action: Action) -> bool:
         """Ask whether something has come of a search; True if it is to be sent again."""
-        settings, progress = self.errand.config.repair, action.progress
-        known = progress.get("items", ())
-        items = self.server.get_items(progress.get("title_id", 0), map(int, known))
-        files = {number for number in map(self.file_of, items) if number}
-        records = [self.server.find(f"{self.server.kind.file}/{number}") for number in files]
-        paths = [map_path(str(dig(r, "path")), self.path_map, back=True) for r in records if r]
-        states = self.errand.look(paths)
-        missing = self.missing(items)
-        if any(status == UNREACHABLE for status, _ in states.values()):
+        self.settle_debts(action)
+        if action.status not in (SENT, FAILED):
             return False
-        if not items:
-            end_action(self.conn, action, FAILED, f"{self.server.name} does not have it any more")
-        elif any(states.get(path, (MISSING,))[0] != OK for path in paths):
-            end_action(self.conn, action, FAILED, "its new file is broken as well")
-        elif not missing:
+        progress, is_sent = action.progress, action.status == SENT
+        items = self.repair.get_items(action)
+        missing = self.repair.missing(items)
+        files = {number for number in map(self.server.file_of, items) if number}
+        states = {self.state_of(number) for number in files}
+        if UNREACHABLE in states:
+            return False
+        if items and not missing and states == {OK}:
             end_action(self.conn, action, REPAIRED)
-        elif action.step != "searching" and time.time() - action.fired < settings.cooldown:
-            pass  # it may come yet
-        elif self.errand.is_away(action):
-            pass  # no moment to download anything
-        elif action.step == "searching":
-            return True
-        elif progress.get("searches", 1) >= settings.max_attempts:
+        if action.status != SENT:
+            return False
+        if not items or states - {OK}:
+            text = "its new file is broken as well"
+            text = text if items else f"{self.server.name} does not have it any more"
+            end_action(self.conn, action, FAILED, text)
+            return False
+        cooldown_is_over = time.time() - action.fired >= self.settings.cooldown
+        is_begun = action.step == "searching"  # by a run that was killed
+        if not (is_begun or cooldown_is_over) or self.errand.is_away(action):
+            return False  # it may come yet, or it is no moment to download anything
+        if not is_begun and progress.get("searches", 1) >= self.settings.max_attempts:
             count = plural(progress.get("searches", 1), "search").replace("searchs", "searches")
-            end_action(self.conn, action, FAILED, f"{count}, and nothing came of it")
-        elif self.errand.applied:
-            self.errand.note([action], step="restored", missing=missing)
-            return True
-        else:
+            text = f"{count}, and nothing came of it; {self.explain(action)}"
+            end_action(self.conn, action, FAILED, text)
+        elif not self.errand.applied:
             action.outcome = WOULD_SEND
+        elif is_begun or self.errand.budget(self.server.name) >= 1:
+            if not is_begun:
+                self.errand.note([action], step="cleared", missing=missing)
+            return is_sent
         return False
+
+    def settle_debts(self, action: Action) -> None:
+        """Try again what could not be done beside the search."""
+        owed = action.progress.get("owed") or []
+        for step in REPAIR_STEPS:
+            if step.name in owed and self.errand.applied:
+                try:
+                    step.does(self.repair, action)
+                    owed = [name for name in owed if name != step.name]
+                    self.errand.note([action], owed=owed)
+                except HttpError as exc:
+                    self.repair.blame(exc)
+                    self.repair.report(action, exc)
+
+    def state_of(self, file_id: int) -> str:
+        """Return whether a file that the server has resolves here."""
+        record = self.server.find(f"{self.server.kind.file}/{file_id}")
+        places = map_back(str(dig(record, "path")), self.server.path_map) if record else []
+        states = [self.repair.look(place) for place in places]
+        return next((state for state in (OK, UNREACHABLE) if state in states), MISSING)
+
+    def explain(self, action: Action) -> str:
+        """Return what the server did after its searches, as far as it tells."""
+        noted = action.progress
+        try:
+            history = self.server.get_history(noted["title_id"], noted.get("season_number"))
+            ids = set(self.repair.noted(action))
+            said = describe_history(
+                history, self.repair.item_key, ids, noted.get("last_history", math.inf)
+            )
+            command = self.server.find(f"/command/{noted.get('command', 0)}") or {}
+            if command.get("status") in FINAL_STATES[1:]:
+                said += f"; its last search {command['status']}: {dig(command, 'message') or ''}"
+        except (HttpError, KeyError) as exc:
+            said = f"what {self.server.name} did cannot be told ({exc})"
+        return self.server.client.quote(said)
 
     def follow(self, actions: Sequence[Action]) -> None:
         """Follow the commands to their end, for a while; that they end well repairs nothing yet."""
@@ -6778,16 +7475,83 @@ class Repair:
                             action.error = f"{self.server.name}: search {sent['status']}: {said}"
 
 
+ENDS, OWED = "ends the action, or has it tried again", "is reported and owed; the search goes out"
+
+
+class Step(NamedTuple):
+    """A step of a direct repair: the step that must have been taken before, what it does, and what
+    it means if the server refuses it.
+    """
+
+    name: str
+    needs: str
+    does: Callable[[Repair, Action], Any]
+    refusal: str
+
+
+# Then, for all actions of a series or a movie together: 'searching' and 'sent', see `Searches`.
+REPAIR_STEPS = (
+    Step("found", "", find_records, ENDS),  # the file records, their episodes or movie, their flags
+    Step("deleted", "found", delete_records, ENDS),  # the records are gone from the server
+    Step("restored", "deleted", restore_flags, OWED),  # the flags are as they were
+    Step("cleared", "restored", remove_link, OWED),  # nothing of the old file is in the way
+)
+
+
+def is_empty_folder(path: str) -> bool:
+    """Tell whether there is nothing in a directory, or no directory."""
+    with contextlib.suppress(OSError), os.scandir(path) as entries:
+        return next(entries, None) is None
+    return True
+
+
 def find_command(
     commands: Iterable[JsonObject], body: JsonObject, after: int
 ) -> Optional[JsonObject]:
     """Return the command that does what `body` says and is newer than command number `after`."""
     for command in commands:
         sent = {**(command.get("body") or {}), "name": command.get("name")}
-        is_same = all(sent.get(key) == value for key, value in body.items())
-        if is_same and command["id"] > after and command.get("status") not in FINAL_STATES[1:]:
+        if command["id"] > after and all(sent.get(key) == value for key, value in body.items()):
             return command
     return None
+
+
+def is_search_for(command: JsonObject, progress: JsonObject, missing: Sequence[int]) -> bool:
+    """Tell whether a command searches for all that is missing of one series or movie."""
+    body = command.get("body")
+    if not isinstance(body, dict):
+        return False
+    if command.get("name") == "SeasonSearch":
+        season = (body.get("seriesId"), body.get("seasonNumber"))
+        return season == (progress["title_id"], progress.get("season_number"))
+    ids = body.get("episodeIds") or body.get("movieIds") or ()
+    return command.get("name") in ("EpisodeSearch", "MoviesSearch") and set(missing) <= set(ids)
+
+
+def find_grab(history: Sequence[JsonObject], key: str, items: Set[int]) -> Optional[JsonObject]:
+    """Return which grab brought the file that some episodes or a movie have, if it is known: that
+    of their last import.  The history is the server's, the oldest first.
+    """
+    imports = [
+        record.get("downloadId") for record in history
+        if record.get("eventType") == "downloadFolderImported" and record.get(key) in items
+    ]  # fmt: skip
+    for record in history if imports and imports[-1] else ():
+        if record.get("eventType") == "grabbed" and record.get("downloadId") == imports[-1]:
+            title = str(record.get("sourceTitle"))
+            return {"id": record["id"], "title": title, "download": imports[-1]}
+    return None
+
+
+def describe_history(history: Sequence[JsonObject], key: str, items: Set[int], after: float) -> str:
+    """Return in words what a server grabbed for some episodes or a movie after a history record."""
+    events = [r for r in history if r["id"] > after and r.get(key) in items]
+    grabs = Counter(str(r.get("sourceTitle")) for r in events if r.get("eventType") == "grabbed")
+    if not grabs:
+        return "the server grabbed nothing"
+    titles = (f"{title} {plural(count, 'time')}" for title, count in grabs.most_common(3))
+    failed = sum(r.get("eventType") == "downloadFailed" for r in events)
+    return f"the server grabbed {', '.join(titles)}; {plural(failed, 'download')} failed"
 
 
 def _all_missing(actions: Iterable[Action]) -> List[int]:
@@ -7808,7 +8572,7 @@ def examine_servers(config: Config, conn: sqlite3.Connection) -> List[Finding]:
     """Ask every Sonarr and Radarr for version, root folders and some files, with our key."""
     findings = []
     for instance in config.instances:
-        server = Server(instance, config.repair.timeout)
+        server = Server(instance, config.repair.timeout, config.repair.list_timeout)
         try:
             detail = f"{server.kind.app} {server.connect()} at {redact(instance.settings.url)}"
             findings.append(Finding(instance.name, "ok", detail))
@@ -8243,12 +9007,11 @@ def run_ingest(context: Context) -> JsonObject:
     for name in context.args.instances:
         if name not in known:
             raise UsageError(f"no instance {name!r}; known: {', '.join(known)}")
-    timeout, progress = context.config.repair.timeout, context.progress
+    chosen = [known[name] for name in dict.fromkeys(context.args.instances or known)]
     with context.recorded("ingest") as (conn, summary):
-        lines = [
-            ingest_instance(conn, known[name], timeout, progress)
-            for name in dict.fromkeys(context.args.instances or known)
-        ]
+        lines = ingest_instances(conn, chosen, context.config.repair, context.progress)
+        asked = Dispatcher(conn, context.config, applied=False, wait=False)
+        asked.ask_failed(line["name"] for line in lines if not line["error"])
         errors = [line["error"] for line in lines if line["error"]]
         code = EXIT_PARTIAL if len(errors) < len(lines) else EXIT_FAILED
         summary.update(instances=lines, exit_code=code if errors else EXIT_OK)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import os
 import re
@@ -459,47 +460,71 @@ def measure_start(table: Table, scratch: Path, runs: int) -> None:
     )
 
 
-# The program, but with one request after another.
+# The program, but with one request after another, each over a connection of its own, and one
+# server after the other: as it was before it kept connections and read servers side by side.
 SERIAL = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
 import refresherr
 refresherr.READERS = 1
+send_over = refresherr.Client.send_over
+def send_alone(self, line, *rest):
+    line.close()
+    return send_over(self, line, *rest)
+refresherr.Client.send_over = send_alone
+together = refresherr.ingest_instances
+def one_by_one(conn, instances, *rest):
+    return [line for one in instances for line in together(conn, [one], *rest)]
+refresherr.ingest_instances = one_by_one
 sys.exit(refresherr.main(sys.argv[1:]))
 """
 
 
-def ingest_arguments(scratch: Path, kind: str, server: FakeArr) -> List[object]:
-    """Write a config for one server; return the arguments that ingest it, first --data-dir's."""
-    config = scratch / f"{kind}.ini"
-    config.write_text(f"[{kind} main]\nurl = {server.url}\napi_key = {server.api_key}\n")
+def ingest_arguments(scratch: Path, name: str, *servers: Tuple[str, FakeArr]) -> List[object]:
+    """Write a config for some servers; return the arguments that ingest them, last --data-dir."""
+    config = scratch / f"{name}.ini"
+    sections = [
+        f"[{kind} n{number}]\nurl = {server.url}\napi_key = {server.api_key}\n"
+        for number, (kind, server) in enumerate(servers)
+    ]
+    config.write_text("".join(sections))
     config.chmod(0o600)
     return ["--config", config, "ingest", "-q", "--data-dir"]
 
 
 def measure_ingest(table: Table, scratch: Path, runs: int) -> None:
-    """Sonarr at 20 ms a request, several requests at once against one; memory, Radarr's too."""
-    program = [sys.executable, PROJECT / "refresherr.py"]
+    """Sonarr at 20 ms a request, one server and six, against serial; memory, Radarr's too."""
+    program: List[object] = [sys.executable, PROJECT / "refresherr.py"]
+    serial: List[object] = [sys.executable, "-c", SERIAL, PROJECT]
     fresh = (scratch / f"data-{number}" for number in itertools.count())
-    with FakeSonarr(scratch / "tv", latency=0.02) as sonarr:
-        populate(sonarr)
-        arguments = ingest_arguments(scratch, "sonarr", sonarr)
-        serial: List[object] = [sys.executable, "-c", SERIAL, PROJECT]
-        one, several = alternate(
-            runs,
-            lambda: seconds(*serial, *arguments, next(fresh)),
-            lambda: seconds(*program, *arguments, next(fresh)),
-        )
-        what = f"ingest, {len(sonarr.series)} series, {len(sonarr.files):,} files: serial / ours"
-        table.row(what, f"{one / several:.2f}", "3.5", "3.8")
-        table.note(
-            f"20 ms a request: serial {one:.1f} s, ours {several:.2f} s, {sonarr.peak} at once"
-        )
+
+    def fresh_seconds(command: List[object], arguments: List[object]) -> float:
+        return seconds(*command, *arguments, next(fresh))
+
+    with contextlib.ExitStack() as stack:
+        servers = []
+        for number in range(6):
+            sonarr = stack.enter_context(FakeSonarr(scratch / f"tv{number}", latency=0.02))
+            populate(sonarr)
+            sonarr.can_files()
+            servers.append(("sonarr", sonarr))
+        for count, reach in ((1, "0.25"), (6, "0.12")):
+            arguments = ingest_arguments(scratch, f"sonarr{count}", *servers[:count])
+            one, several = alternate(
+                runs if count == 1 else 1,
+                functools.partial(fresh_seconds, serial, arguments),
+                functools.partial(fresh_seconds, program, arguments),
+            )
+            what = f"ingest, {count} x 300 series, 12,000 files, 20 ms: ours / serial"
+            table.row(what, f"{several / one:.3f}", reach)
+            peak = max(server.peak for _, server in servers)
+            table.note(f"serial {one:.1f} s, ours {several:.2f} s, {peak} at once to one server")
         own, _, _ = peaks([*program, *arguments, next(fresh)])
-        table.row("peak MB, ingest of them", f"{own:.0f}", "150", "60")
+        table.row("peak MB, ingest of the six", f"{own:.0f}", "150", "60")
     with FakeRadarr(scratch / "movies") as radarr:
-        populate_movies(radarr, 20_000)
-        own, _, _ = peaks([*program, *ingest_arguments(scratch, "radarr", radarr), next(fresh)])
+        populate_movies(radarr, 40_000)
+        arguments = ingest_arguments(scratch, "radarr", ("radarr", radarr))
+        own, _, _ = peaks([*program, *arguments, next(fresh)])
         table.row(f"peak MB, ingest of {len(radarr.movies):,} movies", f"{own:.0f}", "150", "60")
 
 

@@ -22,6 +22,7 @@ import select
 import shutil
 import socket
 import socketserver
+import ssl
 import struct
 import tempfile
 import threading
@@ -147,7 +148,8 @@ class _Http(http.server.ThreadingHTTPServer):
         """Keep what is a mistake of ours; a client that went away is none."""
         text = traceback.format_exc()
         last = text.strip().rsplit("\n", 1)[-1]
-        if not re.match(r"(ConnectionResetError|BrokenPipeError|ConnectionAbortedError)", last):
+        gone = r"(ConnectionResetError|BrokenPipeError|ConnectionAbortedError|ssl\.SSL)"
+        if not re.match(gone, last):
             self.fake.errors.append(text)
 
 
@@ -238,6 +240,9 @@ class FakeServer:
         self.active = 0  # of these, requests that no script spoils
         self.peak = 0  # the most that were active at the same time
         self.port = 0
+        self.tls: Optional[ssl.SSLContext] = None  # to be set before it listens
+        self.login = ""  # "user:password" that a proxy before it demands
+        self.doors: Dict[str, str] = {}  # headers that a proxy before it demands, names small
         self.closing = threading.Event()
         self._http: Optional[_Http] = None
         self._thread: Optional[threading.Thread] = None
@@ -258,6 +263,8 @@ class FakeServer:
         self.active = 0
         self._http = _Http(("127.0.0.1", self.port), _Handler)
         self._http.fake = self
+        if self.tls:
+            self._http.socket = self.tls.wrap_socket(self._http.socket, server_side=True)
         self.port = self._http.server_port
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.005,), daemon=True)
         self._thread.start()
@@ -284,7 +291,7 @@ class FakeServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'s' * bool(self.tls)}://127.0.0.1:{self.port}"
 
     def changes(self) -> List[Request]:
         """Return all requests that are not GET."""
@@ -381,6 +388,11 @@ class FakeServer:
 
     def reply(self, request: Request) -> Reply:
         """Do what is asked and return the answer."""
+        basic = "Basic " + base64.b64encode(self.login.encode()).decode()
+        if self.login and request.headers.get("authorization") != basic:
+            return Reply(401, HTML, {"WWW-Authenticate": 'Basic realm="proxy"'})
+        if any(request.headers.get(name) != value for name, value in self.doors.items()):
+            return Reply(403, b"", {"Content-Type": "text/html"})
         with self.lock:
             try:
                 return self.answer(request)
@@ -614,6 +626,12 @@ class FakeArr(FakeServer):
         self.searches: List[Record] = []
         self.failed_imports: List[Record] = []
         self.whole_library: List[str] = []  # commands that ran on all titles for want of an id
+        self.tags: Dict[int, str] = {}
+        self.blocklist: List[str] = []  # titles of releases that are not grabbed again
+        self.auto_redownload = False  # a grab that is marked as failed is searched for anew
+        self.knows_skip = False  # and ?skipRedownload=true switches that off
+        self.release = ""  # the title of all releases, until it is blocklisted
+        self.forgets_commands = False  # the list has none that ended; by its id each is there still
 
         self.command_polls = 2  # a command ends at this poll
         self.command_seconds: Optional[float] = None  # or after that many seconds
@@ -816,6 +834,9 @@ class FakeArr(FakeServer):
             ("DELETE", r"command/(\d+)", self.delete_command),
             ("GET", "history", self.get_history),
             ("GET", "history/since", self.get_history_since),
+            ("POST", r"history/failed/(\d+)", self.post_failed),
+            ("GET", "config/downloadclient", self.get_download_client),
+            ("GET", "tag", self.get_tags),
         ]
 
     def values(self, request: Request, name: str) -> List[str]:
@@ -1107,7 +1128,15 @@ class FakeArr(FakeServer):
     def get_commands(self, request: Request) -> Reply:
         for command in list(self.commands.values()):
             self.poll(command)
-        return as_json([self.command_resource(command) for command in self.commands.values()])
+        if self.forgets_commands:  # but for what it does by itself every minute
+            beat = self.push("RefreshMonitoredDownloads", {})
+            beat["status"] = "completed"
+        shown = [
+            command
+            for command in self.commands.values()
+            if not self.forgets_commands or command["status"] not in FINAL or command is beat
+        ]
+        return as_json([self.command_resource(command) for command in shown])
 
     def get_command(self, request: Request, command_id: int) -> Reply:
         if command_id not in self.commands:
@@ -1228,10 +1257,13 @@ class FakeArr(FakeServer):
         if queued & set(ids) and not self.double_grab:
             return False
         number = self.new_id("queue", 1300)
+        title = f"{os.path.splitext(os.path.basename(self.new_name(units)))[0]}-NEW{number}"
+        if self.release and self.release not in self.blocklist:
+            title = self.release
         item: Record = {
             "id": number,
             "groups": [list(group) for group in groups],
-            "title": f"{os.path.splitext(os.path.basename(self.new_name(units)))[0]}-NEW{number}",
+            "title": title,
             "downloadId": f"{number:040X}",
         }
         self.queue[number] = item
@@ -1386,6 +1418,49 @@ class FakeArr(FakeServer):
         records = [record for record in reversed(self.history) if record["date"][:19] >= date]
         return as_json([self.history_resource(record) for record in records])
 
+    def add_grab(self, file_ids: Sequence[int], title: str) -> str:
+        """Let some files have come by one grab; return the id of the download."""
+        number = self.new_id("queue", 1300)
+        download = f"{number:040X}"
+        units = [unit for file_id in file_ids for unit in self.units_of(file_id)]
+        for unit in units:
+            self.add_history("grabbed", unit, title, download, {"indexer": "idx"})
+        for unit in units:
+            data = {"importedPath": self.path_of(self.file_id_of(unit))}
+            self.add_history("downloadFolderImported", unit, title, download, data)
+        return download
+
+    def post_failed(self, request: Request, history_id: int) -> Reply:
+        """Mark a grab as failed: all of its download is blocklisted, and perhaps searched for."""
+        found = next((r for r in self.history if r["id"] == history_id), None)
+        if found is None:
+            raise self.missing()
+        key = f"{self.unit}Id"
+        same = [
+            record
+            for record in self.history
+            if record["eventType"] == "grabbed" and record["downloadId"] == found["downloadId"]
+        ]
+        units = [self.units()[number] for number in dict.fromkeys(r[key] for r in same)]
+        for unit in units:
+            self.add_history("downloadFailed", unit, found["sourceTitle"], found["downloadId"])
+        self.blocklist.append(found["sourceTitle"])
+        if self.auto_redownload and not (self.knows_skip and self.flag(request, "skipRedownload")):
+            name, ids = "MoviesSearch", "movieIds"
+            if self.unit == "episode":
+                name, ids = "EpisodeSearch", "episodeIds"
+            own = {ids: [unit["id"] for unit in units]}
+            self.searches.append({**own, "name": name})
+            self.push(name, own)
+        return as_json({})
+
+    def get_download_client(self, request: Request) -> Reply:
+        body = {"enableCompletedDownloadHandling": True, "id": 1}
+        return as_json({**body, "autoRedownloadFailed": self.auto_redownload})
+
+    def get_tags(self, request: Request) -> Reply:
+        return as_json([{"label": label, "id": number} for number, label in self.tags.items()])
+
     def queue_resources(self) -> List[Record]:
         return [
             {
@@ -1443,6 +1518,7 @@ class FakeSonarr(FakeArr):
         super().__init__(root, version=version, **options)
         self.series: Dict[int, Record] = {}
         self.episodes: Dict[int, Record] = {}
+        self.canned: Dict[Optional[int], bytes] = {}  # answers that are ready, by series
         self._episode_ids: Dict[Tuple[int, int, int], int] = {}
 
     # -- building
@@ -1720,7 +1796,7 @@ class FakeSonarr(FakeArr):
             "titleSlug": slug,
             "rootFolderPath": os.path.dirname(series["path"]) + "/",
             "genres": ["Drama"],
-            "tags": [],
+            "tags": series.get("tags", []),
             "added": "2024-02-03T10:11:12Z",
             "ratings": {"votes": 10, "value": 7.4},
             "statistics": statistics(None),
@@ -1768,8 +1844,16 @@ class FakeSonarr(FakeArr):
             found = self.by_ids(self.files, ids)
         else:
             raise api_error(400, "BadRequest", "seriesId or episodeFileIds must be provided")
+        if series_id in self.canned:
+            return Reply(200, self.canned[series_id])
         text = json.dumps([self.file_resource(record) for record in found], ensure_ascii=False)
         return Reply(200, as_utf8(text))  # nothing in it is null, and there is much of it
+
+    def can_files(self) -> None:
+        """Write down the files of all series as they are now: measured is not this fake's speed."""
+        for series_id in self.series:
+            request = Request("GET", "", "", {"seriesId": [str(series_id)]}, {}, b"", None, 0.0)
+            self.canned[series_id] = self.get_files(request).body
 
     def episode_resource(self, episode: Record, *, with_file: bool = False) -> Record:
         air_date = episode["airDate"]
@@ -2019,7 +2103,7 @@ class FakeRadarr(FakeArr):
             "titleSlug": str(movie["tmdbId"]),
             "rootFolderPath": os.path.dirname(movie["path"]) + "/",
             "genres": [],
-            "tags": [],
+            "tags": movie.get("tags", []),
             "added": "2024-05-01T09:00:00Z",
             "ratings": {"tmdb": {"votes": 5, "value": 6.1, "type": "user"}},
             "movieFile": embedded,

@@ -266,6 +266,9 @@ def test_the_example_of_the_specification(config: Config, tmp_path: Path) -> Non
         "api_key": "***",
         "roots": ["/opt/media/tv"],
         "path_map": {"/opt/media/tv": "/tv"},
+        "skip_tags": [],
+        "ca_file": "",
+        "headers": "",
     }
     assert shown["radarr_4k"]["roots"] == ["/opt/media/4k"]
     assert shown["radarr_4k"]["api_key"] == "***"
