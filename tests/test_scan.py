@@ -12,7 +12,7 @@ import signal
 import sqlite3
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set
 
 import pytest
 from conftest import Library, Refresherr, target_of
@@ -719,12 +719,12 @@ def pool_that(answer: Callable[..., Any]) -> program.WorkerPool:
 
 
 def test_a_worker_that_dies_is_missed() -> None:
-    with contextlib.closing(pool_that(lambda looker: os._exit(0))) as pool:
-        with pytest.raises(program.RefresherrError, match="unexpectedly"):
-            pool.ask_all([("ask",)])
+    pool = pool_that(lambda looker: os._exit(0))
+    with contextlib.closing(pool), pytest.raises(program.RefresherrError, match="unexpectedly"):
+        pool.ask_all([("ask",)])
 
 
 def test_a_bug_in_a_worker_is_heard() -> None:
-    with contextlib.closing(pool_that(lambda looker: 1 // 0)) as pool:
-        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-            pool.ask_all([("ask",)])
+    pool = pool_that(lambda looker: 1 // 0)
+    with contextlib.closing(pool), pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        pool.ask_all([("ask",)])
