@@ -1429,9 +1429,8 @@ def _make_database_file(path: str) -> None:
     """Make the file with its mode before SQLite does, with the umask's."""
     # Never open a database that is in use: closing any descriptor of a file drops all POSIX locks
     # that this process holds on it, those of SQLite's connections in other threads included.
-    with _create_lock, _writable_place(f"database {path}", path), contextlib.suppress(
-        FileExistsError
-    ):
+    exists = contextlib.suppress(FileExistsError)
+    with _create_lock, _writable_place(f"database {path}", path), exists:
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError(errno.EISDIR, "it is a directory or a device")
         os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
@@ -7780,12 +7779,10 @@ def _chart_days(report: JsonObject) -> str:
 
 
 def _format_shows(report: JsonObject) -> str:
+    links = [f"#{_text(urlencode({'q': name}, errors='replace'))}" for name, _ in report["shows"]]
     rows = [
-        [
-            f'<a href="#{_text(urlencode({"q": name}, errors="replace"))}">{_text(name)}</a>',
-            f"{count:,}",
-        ]
-        for name, count in report["shows"]
+        [f'<a href="{link}">{_text(name)}</a>', f"{count:,}"]
+        for link, (name, count) in zip(links, report["shows"])
     ]
     table = _table(("Title", "Broken"), rows, 'class="numbers"')
     return _section("Most broken", table) if rows else ""
@@ -8372,14 +8369,13 @@ class Context:
         """
         try:
             os.stat(self.db_path)
-            return
         except (FileNotFoundError, NotADirectoryError):
-            pass
+            if self.args.command not in ("scan", "run", "ingest"):
+                what = f"there is no database {self.db_path}: `{started_as()} scan DIR` makes one"
+                advice = "if it is elsewhere, name its directory with --data-dir"
+                raise DatabaseError(f"{what}; {advice}") from None
         except OSError:
-            return  # it may be there: opening it says what is wrong
-        if self.args.command not in ("scan", "run", "ingest"):
-            what = f"there is no database {self.db_path}: `{started_as()} scan DIR` makes one"
-            raise DatabaseError(f"{what}; if it is elsewhere, name its directory with --data-dir")
+            pass  # it may be there: opening it says what is wrong
 
     def database(self) -> contextlib.closing[sqlite3.Connection]:
         """Open the database for reading or writing; closes with the block."""
@@ -8743,7 +8739,8 @@ def run_once(context: Context) -> JsonObject:
                 beats += beat_end(config.notify, name, code, result["text"], seconds, timeout)
                 note_told(conn, [*beats, *result.get("notified", ())])
             said = {mask_numbers(text) for handler in handlers for text in handler.said}
-            save_note(conn, "said", sorted(said))
+            with contextlib.suppress(sqlite3.Error):
+                save_note(conn, "said", sorted(said))
     return {**result, "heartbeats": beats, "duration_seconds": round(seconds, 3)}
 
 
@@ -8780,15 +8777,8 @@ def take_and_tell(context: Context, summary: JsonObject, timeout: float) -> Json
     summary.update(brief, **end)
     text = f"{note.title}\n{note.text}"
     number, over = summary.get("run_id"), sorted({*told} - {*still_open(steps, told)})
-    return {
-        "over": over,
-        "run_id": number,
-        **steps,
-        **end,
-        "notified": sent,
-        "news": news,
-        "text": text,
-    }
+    told_of = {"over": over, "run_id": number, "notified": sent, "news": news}
+    return {**told_of, **steps, **end, "text": text}
 
 
 def take_steps(context: Context) -> Dict[str, JsonObject]:
@@ -9240,29 +9230,27 @@ def run_help(context: Context) -> JsonObject:
 
 
 _PROGRAMS = "refresherr refresherr.pyz refresherr.py"
-_COMPLETIONS = {  # what stands before a case for each command, and behind them
-    "bash": ("""\
-_refresherr() {
-    local word options="@"
-    for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
-        case $word in""", """\
-        esac
-    done
-    COMPREPLY=($(compgen -W "$options" -- "${COMP_WORDS[COMP_CWORD]}"))
-}
-complete -o default -F _refresherr """),
-    "zsh": (f"""\
-#compdef {_PROGRAMS}
+_COMPLETION = """\
+#compdef {programs}
 _refresherr() {{
-    local word options="@"
-    for word in ${{words[2,CURRENT-1]}}; do
-        case $word in""", """\
+    local word options="{first}"
+    for word in {words}; do
+        case $word in
+{cases}
         esac
     done
-    compadd -- ${=options}
-    _files
-}
-compdef _refresherr """),
+    {answer}
+}}
+{register} {programs}
+"""
+_SHELLS = {
+    "bash": {
+        "words": '"${COMP_WORDS[@]:1:COMP_CWORD-1}"',
+        "register": "complete -o default -F _refresherr",
+        "answer": 'COMPREPLY=($(compgen -W "$options" -- "${COMP_WORDS[COMP_CWORD]}"))'},
+    "zsh": {
+        "words": "${words[2,CURRENT-1]}", "register": "compdef _refresherr",
+        "answer": "compadd -- ${=options}; _files"},
 }  # fmt: skip
 
 
@@ -9278,17 +9266,14 @@ def run_completion(context: Context) -> JsonObject:
     first = f"{' '.join(command.name for command in COMMANDS)} {everywhere}"
     cases = {c.name: f"{list_words(c.options)} {everywhere}".strip() for c in COMMANDS}
     if context.args.shell == "fish":
-        condition = "complete -c {} -n '__fish_seen_subcommand_from {}' -a '{}'"
-        lines = []
-        for program in _PROGRAMS.split():
-            lines.append(f"complete -c {program} -n __fish_use_subcommand -a '{first}'")
-            lines += [condition.format(program, *case) for case in cases.items()]
-    else:
-        head, tail = _COMPLETIONS[context.args.shell]
-        lines = [head.replace('"@"', f'"{first}"')]
-        lines += [f'        {name}) options="{words}" ;;' for name, words in cases.items()]
-        lines.append(tail + _PROGRAMS)
-    return {"text": "\n".join(lines) + "\n"}
+        line = "complete -c {} -n '__fish_seen_subcommand_from {}' -a '{}'\n"
+        top = "complete -c {} -n __fish_use_subcommand -a '{}'\n"
+        programs = _PROGRAMS.split()
+        lines = [line.format(program, *case) for program in programs for case in cases.items()]
+        return {"text": "".join([*(top.format(program, first) for program in programs), *lines])}
+    found = "\n".join(f'        {name}) options="{words}" ;;' for name, words in cases.items())
+    parts = {"programs": _PROGRAMS, "first": first, "cases": found, **_SHELLS[context.args.shell]}
+    return {"text": _COMPLETION.format(**parts)}
 
 
 def option(*names: str, **details: Any) -> Tuple[Tuple[str, ...], Dict[str, Any]]:
