@@ -83,6 +83,8 @@ def make_archive(source: bytes) -> bytes:
 
 def write_program(file: Path, content: bytes) -> None:
     """Write an executable file whole or not at all: a NAS may be about to run the old one."""
+    if os.path.islink(file) or (file.exists() and not file.is_file()):
+        raise SystemExit(f"{file} is no regular file, and stays as it is; name another one")
     handle, temporary = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
     try:
         with open(handle, "wb") as stream:

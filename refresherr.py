@@ -276,6 +276,11 @@ def find_ancestor(path: str, collection: Iterable[str]) -> Optional[str]:
     return next((parent for parent in ancestors(path) if parent in collection), None)
 
 
+def shell_quote(path: str) -> str:
+    """Return a path as it is typed in a shell."""
+    return path if re.fullmatch(r"[\w@%+=:,./-]+", path) else "'" + path.replace("'", "'\\''") + "'"
+
+
 def escape_message(text: str) -> str:
     """Return a message fit for the terminal and the log: one line, escaped, no secret in it."""
     return escape(redact(text))
@@ -286,6 +291,11 @@ def escape_message(text: str) -> str:
 # ---------------------------------------------------------------------------------------------
 
 log = logging.getLogger("refresherr")
+
+
+def mask_numbers(text: str) -> str:
+    """Return what a message has in common with the same one of another day."""
+    return re.sub(r"\d+", "#", text)
 
 
 class Terminal:
@@ -342,11 +352,19 @@ class TerminalHandler(logging.Handler):
     def __init__(self, terminal: Terminal, tracebacks: bool) -> None:
         super().__init__()
         self._terminal, self._tracebacks = terminal, tracebacks
+        self.file: Optional[TextIO] = None  # of --log-file
+        self.said: List[str] = []  # warnings and errors
+        self.told: Set[str] = set()  # those that need not be said again, see `mask_numbers`
 
     def emit(self, record: logging.LogRecord) -> None:
         self._terminal.clear()
         text = escape_message(record.getMessage())
+        with contextlib.suppress(OSError, ValueError):
+            print(utc_now(), f"{record.levelname.lower()}: {text}", file=self.file or io.StringIO())
         if record.levelno >= logging.WARNING:
+            self.said.append(text)
+            if mask_numbers(text) in self.told:
+                return
             text = f"{record.levelname.lower()}: {text}"
         with contextlib.suppress(OSError, ValueError):  # stderr is gone: nobody is left to be told
             print(f"refresherr: {text}", file=self._terminal.err)
@@ -366,7 +384,8 @@ def parse_path(text: str) -> str:
     """Return an absolute path, ~ expanded, not resolved."""
     if not text.strip():
         raise ValueError("must not be empty")
-    return os.path.abspath(os.path.expanduser(text.strip()))
+    # POSIX lets // stand at the beginning.
+    return "/" + os.path.abspath(os.path.expanduser(text.strip())).lstrip("/")
 
 
 def parse_url(text: str) -> str:
@@ -563,6 +582,8 @@ class RunSettings:
     """What `run` does of itself."""
     ingest_every: float = setting(86400.0, parse_duration, "Read the servers when the last reading "
         "is older than this.", "1d")
+    report: str = setting("", parse_path, "Every run writes the report there anew.",
+        "/volume1/web/refresherr.html")
     time_limit: float = setting(0.0, parse_duration,
         "A run begins nothing more after this long; 0 is no limit.", "2h")
 
@@ -661,7 +682,7 @@ def load_config(
     `flags` maps (section, key) to a parsed value.  Raises ConfigError, one line.
     """
     values, warnings = _read_config_file(file) if file else ({}, [])
-    _merge_environment(values, environ)
+    warnings += _merge_environment(values, environ)
     parsed = {section: _parse_section(section, texts) for section, texts in sorted(values.items())}
     instances = tuple(
         Instance(section.split()[0], "_".join(section.split()), parsed.pop(section))
@@ -702,14 +723,36 @@ def _read_config_file(file: str) -> Tuple[Values, List[str]]:
             raise ConfigError(f"{file}: the section [{title}] stands twice")
         values[section] = dict(parser[title])
         secrets = {field.name: field.metadata["secret"] for field in _fields(section)}
+        parsers = {field.name: field.metadata["parse"] for field in _fields(section)}
         known = [*secrets, *(f"{name}_file" for name in secrets if secrets[name])]
         for key, text in values[section].items():
             if key not in known:
                 hint = _nearest(key, known)
                 raise ConfigError(f"{file}: [{title}] has no setting {key!r}{hint}")
             exposed = exposed or bool(text and secrets.get(key))
+            _refuse_odd_paths(f"{file}: [{title}] {key}", parsers.get(key), text)
     advice = f"others can read the secrets in {file}; run: chmod 600 {file}"
     return values, [advice] if exposed and mode & 0o077 else []
+
+
+def _refuse_odd_paths(what: str, parse: Any, text: str) -> None:
+    """Raise ConfigError for what a person writes by mistake where paths are expected."""
+    for part in _split_paths(text) if parse in (parse_path, parse_paths, parse_map) else ():
+        advice = ""
+        if part[0] in "\"'":
+            advice = "write it without quotes"
+        elif part[0] not in "/~#;":
+            advice = "write the whole path, from / on"
+        elif re.search(r"\s[;#]", part) and not os.path.lexists(part):
+            advice = "the comment is taken for a part of the path; give it a line of its own"
+        if advice:
+            raise ConfigError(f"{what} ({part!r}): {advice}")
+
+
+def find_keyless(config: Config) -> List[str]:
+    """Return what is to be said of servers without a key."""
+    names = (i.name.replace("_", " ", 1) for i in config.instances if not i.settings.api_key)
+    return [f"[{name}] has no api_key: the server will refuse every request" for name in names]
 
 
 def _without_comments(lines: Iterable[str]) -> Iterator[str]:
@@ -748,12 +791,17 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
-def _merge_environment(values: Values, environ: Mapping[str, str]) -> None:
-    """Lay the environment over the file's values: REFRESHERR_SECTION_KEY and the old names."""
+def _merge_environment(values: Values, environ: Mapping[str, str]) -> List[str]:
+    """Lay the environment over the file's values: REFRESHERR_SECTION_KEY and the old names.
+
+    Returns a warning for each name that looks like one of ours and is none.
+    """
+    known = ["REFRESHERR_CONFIG"]
     for section in SECTIONS:
         for field in _fields(section):
             prefix = section if section == "refresherr" else f"refresherr_{section}"
-            text = environ.get(f"{prefix}_{field.name}".upper())
+            known.append(f"{prefix}_{field.name}".upper())
+            text = environ.get(known[-1])
             text = text or environ.get(field.metadata["env"])
             if text:
                 values.setdefault(section, {})[field.name] = text
@@ -772,6 +820,10 @@ def _merge_environment(values: Values, environ: Mapping[str, str]) -> None:
             kind, instance, key = match.groups()
             server = values.setdefault(f"{kind} {instance}".lower(), {})
             server["url" if key == "URL" else "api_key"] = text
+    odd = sorted(n for n in environ if n.startswith("REFRESHERR_") and n not in known)
+    return [
+        f"environment: {n} is no setting{_nearest(n, known).partition('; known')[0]}" for n in odd
+    ]
 
 
 def _parse_section(section: str, texts: Mapping[str, str]) -> Any:
@@ -963,7 +1015,7 @@ def read_mounts(identity: bool = False) -> Dict[str, str]:
     mounts: Dict[str, str] = {}
     with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as stream:
         mounts = parse_mountinfo(os.fsdecode(stream.read()), identity)
-    return mounts or {"/": "unknown"}
+    return {"/": "unknown", **mounts}  # a chroot whose root is no mount point has no line for it
 
 
 def read_overlay_branches(point: str) -> List[str]:
@@ -975,6 +1027,25 @@ def read_overlay_branches(point: str) -> List[str]:
                 options = dict(re.findall(r"(lowerdir|upperdir)=([^,]*)", line))
                 found = [*options.get("lowerdir", "").split(":"), options.get("upperdir", "")]
     return [path for path in found if path.startswith("/")]
+
+
+_CURES = {  # what a reason says: what to do about it
+    "Permission denied|not permitted": "let this user in (chmod, chown); a FUSE mount that another "
+        "user made needs the option allow_other",
+    "not connected|caused connection abort": "what serves that mount has died: start it again; in "
+        "a container, map the directory above it with rslave and restart the container",
+    "Stale": "mount it again",
+    "Input/output error": "its backend fails: look at the log of what serves it, such as rclone",
+    "answer": "what serves it hangs or is slow: restart it",
+    "does not exist|is empty|not mounted|absent|No such file|no longer": "mount it; in a "
+        "container, map the directory above it with rslave and restart the container",
+}  # fmt: skip
+
+
+def how_to_mend(reason: str) -> str:
+    """Return what to do about a mount or directory that cannot be read for this reason."""
+    found = (cure for words, cure in _CURES.items() if re.search(words, reason))
+    return next(found, "look at that place; the next scan judges again")
 
 
 def watch_mounts() -> Callable[[], bool]:
@@ -1417,12 +1488,32 @@ def from_db(value: Union[str, bytes, None]) -> str:
     return os.fsdecode(value) if isinstance(value, bytes) else value or ""
 
 
+def _advise_access(path: str) -> str:
+    """Return how this user gets at the files of the database, '' if none of them is closed to him.
+
+    Of directories only the database's own is spoken of: nobody is to be told to chown /.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    for name in (folder, path, f"{path}-wal", f"{path}-shm", f"{path}.lock"):
+        wanted = os.R_OK | os.W_OK | (os.X_OK if name == folder else 0)
+        if os.path.exists(name) and not os.access(name, wanted):
+            if os.statvfs(name).f_flag & os.ST_RDONLY:
+                return "its file system is read-only; name another place with --data-dir DIR"
+            if os.stat(name).st_uid == os.geteuid():
+                return f"run: chmod u+rwX {shell_quote(name)}"
+            if name != folder or os.stat(name).st_mode & 0o077 == 0:
+                what = f"-R {shell_quote(folder)}" if name == folder else f"{shell_quote(path)}*"
+                cure = f"run this as that one, or: sudo chown $(id -un) {what}"
+                return f"{name} belongs to another user; {cure}"
+    return ""
+
+
 @contextlib.contextmanager
 def explained_errors(path: str) -> Iterator[None]:
     """Turn an error of SQLite into one line that says what is wrong and what to do."""
     advice = {
-        "unable to open": "check that the directory exists and is writable, or use --data-dir",
-        "readonly": "make the file and its directory writable for this user, or use --data-dir",
+        "unable to open": _advise_access(path) or "check that its directory is there and writable",
+        "readonly": _advise_access(path) or "make it writable for this user, or use --data-dir",
         "disk is full": "free some space there and run the command again; nothing is lost",
         "disk I/O": "check the disk; `db check` tells whether the database is whole",
         "locked": "another program keeps it busy; try again later",
@@ -1452,7 +1543,8 @@ def open_database(db_path: Optional[str] = None, upgrade: bool = True) -> sqlite
     """Do as `get_connection` does, and bring the schema up to date."""
     path = db_path or default_db_path()
     if sqlite3.sqlite_version_info < (3, 24):
-        raise DatabaseError(f"SQLite {sqlite3.sqlite_version} is too old; 3.24 is needed")
+        what = f"SQLite {sqlite3.sqlite_version} of {sys.executable} is too old; 3.24 is needed"
+        raise DatabaseError(f"{what}: use a newer Python, each brings or needs a newer SQLite")
     _make_database_file(path)
     with explained_errors(path), contextlib.ExitStack() as on_failure:
         conn = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None)
@@ -1467,11 +1559,11 @@ def open_database(db_path: Optional[str] = None, upgrade: bool = True) -> sqlite
 
 
 @contextlib.contextmanager
-def _writable_place(what: str) -> Iterator[None]:
+def _writable_place(what: str, path: str) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        advice = "name a writable place with --data-dir DIR"
+        advice = _advise_access(path) or "name a writable place with --data-dir DIR"
         raise DatabaseError(f"cannot open the {what}: {exc.strerror}; {advice}") from exc
 
 
@@ -1479,9 +1571,10 @@ def _make_database_file(path: str) -> None:
     """Make the file with its mode before SQLite does, with the umask's."""
     # Never open a database that is in use: closing any descriptor of a file drops all POSIX locks
     # that this process holds on it, those of SQLite's connections in other threads included.
-    with _create_lock, _writable_place(f"database {path}"), contextlib.suppress(FileExistsError):
-        if os.path.isdir(path):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    exists = contextlib.suppress(FileExistsError)
+    with _create_lock, _writable_place(f"database {path}", path), exists:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError(errno.EISDIR, "it is a directory or a device")
         os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
 
@@ -1562,6 +1655,8 @@ def _known_version(conn: sqlite3.Connection) -> int:
 
 
 def _columns(conn: sqlite3.Connection, table: str) -> List[str]:
+    # Before 3.32 the PRAGMA answers from what the connection once read; a SELECT reads it anew.
+    conn.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
     return [row[1] for row in conn.execute(f"PRAGMA table_info({table})")]
 
 
@@ -1630,6 +1725,17 @@ MIGRATIONS: Dict[int, Callable[[sqlite3.Connection], None]] = {
 }
 
 
+def load_note(conn: sqlite3.Connection, name: str) -> Any:
+    """Return the fact that was kept under a name, None without one."""
+    row = conn.execute("SELECT value FROM notes WHERE name = ?", (name,)).fetchone()
+    return json.loads(row[0]) if row else None
+
+
+def save_note(conn: sqlite3.Connection, name: str, value: Any) -> None:
+    """Keep a fact, which JSON can hold, for later runs."""
+    conn.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, json.dumps(value)))
+
+
 def initialize_schema(conn: Optional[sqlite3.Connection] = None) -> None:
     """Create or upgrade the tables in one transaction, after a backup of any data.
 
@@ -1690,9 +1796,21 @@ def _back_up_before_migration(conn: sqlite3.Connection, version: int) -> bool:
     return True
 
 
+def refuse_output(file: str, fresh: bool = False) -> None:
+    """Raise RefresherrError where a file must not be written: over a device, a directory, a link;
+    with `fresh` over anything.
+    """
+    with contextlib.suppress(OSError):
+        is_regular = stat.S_ISREG(os.lstat(file).st_mode)
+        if fresh or not is_regular:
+            what = "exists already" if is_regular else "is no regular file"
+            raise RefresherrError(f"{file} {what}, and stays as it is; name a new file")
+
+
 @contextlib.contextmanager
-def replacement(file: str, mode: int = 0o600) -> Iterator[str]:
+def replacement(file: str, mode: int = 0o600, fresh: bool = False) -> Iterator[str]:
     """Yield a temporary file that becomes `file` at the end, or nothing does."""
+    refuse_output(file, fresh)
     temporary = f"{file}.tmp{os.getpid()}"
     try:
         os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -1709,9 +1827,15 @@ def replacement(file: str, mode: int = 0o600) -> Iterator[str]:
         raise RefresherrError(f"cannot write {file}: {exc.strerror}{advice}") from exc
 
 
-def backup_database(conn: sqlite3.Connection, file: str) -> None:
+def write_file(file: str, text: str, mode: int = 0o600) -> None:
+    """Write a text file whole or not at all."""
+    with replacement(file, mode) as name, open(name, "w", encoding="utf-8") as stream:
+        stream.write(text)
+
+
+def backup_database(conn: sqlite3.Connection, file: str, fresh: bool = False) -> None:
     """Write a consistent copy of the database to `file` (0600), whole or not at all."""
-    with replacement(file) as name, contextlib.closing(sqlite3.connect(name)) as copy:
+    with replacement(file, fresh=fresh) as name, contextlib.closing(sqlite3.connect(name)) as copy:
         conn.backup(copy)
         copy.execute("PRAGMA journal_mode=DELETE")
 
@@ -1952,22 +2076,29 @@ def forget_strays(conn: sqlite3.Connection, roots: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def process_lock(db_path: str, wait: float) -> Iterator[None]:
+def process_lock(db_path: str, wait: float, command: str = "refresherr") -> Iterator[None]:
     """Hold the lock beside the database: one run at a time.  LockedError after `wait` seconds.
 
-    The kernel drops it with the process, however that ends.
+    The kernel drops it with the process, however that ends; the file says who held it last.
     """
     file = db_path + ".lock"
-    with _writable_place(f"lock file {file}"):
+    with _writable_place(f"lock file {file}", db_path):
         os.makedirs(os.path.dirname(file), mode=0o700, exist_ok=True)
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     deadline = time.monotonic() + wait
     try:
         while not _try_lock(descriptor, file):
             if time.monotonic() >= deadline:
+                holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip()
                 advice = "wait for it to end, or use --lock-wait SECONDS"
-                raise LockedError(f"another run holds the lock {file}; {advice}")
+                who = f": {holder}" if holder else ""
+                raise LockedError(f"another run holds the lock {file}{who}; {advice}")
             time.sleep(0.1)
+        holder = (
+            f"`{command}` (process {os.getpid()}, since {utc_now()[:16].replace('T', ' ')} UTC)"
+        )
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{holder}\n".encode(), 0)
         yield
     finally:
         os.close(descriptor)
@@ -4249,11 +4380,6 @@ def describe_unit(unit: JsonObject) -> str:
         share += f", and {unit['lot']:,} were gone at once"
     where = f"{what} {unit['directory']} ({share})"
     return f"{lost} {where}. If they are gone for good: `{unit['accept']}`"
-
-
-def shell_quote(path: str) -> str:
-    """Return a path as it is typed in a shell."""
-    return path if re.fullmatch(r"[\w@%+=:,./-]+", path) else "'" + path.replace("'", "'\\''") + "'"
 
 
 # Of the losses that are still open: those that came back, by themselves or not; those that this
@@ -7794,6 +7920,8 @@ LEVELS = {  # of a note: its priority and tag at ntfy
     "info": ("3", "information_source"), "success": ("3", "white_check_mark"),
     "warning": ("4", "warning"), "failure": ("5", "rotating_light"),
 }  # fmt: skip
+NOTIFIERS = ("discord", "ntfy", "apprise", "webhook")
+HEARTBEATS = ("healthchecks", "uptime_kuma")
 Sleep = Callable[[float], None]
 
 
@@ -7852,6 +7980,27 @@ def beat_end(
         "uptime_kuma": Call("GET", "", push),
     }
     return _deliver(settings, calls, timeout, sleep)
+
+
+def send_test(settings: NotifySettings, timeout: float) -> List[JsonObject]:
+    """Send a test message to every notifier and heartbeat.  Returns what send_notes does."""
+    note = Note("Refresherr: a test", "doctor --notify has sent this.", "info", {})
+    calls = {
+        "healthchecks": Call("POST", "/log", body=note.text.encode()),
+        "uptime_kuma": Call("GET", "", {"status": "up", "msg": note.text}),
+    }
+    told = send_notes(settings, note, timeout)
+    return told + _deliver(settings, calls, timeout, time.sleep)
+
+
+def note_told(conn: sqlite3.Connection, lines: Iterable[JsonObject]) -> None:
+    """Remember who took a message, and warn, once each, of those that did not."""
+    told = {line["name"]: line["error"] for line in sorted(lines, key=lambda x: x["error"] or "")}
+    for name, error in told.items():
+        last, _ = load_note(conn, f"told {name}") or (None, None)
+        save_note(conn, f"told {name}", (last if error else utc_now(), error))
+        if error:
+            log.warning("%s; `doctor --notify` tries it again", error)
 
 
 def cut(text: str, limit: int, encoding: str = "utf-8") -> str:
@@ -7917,13 +8066,15 @@ def media_client(name: str, settings: MediaSettings, timeout: float) -> Client:
     """Return a client that shows a media server our key."""
     key = settings.token if isinstance(settings, PlexSettings) else settings.api_key
     header, form = MEDIA_KEYS[name]
+    if header == "Authorization" and "@" in urlsplit(settings.url).netloc:
+        header, form = MEDIA_KEYS["emby"]  # that one is taken by user and password
     return Client(name, settings.url, timeout, {header: form.format(key)}, key)
 
 
 def refresh_media(
     name: str, settings: MediaSettings, directories: Sequence[str], timeout: float
 ) -> JsonObject:
-    """Tell a media server, by its `name` of MEDIA_KEYS, which directories changed.
+    """Tell a media server, by its `name` of MEDIA_KEYS, which directories or links changed.
 
     Returns {"server", "directories": those told, "left": those for the next time, "error": None
     or a line}.  What no library of Plex holds is in neither list.
@@ -8135,6 +8286,25 @@ def list_links(
     return links, len(paths)
 
 
+def describe_unreachable(conn: sqlite3.Connection, roots: Sequence[str]) -> Dict[str, str]:
+    """Return {reason: a line that says where, and what to do} of the links that cannot be judged,
+    those first that are the most.
+    """
+    within, values = beneath_any(roots)
+    select = f"""SELECT path, last_target, error FROM symlinks
+        WHERE status <> 'ok' AND status = 'unreachable' AND {within}"""
+    goals: Dict[str, List[str]] = defaultdict(list)
+    for path, target, error in conn.execute(select, values):
+        goal = os.path.join(os.path.dirname(from_db(path)), from_db(target))
+        goals[(error or "").replace(NEVER_JUDGED, "", 1)].append(os.path.normpath(goal))
+    lines = {}
+    for reason, places in sorted(goals.items(), key=lambda entry: -len(entry[1])):
+        where = f"{os.path.commonpath(places)}: {reason or 'for no known reason'}"
+        cure = "" if "scan --accept" in reason else f"; {how_to_mend(reason)}"
+        lines[reason] = f"{plural(len(places), 'link')} cannot be judged: {where}{cure}"
+    return lines
+
+
 def describe_links(
     conn: sqlite3.Connection, config: Config, paths: Sequence[str]
 ) -> List[JsonObject]:
@@ -8187,7 +8357,7 @@ def next_step(
     if link.status == UNREACHABLE and GUARD_WORDS in link.error:
         return "if its file is really gone, `scan --accept DIR`"
     if link.status == UNREACHABLE:
-        return "look at the mount; the next scan judges again"
+        return how_to_mend(link.error)
     if link.status == MISSING:
         return "nothing to do: the link itself is gone"
     name = owner.instance if owner else "the relay" if plan_relay(config.relay, path) else ""
@@ -8306,40 +8476,70 @@ table{width:100%;border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.45rem .6rem .45rem 0;text-align:left;vertical-align:top}
 th{color:var(--dim);font-weight:500;font-size:.85em;overflow-wrap:normal}
 tbody tr{border-top:1px solid var(--line)}.numbers :not(:first-child){text-align:right}
+.numbers td:first-child{min-width:6em}
 .cards,.cards :is(thead,tbody){display:block}
 .cards tr{display:grid;grid-template-columns:14% 14% 14% 1fr}
-#links tr{grid-template-columns:14% 38% 14% 14% 1fr;
-content-visibility:auto;contain-intrinsic-size:auto 5rem}
+#links tr{grid-template-columns:14% 38% 14% 14% 1fr}
+#links tbody::before{content:attr(data-title);display:block;padding-top:.7rem;font-weight:600}
+#links tbody{content-visibility:auto;contain-intrinsic-size:auto 9rem}
+dt,dd{overflow-wrap:normal}a{color:var(--accent)}select{font:inherit}
 input{width:100%;padding:.55rem .8rem;font:inherit;color:inherit;background:var(--page);
 border:1px solid var(--dim);border-radius:8px}
 :focus-visible{outline:2px solid var(--accent)}code{color:var(--accent)}
 @media screen and (max-width:760px){.cards thead,.cards td:empty{display:none}
-.cards tr,.cards td{display:block}.cards td{padding:.1rem 0}.cards tr{padding:.5rem 0}}
+.cards tr,.cards td{display:block}.cards td{padding:.1rem 0}.cards tr{padding:.5rem 0}
+.cards td::before{content:attr(data-head) ": ";color:var(--dim)}
+#links td::before{content:none}#links td:nth-child(3)::before{content:"Broken since "}
+#links td:nth-child(4)::before{content:"Owner "}#links td:nth-child(5)::before{content:"Next "}}
 @media print{body{padding:0;font-size:11px}#search{display:none}tr,figure{break-inside:avoid}
 svg{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
 _SCRIPT = """
 "use strict";
-const box = document.getElementById("q"), told = document.getElementById("told");
+for (const time of document.querySelectorAll("time")) {
+  const moment = new Date(time.dateTime), day = {dateStyle: "medium"};
+  let count = (Date.now() - moment) / 1000, unit = "second";
+  for (const [name, size] of [["minute", 60], ["hour", 60], ["day", 24]])
+    if (count >= size) { count /= size; unit = name; }
+  time.title = time.textContent;
+  time.textContent =
+    moment.toLocaleString([], time.className == "day" ? day : {...day, timeStyle: "short"});
+  if (time.className == "age")
+    time.textContent += ", "
+      + new Intl.RelativeTimeFormat("en").format(-Math.floor(Math.max(0, count)), unit);
+}
+const box = document.getElementById("q"), state = document.getElementById("state");
 const rows = Array.from(document.querySelectorAll("#links tbody tr"));
+const groups = Array.from(document.querySelectorAll("#links tbody"));
 let texts;
 function show() {
-  texts = texts || rows.map(row => row.textContent.toLowerCase());
+  texts = texts || rows.map(row =>
+    (row.parentNode.dataset.title + " " + row.textContent).toLowerCase());
   const words = box.value.toLowerCase().split(/\\s+/);
-  rows.forEach((row, i) => { row.hidden = !words.every(word => texts[i].includes(word)); });
-  told.textContent = rows.filter(row => !row.hidden).length + " of " + rows.length;
+  rows.forEach((row, i) => { row.hidden = !(words.every(word => texts[i].includes(word))
+    && (!state.value || row.querySelector("." + state.value))); });
+  groups.forEach(group => { group.hidden = !group.querySelector("tr:not([hidden])"); });
+  document.getElementById("told").textContent =
+    rows.filter(row => !row.hidden).length + " of " + rows.length;
 }
 function read() {
-  box.value = new URLSearchParams(location.hash.slice(1)).get("q") || "";
+  const wanted = new URLSearchParams(location.hash.slice(1));
+  box.value = wanted.get("q") || "";
+  state.value = wanted.get("state") || "";
   show();
 }
-box.parentNode.hidden = false;
-box.addEventListener("input", () => {
-  history.replaceState(null, "", "#" + new URLSearchParams({q: box.value}));
+function write() {
+  const chosen = state.value ? {q: box.value, state: state.value} : {q: box.value};
+  history.replaceState(null, "", "#" + new URLSearchParams(chosen));
   show();
-});
-addEventListener("hashchange", read);
-if (location.hash) read();
+}
+if (box) {
+  box.parentNode.hidden = false;
+  box.addEventListener("input", write);
+  state.addEventListener("input", write);
+  addEventListener("hashchange", read);
+  if (location.hash) read();
+}
 """
 
 
@@ -8429,7 +8629,7 @@ def format_report(report: JsonObject) -> str:
         script_hash=fingerprint(_SCRIPT),
         style_hash=fingerprint(_STYLE),
         style=_STYLE,
-        script=_SCRIPT if report["links"] else "",  # nothing to search
+        script=_SCRIPT,
         body="\n".join(f'<div class="row">{part}</div>' for part in parts if part),
     )
 
@@ -8441,16 +8641,19 @@ def _text(value: Union[str, bytes, None]) -> str:
     return html.escape(escape_message(from_db(value)))
 
 
-def _moment(value: Any) -> str:
-    """Return a time of the database as '2026-11-22 13:29', or what stands in its place."""
+def _moment(value: Any, kind: str = "") -> str:
+    """Return a time of the database as HTML, which the reader's browser shows in its own zone, or
+    what stands in its place; `kind` is 'age', to be shown behind it, 'day', which is all, or none.
+    """
     moment = parse_time(value)
     with contextlib.suppress(ValueError, OverflowError, OSError):  # a year beyond 9999
-        return format_time(moment)[:16].replace("T", " ") if moment is not None else ""
+        if moment is None:
+            return ""
+        full = format_time(moment)
+        shown = full[:10] if kind == "day" else f"{full[:16].replace('T', ' ')} UTC"
+        attributes = f"datetime={full[:16]}Z{f' class={kind}' if kind else ''}"
+        return f"<time {attributes}>{shown}</time>"
     return _text(str(value))
-
-
-def _age(value: Any, now: float) -> str:
-    return format_duration(max(0.0, now - (parse_time(value) or now))) + " ago"
 
 
 def _state(word: Optional[str]) -> str:
@@ -8464,11 +8667,15 @@ def _section(title: str, body: str) -> str:
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], attributes: str) -> str:
     """Return a table of cells that are HTML already."""
     top = '</th><th scope="col">'.join(heads)
-    body = "\n".join("<tr><td>" + "</td><td>".join(row) + "</td></tr>" for row in rows)
+    body = "\n".join(f"<tr>{_cells(heads, row)}</tr>" for row in rows)
     return (
         f'<table {attributes}><thead><tr><th scope="col">{top}</th></tr></thead>'
         f"<tbody>\n{body}\n</tbody></table>"
     )
+
+
+def _cells(heads: Sequence[str], row: Sequence[str]) -> str:
+    return "".join(f'<td data-head="{head}">{cell}</td>' for head, cell in zip(heads, row))
 
 
 def _format_head(report: JsonObject) -> str:
@@ -8476,8 +8683,7 @@ def _format_head(report: JsonObject) -> str:
     bad = " and ".join(f"{links[s]:,} {s}" for s in (BROKEN, UNREACHABLE) if links[s])
     told = "Nothing has been scanned yet."
     if scan:
-        age = _age(scan["started"], report["now"])
-        told = f"Last scan {_moment(scan['started'])} UTC, {age}: {_state(scan['status'])}."
+        told = f"Last scan {_moment(scan['started'], 'age')}: {_state(scan['status'])}."
     if report["message"]:
         told += f'<p class="alert">{_text(report["message"])}</p>'
     cards = (
@@ -8486,7 +8692,7 @@ def _format_head(report: JsonObject) -> str:
         for status in STATUSES
     )
     place = f"{_text(database['path'])}, {database['size_bytes'] / 1048576:.1f} MiB"
-    made = f"Made {_moment(report['now'])} UTC by Refresherr {__version__} from {place}."
+    made = f"Made {_moment(report['now'])} by Refresherr {__version__} from {place}."
     title = f"{bad or 'None broken'} of {plural(links['total'], 'link')}"
     top = f"<h1>{title}</h1>\n<p>{told}</p>\n<small>{made}</small>"
     return f"<header>{top}\n<dl>{''.join(cards)}</dl></header>"
@@ -8511,7 +8717,7 @@ def _format_roots(report: JsonObject) -> str:
 
 def _chart(title: str, top: str, said: str, view: str, shapes: str, ends: Sequence[float]) -> str:
     """Return a chart; `said` tells what it shows, `ends` are the times at both sides."""
-    dates = "".join(f"<span>{_moment(end)[:10]}</span>" for end in ends)
+    dates = "".join(f"<span>{_moment(end, 'day')}</span>" for end in ends)
     head = f'<svg role="img" viewBox="{view}" preserveAspectRatio="none"><title>{title}</title>'
     plot = f"<small>{top}</small>{head}<desc>{said}</desc>{shapes}</svg>"
     below = f'<small class="ends">{dates}</small><figcaption><small>{said}</small></figcaption>'
@@ -8523,18 +8729,21 @@ def _chart_scans(report: JsonObject) -> str:
     if not points:
         return _section(title, "<p>There has been no scan.</p>")
     start, end = points[0][0], points[-1][0]
-    top, span = max(1, *(max(point[1:]) for point in points)), max(1.0, end - start)
+    # An outage must not flatten what it is not about: the scale is that of the broken links.
+    top, span = max(1, *(point[1] for point in points)), max(1.0, end - start)
 
     def trace(column: int) -> str:
-        steps = (f"H{point[0] - start:.0f}V{top - point[column]}" for point in points)
-        return f"M0 {top - points[0][column]}{''.join(steps)}H{span:.0f}"
+        heights = [top - min(top, point[column]) for point in points]
+        steps = (f"H{point[0] - start:.0f}V{height}" for point, height in zip(points, heights))
+        return f"M0 {heights[0]}{''.join(steps)}H{span:.0f}"
 
     shapes = f'<path class="area" d="{trace(1)}V{top}H0Z"/><path d="{trace(1)}"/>'
     worst = max(points, key=operator.itemgetter(1))
-    said = f"Now {points[-1][1]:,} broken; at most {worst[1]:,}, on {_moment(worst[0])[:10]}."
+    said = f"Now {points[-1][1]:,} broken; at most {worst[1]:,}, on {format_time(worst[0])[:10]}."
     if any(point[2] for point in points):
         shapes += f'<path class="dashed" d="{trace(2)}"/>'
-        said += " The dashed line: links that could not be reached."
+        most = max(point[2] for point in points)
+        said += f" The dashed line: links that could not be reached, at most {most:,}."
     return _chart(title, f"{top:,}", said, f"0 0 {span:.0f} {top}", shapes, (start, end))
 
 
@@ -8549,7 +8758,7 @@ def _chart_days(report: JsonObject) -> str:
     shapes = f'<path class="axis" d="M0 {top}H{REPORT_DAYS * 10}"/>'
     for number, (day, count) in enumerate(days.items()):
         up, down = healed[day], count["newly_broken"]
-        words = f"{_moment(day * 86400)[:10]}: {down:,} newly broken, {up:,} healed"
+        words = f"{format_time(day * 86400)[:10]}: {down:,} newly broken, {up:,} healed"
         bar = f'<rect x="{number * 10 + 1}" width="8"'
         shapes += f'<g><title>{words}</title>{bar} y="{top - up}" height="{up}" class="ok"/>'
         shapes += f'{bar} y="{top}" height="{down}" class="broken"/></g>'
@@ -8560,7 +8769,11 @@ def _chart_days(report: JsonObject) -> str:
 
 
 def _format_shows(report: JsonObject) -> str:
-    rows = [[_text(name), f"{count:,}"] for name, count in report["shows"]]
+    links = [f"#{_text(urlencode({'q': name}, errors='replace'))}" for name, _ in report["shows"]]
+    rows = [
+        [f'<a href="{link}">{_text(name)}</a>', f"{count:,}"]
+        for link, (name, count) in zip(links, report["shows"])
+    ]
     table = _table(("Title", "Broken"), rows, 'class="numbers"')
     return _section("Most broken", table) if rows else ""
 
@@ -8576,30 +8789,39 @@ def _format_servers(report: JsonObject) -> str:
 
 
 def _format_links(report: JsonObject) -> str:
-    links, now, title = report["links"], report["now"], "Links that need attention"
+    links, title = report["links"], "Links that need attention"
     if not links:
         return _section(title, "<p>None.</p>")
-    rows = [
-        (
+    heads = ("State", "Link and its target", "Broken since", "Owner", "Next step")
+    groups: Dict[str, List[str]] = {}
+    for link in links:
+        row = (
             _state(link["status"]),
             f"{_text(link['path'])}<small>{_text(link['target'])}</small>",
-            _moment(link["since"])
-            + f"<small>{_age(link['since'], now)}</small>" * bool(link["since"]),
+            _moment(link["since"], "age"),
             _text(link["instance"]),
             _text("; ".join(filter(None, (link["error"], link["next"])))),
         )
-        for link in links
-    ]
+        season = "" if link["season"] is None else f", season {link['season']}"
+        rows = groups.setdefault(f"{_text(link['name'])}{season}", [])
+        rows.append(f"<tr><td>{'</td><td>'.join(row)}</td></tr>")
     hidden = report["count"] - len(links)
-    cut = f"<p>{hidden:,} more are not shown; <code>refresherr broken</code> lists them.</p>"
-    search = (
-        '<div id="search" hidden><label for="q">Search by path, target, owner or next step</label>'
-        f'<input id="q" type="search"><p id="told" class="dim" role="status">{len(rows)} of '
-        f'{len(rows)}</p></div><noscript><p class="dim">The search needs JavaScript.</p></noscript>'
+    more = f"<p>{hidden:,} more are not shown; <code>refresherr broken</code> lists them.</p>"
+    count = f"{len(links)} of {len(links)}"
+    states = "".join(f"<option>{status}</option>" for status in STATUSES[1:])
+    search = f"""<div id="search" hidden>
+<label for="q">Search by path, target, owner or next step</label><input id="q" type="search">
+<label for="state">State</label> <select id="state"><option value="">every</option>{states}</select>
+<p id="told" class="dim" role="status">{count}</p></div>
+<noscript><p class="dim">The search needs JavaScript.</p></noscript>"""
+    bodies = (
+        f'<tbody data-title="{name}: {plural(len(rows), "link")}">' + "\n".join(rows) + "</tbody>"
+        for name, rows in groups.items()
     )
-    heads = ("State", "Link and its target", "Broken since, UTC", "Owner", "Next step")
-    table = _table(heads, rows, 'id="links" class="cards"')
-    return _section(title, (cut if hidden else "") + search + table)
+    top = '</th><th scope="col">'.join(heads)
+    table = f"""<table id="links" class="cards"><thead><tr><th scope="col">{top}</th></tr></thead>
+{"".join(bodies)}</table>"""
+    return _section(title, more * bool(hidden) + search + table)
 
 
 def _format_changes(report: JsonObject) -> str:
@@ -8612,7 +8834,7 @@ def _format_changes(report: JsonObject) -> str:
         )
         for row in report["changes"]
     ]
-    heads = ("Time, UTC, and run", "State", "Link, its old and its new target")
+    heads = ("Time and run", "State", "Link, its old and its new target")
     title = f"The last {plural(len(rows), 'changed link')}"
     return _section(title, _table(heads, rows, 'class="cards"')) if rows else ""
 
@@ -8628,7 +8850,7 @@ def _format_actions(report: JsonObject) -> str:
         )
         for row in report["last_actions"]
     ]
-    heads = ("Time, UTC", "Status", "Server", "Link, and what went wrong")
+    heads = ("Time", "Status", "Server", "Link, and what went wrong")
     title = f"The last {plural(len(rows), 'repair action')}"
     return _section(title, _table(heads, rows, 'class="cards"')) if rows else ""
 
@@ -8690,7 +8912,8 @@ def examine_config(config: Config, error: str) -> List[Finding]:
     if error:
         return [Finding("config", "failed", error, "correct the file")]
     source = Finding("config", "ok", config.file or "no config file; defaults and environment")
-    return [source, *(Finding("config", "warning", text) for text in config.warnings)]
+    texts = (*config.warnings, *find_keyless(config))
+    return [source, *(Finding("config", "warning", text) for text in texts)]
 
 
 def examine_time(conn: sqlite3.Connection, now: float, cron_line: str) -> List[Finding]:
@@ -8712,13 +8935,15 @@ def examine_time(conn: sqlite3.Connection, now: float, cron_line: str) -> List[F
         advice = cron_line = ""
     findings = [clock, Finding("schedule", state, ago, advice, cron_line)]
     scan = _last_run(conn, "scan", ("message", "guard"))
-    if scan and scan["exit_code"] not in (EXIT_OK, EXIT_BROKEN, EXIT_PARTIAL):
+    if scan and scan["exit_code"] not in (EXIT_OK, EXIT_BROKEN):
         detail = f"{scan['status']}: {scan['message'] or 'it came to no end'}"
-        tripped = scan["guard"].get("tripped")
-        advice = (
-            "if that loss is meant, `scan --accept DIR`" if tripped else "mend what is named below"
-        )
-        findings.append(Finding("last scan", "failed", detail, advice))
+        state = "warning" if scan["exit_code"] == EXIT_PARTIAL else "failed"
+        advice = "mend that, then `scan` again; `broken --status unreachable` names the links"
+        if scan["guard"].get("tripped"):
+            advice = "if that loss is meant, `scan --accept DIR`"
+        if not scan["message"]:
+            advice = "`scan` again; what it recorded stays"
+        findings.append(Finding("last scan", state, detail, advice))
     return findings
 
 
@@ -8739,7 +8964,8 @@ def examine_library(config: Config, conn: sqlite3.Connection) -> List[Finding]:
     looks, mounts = look_at_places(conn, config.scan, [*roles, *folders, *doubted])
     for path, role in roles.items():
         state, reason, _ = looks[path]
-        bad = Finding(f"{role} {path}", "failed", reason, "mount it, or correct the config")
+        advice = f"{how_to_mend(reason)}; or correct the config"
+        bad = Finding(f"{role} {path}", "failed", reason, advice)
         findings.append(Finding(bad.name, "ok", "can be read") if state == "scanned" else bad)
     findings += [_examined_mount(mount) for mount in mounts]
     there = {folder: looks[folder][1] for folder in folders if looks[folder][0] != "missing"}
@@ -8788,7 +9014,7 @@ def _examined_mount(mount: WatchedMount) -> Finding:
     name = f"mount {mount.point}"
     if mount.state == HEALTHY:
         return Finding(name, "ok", f"{mount.fs_type}, healthy ({mount.role})")
-    advice = "mount it again; until then its links are unreachable"
+    advice = f"{how_to_mend(mount.reason)}; until then its links are unreachable"
     if mount.role == "remembered":
         advice += f", or, if it moved for good, `scan --forget-mount {mount.point}`"
     return Finding(name, "failed", mount.reason, advice)
@@ -8888,6 +9114,20 @@ def _strange_paths(name: str, detail: str, fitting: PathMap) -> Finding:
             return Finding(f"paths of {name}", "failed", detail, advice, f"path_map = {text}")
     advice = f"scan its library; if it calls that something else, set path_map in {section}"
     return Finding(f"paths of {name}", "warning", detail, advice)
+
+
+def examine_notifiers(config: Config, conn: sqlite3.Connection) -> List[Finding]:
+    """Say of each notifier and heartbeat when it last took a message."""
+    findings = []
+    for name in (*NOTIFIERS, *HEARTBEATS):
+        if getattr(config.notify, name):
+            last, error = load_note(conn, f"told {name}") or (None, None)
+            when = f"last took a message at {last}" if last else "has taken no message yet"
+            advice = "" if last else "`doctor --notify` sends it a test"
+            state = "failed" if error else "ok" if last else "warning"
+            advice = f"correct {name} in [notify]; `doctor --notify` tries it" if error else advice
+            findings.append(Finding(name, state, f"{error}; {when}" if error else when, advice))
+    return findings
 
 
 def examine_relay(config: Config) -> List[Finding]:
@@ -8999,12 +9239,11 @@ def last_event(conn: sqlite3.Connection) -> int:
     return conn.execute("SELECT max(id) FROM events").fetchone()[0] or 0
 
 
-def changed_directories(conn: sqlite3.Connection, after: int) -> List[str]:
-    """Return the directories of links that were changed, or came back, after an event."""
+def changed_links(conn: sqlite3.Connection, after: int) -> List[str]:
+    """Return the links that were changed, or came back, after an event."""
     marks = ", ".join("?" * len(_CHANGED))
     query = f"SELECT DISTINCT path FROM events WHERE id > ? AND action IN ({marks})"
-    paths = (from_db(path) for (path,) in conn.execute(query, (after, *_CHANGED)))
-    return sorted({os.path.dirname(path) for path in paths})
+    return sorted(from_db(path) for (path,) in conn.execute(query, (after, *_CHANGED)))
 
 
 def name_problems(steps: Mapping[str, JsonObject]) -> Dict[str, str]:
@@ -9089,6 +9328,15 @@ def plan_note(
 # ---------------------------------------------------------------------------------------------
 
 
+def started_as() -> str:
+    """Return the words by which this program was started, to be typed again."""
+    program = sys.argv[0]
+    if not os.path.isfile(program):
+        return "refresherr"
+    is_typed = "/" in program and os.access(program, os.X_OK)
+    return shell_quote(program) if is_typed else f"python3 {shell_quote(program)}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What a command works with."""
@@ -9105,8 +9353,23 @@ class Context:
         path = self.args.db or os.path.join(self.config.refresherr.data_dir, "symlinks.db")
         return os.path.abspath(path)
 
+    def require_database(self) -> None:
+        """Raise DatabaseError where there is none and the command does not fill one: a directory
+        that was mistyped is no empty library.
+        """
+        try:
+            os.stat(self.db_path)
+        except (FileNotFoundError, NotADirectoryError):
+            if self.args.command not in ("scan", "run", "ingest"):
+                what = f"there is no database {self.db_path}: `{started_as()} scan DIR` makes one"
+                advice = "if it is elsewhere, name its directory with --data-dir"
+                raise DatabaseError(f"{what}; {advice}") from None
+        except OSError:
+            pass  # it may be there: opening it says what is wrong
+
     def database(self) -> contextlib.closing[sqlite3.Connection]:
         """Open the database for reading or writing; closes with the block."""
+        self.require_database()
         return contextlib.closing(open_database(self.db_path))
 
     @property
@@ -9121,11 +9384,13 @@ class Context:
         """Hold the lock and record the run; a preview works on a copy and records nothing."""
         with contextlib.ExitStack() as stack:
             conn = self.conn
+            if conn is None:
+                self.require_database()
             if preview or self.args.dry_run:
                 yield conn or stack.enter_context(scratch_database(self.db_path)), {}
                 return
             if conn is None:
-                stack.enter_context(process_lock(self.db_path, self.args.lock_wait))
+                stack.enter_context(process_lock(self.db_path, self.args.lock_wait, command))
                 conn = stack.enter_context(self.database())
             yield conn, stack.enter_context(recorded_run(conn, command))
 
@@ -9133,7 +9398,8 @@ class Context:
         """Raise UsageError if there is nothing to scan, before a database is made for that."""
         if not self.config.scan.roots:
             raise UsageError(
-                "no roots to scan: name a directory, or set [scan] roots in the config"
+                f"no roots to scan: `{started_as()} {self.args.command} DIR`, or set [scan] roots "
+                "in the config"
             )
 
     def progress(self, text: str) -> None:
@@ -9141,6 +9407,18 @@ class Context:
         if time.monotonic() > self.deadline:
             raise TimeUpError("the time of this run is up; the next one goes on")
         self.terminal.progress(text)
+
+
+def note_dry_run(result: JsonObject, context: Context) -> JsonObject:
+    """Note in a result that -n has overruled --apply."""
+    if context.args.dry_run and (context.args.apply or context.config.refresherr.apply):
+        result["dry_run"] = True
+    return result
+
+
+def how_to_apply(result: JsonObject) -> str:
+    """Return why a preview was one, or how to do what it shows."""
+    return "-n asks for that" if result.get("dry_run") else "--apply does it"
 
 
 def run_scan(context: Context) -> JsonObject:
@@ -9156,31 +9434,39 @@ def run_scan(context: Context) -> JsonObject:
         result = scan_library(conn, job, context.progress)
         if args.exit_code and result["exit_code"] == EXIT_OK and result["totals"]["broken"]:
             result["exit_code"] = EXIT_BROKEN
-        failed = [root for root in result["roots"] if root["state"] != "scanned"]
-        parts = [f"{root['path']}: {root['reason']}" for root in failed]
-        if result["guard"]["tripped"]:
-            result["message"] = (
-                "taken for an outage, nothing of it is marked broken or missing: "
-                f"{result['guard']['reason']}"
-            )
-            log.warning("%s", result["message"])
-        elif result["exit_code"] == EXIT_REFUSED:
-            result["message"] = "; ".join(dict.fromkeys([*result["refusals"], *parts]))
-        elif result["exit_code"] == EXIT_FAILED:
-            result["message"] = f"no root could be scanned: {failed[0]['reason']}"
-        elif result["exit_code"] == EXIT_PARTIAL:
-            unreachable = result["totals"][UNREACHABLE]
-            parts += [f"{plural(unreachable, 'link')} cannot be judged"] if unreachable else []
-            result["message"] = "; ".join(parts) or "some directories could not be read"
+        result["problems"] = name_scan_problems(conn, result)
+        if result["problems"]:
+            head = "no root could be scanned: " * (result["exit_code"] == EXIT_FAILED)
+            result["message"] = head + "; ".join(result["problems"])
         summary.update(result)
         settle_repairs(conn)
     return result
 
 
+def name_scan_problems(conn: sqlite3.Connection, result: JsonObject) -> List[str]:
+    """Return what made a scan's exit status other than 0, each with path and reason."""
+    if result["exit_code"] in (EXIT_OK, EXIT_BROKEN):
+        return []
+    failed = [f"{r['path']}: {r['reason']}" for r in result["roots"] if r["state"] != "scanned"]
+    if result["exit_code"] == EXIT_FAILED:
+        return failed
+    parts = list(result["refusals"])
+    if result["guard"]["tripped"]:
+        what = "taken for an outage, nothing of it is marked broken or missing"
+        parts.append(f"{what}: {result['guard']['reason']}")
+    told = "; ".join([*parts, GUARD_WORDS * result["guard"]["tripped"]])
+    lines = describe_unreachable(conn, [root["path"] for root in result["roots"]])
+    is_told = {
+        why for why in lines if why and (why in told or GUARD_WORDS in why and GUARD_WORDS in told)
+    }
+    parts += failed + [line for why, line in lines.items() if why not in is_told]
+    return list(dict.fromkeys(parts)) or ["some directories could not be read"]
+
+
 def show_scan(terminal: Terminal, result: JsonObject) -> None:
     """Print a scan's result."""
     for root in result["roots"]:
-        found = f"not scanned: {escape(root['reason'])}"
+        found = "not scanned"
         if root["state"] == "scanned":
             broken = f"{root['broken']:,} broken"
             broken = terminal.paint(broken, "red") if root["broken"] else broken
@@ -9202,22 +9488,44 @@ def show_scan(terminal: Terminal, result: JsonObject) -> None:
 
 def run_broken(context: Context) -> JsonObject:
     """List the links of a status."""
+    args = context.args
+    is_cut = args.owner or args.root or args.path
     with context.database() as conn:
-        links, count = list_links(conn, context.config, context.args.status, context.args.limit)
-        _, unreachable = list_links(conn, context.config, UNREACHABLE, 0)
-    return {"links": links, "count": count, "unreachable": unreachable}
+        config, limit = context.config, None if is_cut else args.limit
+        links, count = list_links(conn, config, args.status, limit)
+        _, unreachable = list_links(conn, config, UNREACHABLE, 0)
+    if is_cut:
+        links = [link for link in links
+            if args.owner in (None, link["instance"] or "none")
+            and is_under(link["path"], args.root or "/") and (args.path or "") in link["path"]
+        ]  # fmt: skip
+        count = len(links)
+        links = links[: args.limit]
+    return {"links": links, "count": count, "unreachable": unreachable, "by_title": not args.links}
 
 
 def show_broken(terminal: Terminal, result: JsonObject) -> None:
-    """Print links, what is wrong with them and what to do."""
+    """Print what is to be done, and beneath it the titles, or the links, that it is for."""
+    groups: Dict[str, Dict[str, List[JsonObject]]] = {}
     for link in result["links"]:
-        since = f", since {link['since'][:16].replace('T', ' ')} UTC" if link["since"] else ""
-        state = f"    {link['status']}{since} -> {escape(link['target'])}"
-        terminal.line(escape(link["path"]))
-        terminal.line(terminal.paint(state, "dim"))
         owner = f"{link['instance']}: " if link["instance"] else ""
-        step = "; ".join(filter(None, (link["error"], link["next"])))
-        terminal.line(f"    {escape(owner + step)}")
+        step = owner + "; ".join(filter(None, (link["error"], link["next"])))
+        season = "" if link["season"] is None else f" S{link['season']:02d}"
+        titles = groups.setdefault(f"{link['status']}; {step}", {})
+        titles.setdefault(f"{link['name']}{season}", []).append(link)
+    for step, titles in groups.items():
+        terminal.line(terminal.paint(escape(step), "bold"))
+        for title, links in titles.items():
+            since = min((link["since"] or "")[:16].replace("T", " ") for link in links)
+            since = f", since {since} UTC" if since else ""
+            what = links[0]["path"]
+            if len(links) > 1:
+                folder = os.path.commonpath([os.path.dirname(link["path"]) for link in links])
+                what = f"{title}: {plural(len(links), 'link')} in {folder}"
+            terminal.line(f"    {escape(what)}{since}")
+            for link in () if result["by_title"] else links:
+                goal = terminal.paint(f"-> {escape(link['target'])}", "dim")
+                terminal.line(f"        {escape(link['path'])} {goal}")
     hidden = result["count"] - len(result["links"])
     more = f" ({hidden:,} not shown)" if hidden else ""
     if result["unreachable"] and not any(link["status"] == UNREACHABLE for link in result["links"]):
@@ -9260,7 +9568,7 @@ def show_ingest(terminal: Terminal, result: JsonObject) -> None:
 def run_queue(context: Context) -> JsonObject:
     """Turn confirmed broken links into actions."""
     with context.recorded("queue") as (conn, summary):
-        summary.update(queue_repairs(conn, context.config))
+        summary.update(queue_repairs(conn, context.config), preview=context.args.dry_run)
         if summary["exit_code"] == EXIT_REFUSED:
             count = plural(summary["skipped"]["unreachable"], "broken link")
             summary["message"] = f"{count} not queued, for nobody can judge them now"
@@ -9271,7 +9579,8 @@ def show_queue(terminal: Terminal, result: JsonObject) -> None:
     """Print what was queued, and why the rest was not."""
     for action in result["queued"]:
         where = _server_of(action["url"])
-        terminal.line(escape(f"queued {action['id']} for {where}: {action['related_path']}"))
+        what = "would queue" if result.get("preview") else f"queued {action['id']}"
+        terminal.line(escape(f"{what} for {where}: {action['related_path']}"))
     words = {
         "no_route": "that no server is known to own",
         "too_recent": "broken for less than min_age",
@@ -9282,7 +9591,8 @@ def show_queue(terminal: Terminal, result: JsonObject) -> None:
         if count
     ]
     rest = f"; skipped: {', '.join(skipped)}" if skipped else ""
-    terminal.line(f"{plural(len(result['queued']), 'action')} queued{rest}")
+    done = "would be queued" if result.get("preview") else "queued"
+    terminal.line(f"{plural(len(result['queued']), 'action')} {done}{rest}")
     for line in result["waits"]:
         terminal.line(line)
 
@@ -9310,7 +9620,7 @@ def show_dispatch(terminal: Terminal, result: JsonObject) -> None:
     names = (SENT, REPAIRED, FAILED, RETRY, CANCELLED)
     summary = ", ".join(f"{result[name]:,} {name}" for name in names if result[name])
     if any(action["status"] == WOULD_SEND for action in result["actions"]):
-        summary = "nothing was sent; --apply does it"
+        summary = f"nothing was sent; {how_to_apply(result)}"
     terminal.line(summary or "nothing is due")
 
 
@@ -9367,7 +9677,7 @@ def show_relinked(terminal: Terminal, result: JsonObject) -> None:
     if words or "message" not in result:
         terminal.line(words or "no link is broken")
     if any(name.startswith("would") for name in counts):
-        terminal.line("nothing was changed; --apply does it")
+        terminal.line(f"nothing was changed; {how_to_apply(result)}")
 
 
 def run_run(context: Context) -> JsonObject:
@@ -9410,6 +9720,10 @@ def run_once(context: Context) -> JsonObject:
     if config.run.time_limit:
         context = dataclasses.replace(context, deadline=started + config.run.time_limit)
     with context.recorded("run") as (conn, summary):
+        handlers = [handler for handler in log.handlers if isinstance(handler, TerminalHandler)]
+        for handler in handlers:
+            handler.said.clear()
+            handler.told = set(load_note(conn, "said") or ()) if context.args.quiet else set()
         beats = beat_start(config.notify, name, timeout) if applied else []
         result: JsonObject = {"exit_code": EXIT_FAILED, "text": "it came to no end"}
         try:
@@ -9424,6 +9738,10 @@ def run_once(context: Context) -> JsonObject:
             seconds, code = time.monotonic() - started, result["exit_code"]
             if applied:
                 beats += beat_end(config.notify, name, code, result["text"], seconds, timeout)
+                note_told(conn, [*beats, *result.get("notified", ())])
+            said = {mask_numbers(text) for handler in handlers for text in handler.said}
+            with contextlib.suppress(sqlite3.Error):
+                save_note(conn, "said", sorted(said))
     return {**result, "heartbeats": beats, "duration_seconds": round(seconds, 3)}
 
 
@@ -9437,16 +9755,21 @@ def take_and_tell(context: Context, summary: JsonObject, timeout: float) -> Json
         text = json.dumps({**summary, "state": state})
         conn.execute("UPDATE runs SET summary = ? WHERE run_id = ?", (text, summary["run_id"]))
     steps = take_steps(context)
-    changed = changed_directories(conn, state["last_event"])
+    changed = changed_links(conn, state["last_event"])
     steps["refresh"] = refresh_all(config, changed, state["left"], steps, applied)
+    if config.run.report and not context.args.dry_run:
+        steps["report"] = renew_report(conn, config)
+    told = state["told"] if applied else load_note(conn, "told in a preview") or []
     code = combine_exit_codes([s["exit_code"] for s in steps.values() if s["status"] != SKIP])
-    note, news = plan_note(conn, before, steps, state["told"], config.notify.when)
+    note, news = plan_note(conn, before, steps, told, config.notify.when)
     sent = send_notes(config.notify, note, timeout) if applied and news else []
     if applied:
         if not sent or not all(line["error"] for line in sent):  # else nobody was reached
             state["told"] = still_open(steps, state["told"])
         left = {line["server"]: line["left"] for line in steps["refresh"].get("servers", ())}
         summary["state"] = {**state, "last_event": last_event(conn), "left": left}
+    else:
+        save_note(conn, "told in a preview", still_open(steps, told))
     problems = (f"{what}: {why}".rstrip(": ") for what, why in name_problems(steps).items())
     end = {"applied": applied, "exit_code": code, "message": "; ".join(problems)}
     end = {key: value for key, value in end.items() if value != ""}
@@ -9454,8 +9777,9 @@ def take_and_tell(context: Context, summary: JsonObject, timeout: float) -> Json
     brief = {name: {k: step[k] for k in kept if k in step} for name, step in steps.items()}
     summary.update(brief, **end)
     text = f"{note.title}\n{note.text}"
-    number = summary.get("run_id")
-    return {"run_id": number, **steps, **end, "notified": sent, "news": news, "text": text}
+    number, over = summary.get("run_id"), sorted({*told} - {*still_open(steps, told)})
+    told_of = {"over": over, "run_id": number, "notified": sent, "news": news}
+    return {**told_of, **steps, **end, "text": text}
 
 
 def take_steps(context: Context) -> Dict[str, JsonObject]:
@@ -9487,8 +9811,9 @@ def take_step(name: str, context: Context, before: Mapping[str, JsonObject]) -> 
     try:
         if time.monotonic() > context.deadline:
             raise TimeUpError("no time is left for it")
-        step = STEPS[name](dataclasses.replace(context, args=args))
-        return {"exit_code": EXIT_OK, **step}
+        step = {"exit_code": EXIT_OK, **STEPS[name](dataclasses.replace(context, args=args))}
+        say_why(step)
+        return note_dry_run(step, context)
     except RefresherrError as exc:
         if name == "scan" and isinstance(exc, UsageError):
             raise
@@ -9521,17 +9846,31 @@ def _unless(server: Any) -> str:
     return "" if server else "no server is configured"
 
 
+def renew_report(conn: sqlite3.Connection, config: Config) -> JsonObject:
+    """Write the report that [run] asks for."""
+    result: JsonObject = {"exit_code": EXIT_OK}
+    try:
+        result.update(write_report(conn, config, config.run.report))
+    except RefresherrError as exc:
+        result.update(exit_code=EXIT_PARTIAL, message=str(exc))
+        say_why(result)
+    return {**result, "status": EXIT_WORDS[result["exit_code"]]}
+
+
 def refresh_all(
     config: Config, changed: Sequence[str], left: JsonObject, steps: Mapping[str, JsonObject],
     applied: bool,
 ) -> JsonObject:  # fmt: skip
-    """Tell every media server about the directories that changed, or were left the last time."""
+    """Tell every media server what changed, or was left the last time: Jellyfin and Emby the links
+    themselves, since the folder of a film is no item there, Plex their directories.
+    """
     servers = []
     plans = [i["path"] for i in steps["cinesync"].get("items", ()) if i["result"] == WOULD_REPLACE]
-    changed = [*changed, *map(os.path.dirname, plans)]
+    links = [*changed, *plans]
     for name in ("plex", "jellyfin", "emby"):
         settings = getattr(config, name)
-        directories = sorted({*changed, *left.get(name, ())})
+        news = map(os.path.dirname, links) if name == "plex" else links
+        directories = sorted({*news, *left.get(name, ())})
         if settings.url and directories:
             told = {"server": name, "directories": directories, "left": [], "error": None}
             timeout = min(config.repair.timeout, MEDIA_LIMIT / 2)
@@ -9553,7 +9892,7 @@ def show_run(terminal: Terminal, result: JsonObject) -> None:
     if "runs" in result:
         terminal.line(f"ended after {plural(result['runs'], 'run')}")
         return
-    if not (result.get("news") or result["exit_code"] or log.isEnabledFor(logging.INFO)):
+    if not (result.get("news", True) or log.isEnabledFor(logging.INFO)):
         return
     shows = {command.name: command.show for command in COMMANDS}
     for name in STEPS:
@@ -9567,14 +9906,16 @@ def show_run(terminal: Terminal, result: JsonObject) -> None:
     for line in result.get("refresh", {}).get("servers", ()):
         count = len(line["directories"])
         words = "told" if result["applied"] else "would be told"
-        noun = "directory" if count == 1 else "directories"
+        noun = "links" if line["server"] != "plex" else "directories"
         later = f"; {len(line['left']):,} wait for the next run" if line["left"] else ""
         terminal.line(f"{line['server']}: {words} about {count:,} {noun}{later}")
     told = [line["name"] for line in result.get("notified", ()) if not line["error"]]
     if told:
         terminal.line(f"notified: {', '.join(told)}")
+    for problem in result.get("over", ()):
+        terminal.line(escape(f"no longer: {problem}"))
     if not result.get("applied", True):
-        terminal.line("a preview: no link and no server was changed; --apply does it")
+        terminal.line(f"a preview: no link and no server was changed; {how_to_apply(result)}")
 
 
 STEPS: Dict[str, Callable[[Context], JsonObject]] = {
@@ -9627,10 +9968,8 @@ def run_stats(context: Context) -> JsonObject:
         text = format_prometheus(result)
     else:
         text = "\n".join(format_stats(result, context.terminal)) + "\n"
-    if args.output:
-        mode = 0o644 if style == "prometheus" else 0o600
-        with replacement(args.output, mode) as name, open(name, "w", encoding="utf-8") as stream:
-            stream.write(text)
+    if args.output not in (None, "-"):
+        write_file(args.output, text, 0o644 if style == "prometheus" else 0o600)
         log.info("wrote %s", args.output)
     elif not args.json:
         result["text"] = text
@@ -9645,16 +9984,28 @@ def show_stats(terminal: Terminal, result: JsonObject) -> None:
 def run_report(context: Context) -> JsonObject:
     """Write the report beside the database, or where it is asked for."""
     file = context.args.output or os.path.join(os.path.dirname(context.db_path), "report.html")
+    if file == "-" and context.args.json:
+        raise UsageError("--json and `--output -` cannot both have stdout")
     with context.database() as conn:
-        report = collect_report(conn, context.config, time.time())
-    with replacement(file) as name, open(name, "w", encoding="utf-8") as stream:
-        stream.write(format_report(report))
-    told = {"links": report["count"], "shown": len(report["links"])}
-    return {"file": os.path.abspath(file), "size_bytes": os.path.getsize(file), **told}
+        return write_report(conn, context.config, file)
+
+
+def write_report(conn: sqlite3.Connection, config: Config, file: str) -> JsonObject:
+    """Write the report to a file, '-' for none; return what `report --json` shows, and its text."""
+    report = collect_report(conn, config, time.time())
+    text = format_report(report)
+    counts = {"links": report["count"], "shown": len(report["links"])}
+    if file == "-":
+        return {"text": text, **counts}
+    write_file(file, text)
+    return {"file": os.path.abspath(file), "size_bytes": os.path.getsize(file), **counts}
 
 
 def show_report(terminal: Terminal, result: JsonObject) -> None:
-    """Print where the report is."""
+    """Print where the report is, or the report."""
+    if "text" in result:
+        terminal.out.write(result["text"])
+        return
     size = f"{result['size_bytes'] / 1024:,.0f} KiB"
     terminal.line(f"{escape(result['file'])}: {size}")
 
@@ -9689,7 +10040,7 @@ def format_stats(stats: JsonObject, terminal: Terminal) -> List[str]:
         if last["guard"].get("tripped"):
             lines.append(f"  guard: {escape(last['guard']['reason'])}")
     else:
-        lines.append("  never; run: refresherr scan ROOT")
+        lines.append("  never; `scan DIR` makes one")
     relinked = stats["last_cinesync"]
     if relinked:
         lines += ["", terminal.paint("Last CineSync run", "bold")]
@@ -9715,12 +10066,19 @@ def run_doctor(context: Context) -> JsonObject:
     if context.config_error and not is_named:  # where the database is, nobody knows
         return {"findings": list(map(dataclasses.asdict, findings)), "exit_code": EXIT_FAILED}
     serious = bool(context.config_error)
+    is_there = os.path.exists(context.db_path)
     try:
-        with context.database() as conn:
-            database = examine_database(conn)
+        opened = context.database() if is_there else scratch_database(context.db_path)
+        with opened as conn:
+            cure = f"`{started_as()} scan DIR` makes it; or name its directory with --data-dir"
+            absent = Finding("database", "failed", f"there is none at {context.db_path}", cure)
+            database = examine_database(conn) if is_there else [absent]
             serious = serious or any(finding.state == "failed" for finding in database)
             findings += database + examine_time(conn, time.time(), format_cron_line(context))
             findings += examine_library(config, conn) + examine_servers(config, conn)
+            if context.args.notify:
+                note_told(conn, send_test(config.notify, min(TELL_TIMEOUT, config.repair.timeout)))
+            findings += examine_notifiers(config, conn)
     except RefresherrError as exc:  # the other one is that of a worker which came to grief
         name = "database" if isinstance(exc, DatabaseError) else "library"
         serious = serious or name == "database"
@@ -9771,12 +10129,13 @@ def run_db(context: Context) -> JsonObject:
     if args.action == "nuke":
         if not args.yes:
             raise UsageError(f"db nuke deletes all history in {path}; confirm it with --yes")
-        with process_lock(path, args.lock_wait):
+        context.require_database()
+        with process_lock(path, args.lock_wait, "db nuke"):
             _nuke(path)
     elif args.action == "backup":
         result["file"] = os.path.abspath(args.file)
         with context.database() as conn:
-            backup_database(conn, result["file"])
+            backup_database(conn, result["file"], fresh=True)
     elif args.action == "prune":
         roots = context.config.scan.roots
         if not roots:
@@ -9833,7 +10192,13 @@ def run_config(context: Context) -> JsonObject:
     if action == "sample":
         return {"action": action, "sample": format_sample_config()}
     if action == "check":
-        return {"action": action, "file": config.file or None, "warnings": config.warnings}
+        faults = find_keyless(config)
+        absent = [f"{r} does not exist" for r in config.scan.roots if not os.path.lexists(r)]
+        for text in absent:
+            log.warning("[scan] roots: %s", text)
+        result = {"action": action, "file": config.file or None, "faults": faults}
+        result["exit_code"] = EXIT_USAGE if faults else EXIT_OK
+        return {**result, "warnings": [*config.warnings, *absent], "message": "; ".join(faults)}
     return {"action": action, **config_to_json(config)}
 
 
@@ -9842,7 +10207,8 @@ def show_config(terminal: Terminal, result: JsonObject) -> None:
     if result["action"] == "sample":
         terminal.out.write(result["sample"])
     elif result["action"] == "check":
-        terminal.line(f"{escape(result['file'] or 'no config file; the defaults')}: ok")
+        state = "see above" if result["faults"] else "ok"
+        terminal.line(f"{escape(result['file'] or 'no config file; the defaults')}: {state}")
     else:
         terminal.line(f"; {escape(result['file'] or 'no config file')}")
         for section, settings in result["settings"].items():
@@ -9851,6 +10217,64 @@ def show_config(terminal: Terminal, result: JsonObject) -> None:
             parsers = {field.name: field.metadata["parse"] for field in _fields(section)}
             for key, value in settings.items():
                 terminal.line(f"{key} = {escape(format_setting(parsers[key], value))}".rstrip())
+
+
+def run_help(context: Context) -> JsonObject:
+    """Explain a command, or say the version."""
+    if context.args.command == "version":
+        return {"text": f"refresherr {__version__}\n"}
+    topics = build_parser().topics
+    if context.args.topic not in topics:
+        hint = _nearest(context.args.topic, filter(None, topics))
+        raise UsageError(f"no command {context.args.topic!r}{hint}")
+    return {"text": topics[context.args.topic].format_help()}
+
+
+_PROGRAMS = "refresherr refresherr.pyz refresherr.py"
+_COMPLETION = """\
+#compdef {programs}
+_refresherr() {{
+    local word options="{first}"
+    for word in {words}; do
+        case $word in
+{cases}
+        esac
+    done
+    {answer}
+}}
+{register} {programs}
+"""
+_SHELLS = {
+    "bash": {
+        "words": '"${COMP_WORDS[@]:1:COMP_CWORD-1}"',
+        "register": "complete -o default -F _refresherr",
+        "answer": 'COMPREPLY=($(compgen -W "$options" -- "${COMP_WORDS[COMP_CWORD]}"))'},
+    "zsh": {
+        "words": "${words[2,CURRENT-1]}", "register": "compdef _refresherr",
+        "answer": "compadd -- ${=options}; _files"},
+}  # fmt: skip
+
+
+def run_completion(context: Context) -> JsonObject:
+    """Print what makes a shell complete commands and options, from the table of commands."""
+
+    def list_words(options: Iterable[Any]) -> str:
+        words = [w for names, details in options for w in (*names, *details.get("choices", ()))
+            if w[0] == "-" or w not in names]  # fmt: skip
+        return " ".join(words)
+
+    everywhere = list_words(GLOBAL_OPTIONS)
+    first = f"{' '.join(command.name for command in COMMANDS)} {everywhere}"
+    cases = {c.name: f"{list_words(c.options)} {everywhere}".strip() for c in COMMANDS}
+    if context.args.shell == "fish":
+        line = "complete -c {} -n '__fish_seen_subcommand_from {}' -a '{}'\n"
+        top = "complete -c {} -n __fish_use_subcommand -a '{}'\n"
+        programs = _PROGRAMS.split()
+        lines = [line.format(program, *case) for program in programs for case in cases.items()]
+        return {"text": "".join([*(top.format(program, first) for program in programs), *lines])}
+    found = "\n".join(f'        {name}) options="{words}" ;;' for name, words in cases.items())
+    parts = {"programs": _PROGRAMS, "first": first, "cases": found, **_SHELLS[context.args.shell]}
+    return {"text": _COMPLETION.format(**parts)}
 
 
 def option(*names: str, **details: Any) -> Tuple[Tuple[str, ...], Dict[str, Any]]:
@@ -9899,7 +10323,7 @@ SCAN = (
     option("scan.roots", nargs="*", type=PATH, metavar="ROOT", help="in place of those configured"),
     option("--workers", type=WORKERS, dest="scan.workers", metavar="N",
         help="look-ups at once on a slow mount"),
-    option("--accept", action="append", default=[], metavar="DIR",
+    option("--accept", action="append", type=PATH, default=[], metavar="DIR",
         help="confirm that what an earlier scan held beneath DIR is really gone"),
     option("--accept-breakage", action="store_true", help="confirm all that was held"),
     option("--full", action="store_true", help="read every directory, changed or not"))
@@ -9927,12 +10351,16 @@ COMMANDS = (
         "scan /opt/media/tv /opt/media/movies", run_scan, show_scan, (
         *SCAN,
         option("--exit-code", action="store_true", help="exit with 10 if links are broken"),
-        option("--forget-mount", action="append", default=[], metavar="DIR",
+        option("--forget-mount", action="append", type=PATH, default=[], metavar="DIR",
             help="a mount point that moved, or changed its type, for good"),
         DRY_RUN)),
     Command("broken", "", "list links that need attention",
         "broken --limit 20", run_broken, show_broken, (
         option("--limit", type=COUNT, metavar="N", help="show no more than N"),
+        option("--links", action="store_true", help="name every link and its target"),
+        option("--owner", metavar="INSTANCE", help="only those of this server, or 'none'"),
+        option("--root", type=PATH, metavar="DIR", help="only those beneath this directory"),
+        option("--path", metavar="TEXT", help="only paths that contain this"),
         option("--status", choices=(ATTENTION, *STATUSES[1:], UNREADABLE), default=ATTENTION,
             help="default: attention, all that needs a person or waits for a repair"))),
     Command("ingest", "", "read movies, series and files from Sonarr and Radarr",
@@ -9969,7 +10397,8 @@ COMMANDS = (
     Command("undo", "", "put links back as they were before a run",
         "undo --apply 42", run_undo, show_relinked, (
         option("run", nargs="?", type=COUNT, metavar="RUN", help="default: the last"),
-        option("--path", action="append", default=[], metavar="LINK", help="only this link"),
+        option("--path", action="append", type=PATH, default=[], metavar="LINK",
+            help="only this link"),
         APPLY, DRY_RUN)),
     Command("run", "", "all of it: scan, ingest, cinesync, queue, dispatch, refresh, notify",
         "run --apply --every 30m", run_run, show_run, (
@@ -9992,13 +10421,20 @@ COMMANDS = (
         "report --output /volume1/web/refresherr.html", run_report, show_report, (
         option("--output", metavar="FILE", help="default: report.html beside the database"),)),
     Command("doctor", "", "check all that a scan and a repair depend on",
-        "doctor --config /etc/refresherr.ini", run_doctor, show_doctor, ()),
+        "doctor --config /etc/refresherr.ini", run_doctor, show_doctor, (
+        option("--notify", action="store_true", help="send a test to every notifier"),)),
     Command("db", "", "look after the database",
         "db backup /backup/symlinks.db", run_db, show_db, (
         option("action", choices=("path", "check", "backup", "prune", "nuke"),
             help="prune: forget what lies below no configured root"),
         option("file", nargs="?", metavar="FILE", help="for backup"),
         option("--yes", action="store_true", help="nuke: yes, delete everything"), DRY_RUN)),
+    Command("help", "", "explain a command", "help scan", run_help, show_stats, (
+        option("topic", nargs="?", default="", metavar="COMMAND"),)),
+    Command("version", "", "print the version", "version", run_help, show_stats, ()),
+    Command("completion", "", "print the completion of commands for a shell",
+        "completion bash > /etc/bash_completion.d/refresherr", run_completion, show_stats, (
+        option("shell", choices=("bash", "zsh", "fish")),)),
     Command("config", "", "effective settings, redacted; a commented sample",
         "config sample > refresherr.ini", run_config, show_config, (
         option("action", choices=("show", "check", "sample")),)),
@@ -10010,44 +10446,54 @@ GLOBAL_OPTIONS = (
         help="where the database lives; default /data"),
     option("--json", action="store_true", help="one JSON object on stdout"),
     option("-v", "--verbose", action="count", default=0, help="say more; -vv with tracebacks"),
-    option("-q", "--quiet", action="store_true", help="say less; run speaks only of what is new"),
+    option("-q", "--quiet", action="store_true",
+        help="say less; run tells what lasts once, and its end once"),
     option("--no-color", action="store_true", help="no colours"),
+    option("--log-file", metavar="FILE", help="append all messages there, too"),
     option("--lock-wait", type=DURATION, default=0.0, metavar="SECONDS",
         help="wait that long for another run to end"),
 )
 # fmt: on
 
 
+_OPTIONS = [*GLOBAL_OPTIONS, *(row for command in COMMANDS for row in command.options)]
+OPTION_NAMES = sorted({name for names, _ in _OPTIONS for name in names if name[:2] == "--"})
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises in place of exiting."""
+    """An argument parser that raises in place of exiting; `topics` are those of its commands."""
+
+    topics: Dict[str, argparse.ArgumentParser]
 
     def error(self, message: str) -> Any:
-        unknown = re.match(
-            r"argument COMMAND: .*?'(.*?)'|unrecognized arguments: (-[^ =]*)", message
-        )
-        if unknown and unknown[1] is not None:
-            message = f"no command {unknown[1]!r}" + _nearest(
-                unknown[1], [c.name for c in COMMANDS]
-            )
-        elif unknown:
-            options = itertools.chain(GLOBAL_OPTIONS, *(command.options for command in COMMANDS))
-            known = sorted({name for names, _ in options for name in names if name[:2] == "--"})
-            hint = _nearest(unknown[2], known)
-            if unknown[2] in known:
-                message += "; this command has no such option"
-            elif "mean" in hint and len(unknown[2]) > 2:
-                message += hint
+        unknown = re.match(r"argument COMMAND: .*?'(.*?)'", message)
+        if unknown:
+            near = _nearest(unknown[1], [c.name for c in COMMANDS])
+            message = f"no command {unknown[1]!r}{near}"
+        elif message.startswith("unrecognized arguments: --"):
+            message += "; this command has no such option"
         raise UsageError(f"{message}; see: {self.prog} --help")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def explain_option(names: Sequence[str], details: Mapping[str, Any]) -> str:
+    """Return the help of an option, with the default of the setting that it stands for."""
+    section, _, key = details.get("dest", names[0]).split(" ")[0].partition(".")
+    text, known = details.get("help", ""), {f.name: f for f in _fields(section)} if key else {}
+    value = format_setting(known[key].metadata["parse"], known[key].default) if key else ""
+    if key == "workers":
+        value = "auto"
+    return f"{text}; default: {value}".replace("%", "%%") if value else text.replace("%", "%%")
+
+
+def build_parser() -> Parser:
     """Return the parser for the table of commands; global options stand before or behind them."""
     parser = Parser(
-        prog="refresherr",
+        prog=started_as(),
         description="Finds dead media symlinks and has them repaired; never harms a healthy one.",
-        epilog="refresherr COMMAND --help tells more.",
+        epilog="`help COMMAND` tells more. Without --apply nothing but the database is changed.",
         allow_abbrev=False,
     )
+    parser.topics = {"": parser}
     parser.add_argument("--version", action="version", version=f"refresherr {__version__}")
     for names, details in GLOBAL_OPTIONS:
         parser.add_argument(*names, **details)
@@ -10058,11 +10504,11 @@ def build_parser() -> argparse.ArgumentParser:
             aliases=[command.alias] if command.alias else [],
             help=command.help,
             description=command.help[0].upper() + command.help[1:] + ".",
-            epilog=f"example: refresherr {command.example}",
+            epilog=f"example: {started_as()} {command.example}",
             allow_abbrev=False,
         )
         for names, details in command.options:
-            sub.add_argument(*names, **details)
+            sub.add_argument(*names, **{**details, "help": explain_option(names, details)})
         for names, details in GLOBAL_OPTIONS:
             # A default here would undo what stands before the command.
             details = {**details, "default": argparse.SUPPRESS}
@@ -10070,18 +10516,38 @@ def build_parser() -> argparse.ArgumentParser:
                 details["dest"] = "verbose_behind"
             sub.add_argument(*names, **details)
         sub.set_defaults(command=command.name, chosen=command)
+        parser.topics.update({command.name: sub, command.alias: sub})
     return parser
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Return the parsed arguments.  UsageError; SystemExit after --help and --version."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    for word in argv[: argv.index("--") if "--" in argv else None]:
+        name = word.partition("=")[0]
+        if name[:2] == "--" and name not in (*OPTION_NAMES, "--help", "--version"):
+            known = _nearest(name, OPTION_NAMES)
+            hint = known if "mean" in known else f"; see: {started_as()} --help"
+            raise UsageError(f"no option {name}{hint}")
+    args = build_parser().parse_args(argv)
     if args.command is None:
-        raise UsageError("no command given; begin with: refresherr scan DIR; see also: --help")
+        raise UsageError(f"no command given; begin with: {started_as()} scan DIR; see also: --help")
     args.verbose += getattr(args, "verbose_behind", 0)
     args.dry_run, args.apply = getattr(args, "dry_run", False), getattr(args, "apply", False)
     return args
+
+
+def open_log_file(file: str) -> TextIO:
+    """Open a file to append to, 0600.  RefresherrError where that must not or cannot be."""
+    refuse_output(file)
+    try:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(file, flags, 0o600)
+        return open(descriptor, "a", 1, encoding="utf-8", errors="backslashreplace")
+    except OSError as exc:
+        raise RefresherrError(f"cannot write the log file {file}: {exc.strerror}") from exc
+
+
+BY_ITSELF = ("doctor", "help", "version", "completion")  # whatever is wrong with the config
 
 
 def load_context(
@@ -10098,10 +10564,13 @@ def load_context(
         file = find_config_file(args.config, environ, sys.argv[0] or ".")
         config = load_config(file, environ, flags)
     except ConfigError as exc:
-        if args.command != "doctor" and getattr(args, "action", "") != "sample":
+        if args.command not in BY_ITSELF and getattr(args, "action", "") != "sample":
             raise
         error = str(exc)
         config = load_config(None, {}, flags)
+    if args.log_file:
+        for handler in log.handlers:
+            handler.file = open_log_file(args.log_file)  # type: ignore[attr-defined]
     level = getattr(logging, config.refresherr.log_level.upper())
     log.setLevel(logging.DEBUG if args.verbose else logging.WARNING if args.quiet else level)
     if args.command != "doctor":
@@ -10122,6 +10591,9 @@ def attempt_command(
         context = load_context(args, terminal, os.environ)
         with explained_errors(context.db_path):
             result: JsonObject = {"exit_code": EXIT_OK, **args.chosen.run(context)}
+        note_dry_run(result, context)
+        if args.command != "run":  # whose steps have said it
+            say_why(result)
         return result, lambda: args.chosen.show(terminal, result)
     except SystemExit as exc:  # --help and --version
         return {"exit_code": exc.code}, lambda: None
@@ -10138,8 +10610,29 @@ def attempt_command(
         return {"exit_code": code, "message": redact(message)}, lambda: None
 
 
+def restart_in_utf8() -> None:
+    """Start anew where Python does not read file names as UTF-8: they are bytes, and a link must
+    not go by a second name because cron has another locale than the shell.
+    """
+    if codecs.lookup(sys.getfilesystemencoding()).name != "utf-8" and os.path.isfile(sys.argv[0]):
+        words = getattr(sys, "orig_argv", [sys.executable, *sys.argv])[1:]
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *words])
+
+
+def say_why(result: JsonObject) -> None:
+    """Say what made the exit status of a command other than 0, as far as it was not said yet."""
+    if result["exit_code"] not in (EXIT_OK, EXIT_BROKEN):
+        said = [text for handler in log.handlers for text in getattr(handler, "said", ())]
+        parts = map(escape_message, result.get("problems", result.get("message", "").split("; ")))
+        for part in dict.fromkeys(filter(None, parts)):
+            if not any(part in text for text in said):
+                log.warning("%s", part)
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program and return its exit status."""
+    if argv is None:
+        restart_in_utf8()
     argv = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in argv
     out, err = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -65,7 +66,15 @@ class Refresherr:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             encoding="utf-8",
+            # Under nohup, or behind a shell's &, it would inherit that Ctrl-C is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
+
+    def make_database(self) -> None:
+        """Make an empty database, as only a scan does else."""
+        import refresherr
+
+        refresherr.open_database(str(self.db_path)).close()
 
     def scan(self, *args: object) -> Dict[str, Any]:
         """Scan with --json and return the object."""

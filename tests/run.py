@@ -31,6 +31,13 @@ def prepare(folder: Path) -> Path:
     """Return the interpreter of the virtual environment `folder`, with pytest in it."""
     python = folder / "bin" / "python"
     if not has_pytest(python):
+        if not importlib.util.find_spec("ensurepip"):
+            # Debian packs it separately; its own words are twelve lines.
+            version = "{}.{}".format(*sys.version_info[:2])
+            sys.exit(
+                f"{sys.executable} has no pip and no ensurepip to install pytest with: "
+                f"apt install python{version}-venv (or python3-pytest), then run this again"
+            )
         print(f"Installing pytest into {folder}", file=sys.stderr)
         # Cleared, since the interpreter behind an older one may be gone.
         if subprocess.call([sys.executable, "-m", "venv", "--clear", str(folder)]):
@@ -52,8 +59,9 @@ def main(arguments: List[str]) -> int:
     if not names_tests(arguments):
         command.append(str(TESTS))
     with contextlib.ExitStack() as stack:
-        if sys.prefix != sys.base_prefix and importlib.util.find_spec("pytest"):
-            python = Path(sys.executable)  # in a virtual environment, and it is fit for use
+        is_own = sys.prefix != sys.base_prefix or not importlib.util.find_spec("ensurepip")
+        if is_own and importlib.util.find_spec("pytest"):
+            python = Path(sys.executable)  # in a virtual environment, or Debian's python3-pytest
         elif os.access(str(PROJECT), os.W_OK):
             python = prepare(PROJECT / ".venv" / "py{}.{}".format(*sys.version_info[:2]))
         else:

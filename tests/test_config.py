@@ -579,7 +579,7 @@ def test_a_warning_when_others_can_read_the_secrets(
     file.write_text(text.replace("{secret}", str(secret)))
     file.chmod(mode)
     for words in ([], ["-q"], ["--json"]):
-        result = run("--config", file, "--data-dir", tmp_path, "broken", *words)
+        result = run("--config", file, "--data-dir", tmp_path, "config", "check", *words)
         assert result.code == 0
         assert (str(file) in result.err) is warned
         assert warned or result.err == ""

@@ -50,6 +50,11 @@ class Said(NamedTuple):
         return {finding["name"]: finding["state"] for finding in self.findings}
 
 
+@pytest.fixture(autouse=True)
+def database(refresherr: Refresherr) -> None:
+    refresherr.make_database()
+
+
 def examine(refresherr: Refresherr, *args: object) -> Said:
     result = refresherr("doctor", "--json", *args)
     assert not result.err, result.err
@@ -133,7 +138,8 @@ def test_links_that_lead_to_a_folder(
 
 
 def test_doctor_with_a_database_that_cannot_be_opened(refresherr: Refresherr) -> None:
-    refresherr.db_path.mkdir(parents=True)
+    refresherr.db_path.unlink()
+    refresherr.db_path.mkdir()
     result = refresherr("doctor")
     assert result.code == 1
     assert str(refresherr.db_path) in result.out

@@ -38,6 +38,11 @@ def promtool(*words: object, text: str = "") -> str:
     return done.stdout
 
 
+@pytest.fixture(autouse=True)
+def database(refresherr: Refresherr) -> None:
+    refresherr.make_database()
+
+
 def metrics_of(refresherr: Refresherr) -> str:
     result = refresherr("stats", "--format", "prometheus")
     assert result.code == 0, result.err

@@ -195,8 +195,10 @@ def test_runs_by_itself_from_anywhere(pyz: Path, tmp_path: Path) -> None:
     folder.mkdir()
     copy = folder / "my refresherr.pyz"
     shutil.copy2(str(pyz), str(copy))
-    direct = run(copy, "--data-dir", tmp_path / "data", "stats", "--json", cwd=Path("/"))
-    relative = run(f"./{copy.name}", "--data-dir", "data 2", "stats", "--json", cwd=folder)
+    media = tmp_path / "media"
+    media.mkdir()
+    direct = run(copy, "--data-dir", tmp_path / "data", "scan", media, "--json", cwd=Path("/"))
+    relative = run(f"./{copy.name}", "--data-dir", "data 2", "scan", media, "--json", cwd=folder)
     for done in (direct, relative):
         assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "data" / "symlinks.db").exists()
