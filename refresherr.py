@@ -9457,7 +9457,9 @@ def name_scan_problems(conn: sqlite3.Connection, result: JsonObject) -> List[str
     told = "; ".join([*parts, GUARD_WORDS * result["guard"]["tripped"]])
     lines = describe_unreachable(conn, [root["path"] for root in result["roots"]])
     is_told = {
-        why for why in lines if why and (why in told or GUARD_WORDS in why and GUARD_WORDS in told)
+        why
+        for why in lines
+        if why and (why in told or (GUARD_WORDS in why and GUARD_WORDS in told))
     }
     parts += failed + [line for why, line in lines.items() if why not in is_told]
     return list(dict.fromkeys(parts)) or ["some directories could not be read"]
