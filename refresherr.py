@@ -1003,15 +1003,29 @@ _SEASON_EPISODE = re.compile(  # S01E01, Season 1 Episode 1; and then E02, -E03,
     r"(?i)(?<![a-z0-9])s(?:(?:eason|eries)[ ._-]{1,3})?(\d{1,4})[ ._,-]{0,3}"
     r"e(?:p(?:isode)?[ ._-]{0,3})?(\d{1,4})"
     r"((?:[-+&~]?(?:s\d{1,4})?ep?\d{1,4}|[ ._]{1,3}[-+&]?[ ._]{0,3}(?:s\d{1,4}[ ._]?)?ep?\d{2,4}"
-    r"|-\d{1,3}(?![\da-z]|\.\d(?!\d)))*)(?!\d)")
+    r"|[-+&~]\d{1,3}(?![\da-z]|\.\d(?!\d)))*)(?!\d)")
 _CROSS_EPISODE = re.compile(  # 1x01, 1x01-1x03; but neither DDP5.1x264 nor the film 10x10 (2018)
     r"(?i)(?<![a-z0-9])(\d{1,2})x(?!26[45])(\d{2,3})(?![ ._(]{1,2}(?:19|20)\d\d(?!\d))"
-    r"((?:[ ._]{0,3}-?[ ._]{0,3}\1x\d{2,3}|-?x\d{2,3}|[-_]\d{2,3}(?![\da-z]))*)(?![\da-z])")
+    r"((?:[ ._]{0,3}-?[ ._]{0,3}\1x\d{2,3}|-?x\d{2,3}|[-_]\d{2,3}(?![\da-z]))*)(?![\da-uw-z]|v\D)")
 _LONE_EPISODE = re.compile(  # E01, Ep. 1, Episode 1
     r"(?i)(?<![a-z0-9])()e(?:p(?:isode)?[ ._-]{0,3})?(\d{1,4})((?:-?e\d{1,4})*)(?![\da-z])")
-_MORE_EPISODES = re.compile(r"(?i)([-~]?)[ ._]*(?:(?:s?\d{1,4})?[ ._]?[ex]p?)?(\d{1,4})")
+_MORE_EPISODES = re.compile(
+    r"(?i)([-~]?)[ ._]*[-+&]?[ ._]*(?:(?:s?(\d{1,4}))?[ ._]?[ex]p?)?(\d{1,4})")
+_BEHIND_NUMBER = re.compile(  # what belongs to it: E01b, E11.5 (not E01.1.23.45), E1.E2, E01 and 2
+    r"(?i)(?!v\d)[^\W\d_]|[\xbc-\xbe]|[.,]\d(?!\d|(?:\.\d\d){2}(?!\d))|[ ._]{0,4}[+&~/][ ._]{0,4}\d|"
+    r"[ ._,]*-?[ ._]{0,4}(?:s\d{1,4}[ ._-]?)?ep?[ ._]?\d|-\d{1,3}(?![\da-z]|\.\d)|"
+    r"[ ._]{1,4}(?:and|et|und|to|till|bis|à|au|al|[aey-])[ ._]{1,4}(?:s\d{1,4})?ep?[ ._]?\d|"
+    r"[ ._]{1,4}(?:and|et|und|to|till|bis|à|au|al)[ ._]{1,4}(?:episode[ ._]?)?\d")
+_BEFORE_NUMBER = re.compile(  # E00 and S14E01, 2x9-2x10
+    r"(?i)(?<![^\W_])(?:(?:s\d{1,4})?ep?[ ._]?|\d{1,2}x)\d{1,4}[ ._]{0,4}"
+    r"(?:[-+&~,/]|and|et|und|to|bis|à|au?)?[ ._]{0,4}$")
+_LIKE_NUMBER = re.compile(  # 1x1, S01E, SE01, 1of6, SP1
+    r"(?i)(?<![^\W_])(?:\d{1,2}x\d{1,3}(?![\da-z])|s\d{1,4}[ ._-]?e|se\d|e(?:p(?:isode)?[ ._-]?)?\d|"
+    r"(?:sp|ova|oad)[ ._]?\d{0,2}(?![^\W_])|\d{1,2}[ ._]?of[ ._]?\d)")
 _ABSOLUTE = re.compile(  # Show - 012, or all of a name up to a dash or bracket: 012 - Title
     r"(?i)(?:[ _]-[ _]#?|^(?=\d+(?:[ _]-[ _]| ?[(\[]|$)))(\d{1,4})(?:v\d)?(?![\da-z])")
+_BARE_NUMBER = re.compile(r"(?<=[^\W\d_])[ _.]#?(\d{1,4})(?:v\d)?(?=[ _.]*(?:$|[\[(]))")  # Show 12
+_NUMBERED = re.compile(r" - (\d{3,4})(?= - |$)")  # and behind S01E12, as Sonarr writes it
 _DATE = re.compile(  # 2024-01-31, 31.01.2024; but not 05.01.2024, which may be in May
     r"(?<!\d)(?:((?:19|20)\d\d)([ ._-])(0[1-9]|1[0-2])\2(0[1-9]|[12]\d|3[01])|"
     r"(1[3-9]|2\d|3[01])([._-])(0[1-9]|1[0-2])\6((?:19|20)\d\d))(?!\d)")
@@ -1019,10 +1033,27 @@ _SEASON_FOLDER = re.compile(
     r"(?i)(?:season|series|staffel|saison|temporada|stagione|seizoen|sezon|sesong|säsong|sæson|"
     r"kausi|сезон|s)[ ._-]*(\d{1,4})(?: *[(\[{].*| - [^()]+)?|第 ?(\d{1,4}) ?季|specials?|spéciaux")
 _PACK = re.compile(r"(?i)[ ._(\[-]{1,3}(?:s|season[ ._-]?)(\d{1,4})(?![a-z0-9])")
-_EXTRA = re.compile(  # by its folder, if that is no show of this name, or its end; parts of a film
-    r"(?i)/(behind the scenes|deleted scenes|extras|featurettes|interviews|samples?|scenes|shorts|"
-    r"trailers)/(?!\1)[^/]*$|-(?:behindthescenes|deleted|featurette|interview|trailer)$|"
-    r"[.-]sample$|[ ._-](?:cd\d(?![\da-z])|(?:dis[ck]|part|pt)\d$)")
+_EXTRA = re.compile(  # by its folder, if that is no show of this name, or its end
+    r"(?i)/(behind the scenes|bonus[^/]*|deleted scenes|extras|featurettes|interviews|samples?|scenes|"
+    r"shorts|special features|trailers)/(?!\1)[^/]*$|"
+    r"-(?:behindthescenes|deleted|featurette|interview|trailer)$")
+_BESIDE = re.compile(  # half of it; extras, some of which are names of episodes, too
+    r"(?i)(?<![^\W_])(?:(?P<half>samples?|(?:cd|dis[ck]|dvd(?=[ ._-]?[1-4]))[ ._-]?\d{1,2}"
+    r"(?:[ ._]?of[ ._]?\d+)?|\d{1,2}[ ._]?of[ ._]?\d{1,2})|(?P<name>(?<![+&] )extras?|bonus|"
+    r"interviews?|trailers?|teasers?|promos?|previews?|supplements?|menu|clips?|scenes?|x\d\d)|"
+    r"making[ ._-]?of|behind[ ._-]?the[ ._-]?scenes|deleted[ ._-]?scenes?|featurettes?|bloopers?|"
+    r"gag[ ._-]?reel|outtakes?|special[ ._-]features?|(?:nc|creditless[ ._-]?)(?:op|ed)\d*)"
+    r"(?![^\W_])")
+_PART = re.compile(  # Part 2, pt2, (2)
+    r"(?i)(?<![^\W_])(?:part[ei]?e?|pt|teil|(?P<title>vol(?:ume)?|chapter))(?P<gap>[ ._-]*)"
+    r"(\d{1,2}|[ivx]{1,4}|one|two|three|four|five|six)(?![^\W_])|[ ._]\((\d)\)")
+_BEHIND_YEAR = re.compile(r"(?i)(?:19|20)\d\d[)\]]?[ ._-]{1,4}#?(\d{1,3})(?:v\d)?(?![\da-z]|[.,]\d)")
+_SECOND_CROSS = re.compile(r"(?i)(?<![^\W_])\d{1,2}x\d{1,3}(?![\da-z])")
+_HEIGHT_NUMBERS = ("480", "576", "720")
+_PART_NUMBERS = {
+    word: number
+    for words in ("i ii iii iv v vi vii viii ix x", "one two three four five six")
+    for number, word in enumerate(words.split(), 1)}
 _ID = re.compile(r"(?i)\b(?:(tmdb|tvdb)(?:id)?[-=:]([1-9]\d*)|(?:imdb(?:id)?[-=:])?(tt\d{5,}))\b")
 _PIXELS = re.compile(
     r"(?i)(?<!\d)(2160|1080|720|576|480)[pi](?![a-z])|\b(3840|1920|1280)x\d|\dx(1080|720|576|480)\b")
@@ -1059,6 +1090,8 @@ class Work(NamedTuple):
     episodes: Tuple[int, ...]  # none where the path tells an absolute number or the date
     date: str  # of a daily episode: '2024-01-31', otherwise ''
     resolution: int  # the height; 0 if not told
+    number: Tuple[str, int] = ("", 0)  # an absolute number, behind the title in front of it
+    part: Tuple[int, bool] = (0, False)  # of an episode, and whether it is less than the episode
 
 
 class Media(NamedTuple):
@@ -1107,17 +1140,96 @@ def parse_work(path: str) -> Work:
     heights = (_PIXELS.search(name) or _UHD.search(name) for name in reversed(names))
     height = next((match[match.lastindex or 0].lower() for match in heights if match), "0")
     resolution, sports = _HEIGHTS.get(height) or int(height), "/sports/" in path.lower()
-    extra = _EXTRA.search(f"/{names[-2]}/{stem}")
+    extra = _EXTRA.search(f"/{names[-2]}/{stem}") or (
+        told and _is_extra(stem, title, told, int(number[1] or 1) if number else None)
+    )
     if extra or not (told or (season is not None and not sports)):
         alone = lone or _ABSOLUTE.search(stem)  # an episode's number, unless a year follows
         absolute = alone and alone[1] != title and not _BARE_YEAR.search(stem, alone.start())
         is_movie = (year or ids.keys() & {"tmdb", "imdb"}) and not (extra or level or sports)
-        kind = "movie" if is_movie and not absolute else "other"
-        return Work(kind, title, year, ids, None, (), "", resolution)
+        is_movie = is_movie and not absolute and not is_no_film(path, title, year)
+        return Work("movie" if is_movie else "other", title, year, ids, None, (), "", resolution)
     season = int(number[1]) if number and number[1] else season
-    episodes = _read_episodes(number[2], number[3]) if number else ()
-    date = "-".join(daily.group(1, 3, 4) if daily[1] else daily.group(8, 7, 5)) if daily else ""
-    return Work("episode", title, year, ids, season, episodes, date, resolution)
+    episodes, date, part = (), "", (0, False)
+    if told and _is_clear(stem, told) and not (lone and season != 1):
+        if not _has_other_year(stem[: told.start()], title, year):
+            episodes = _read_episodes(season, number[2], number[3]) if number else ()
+            date = "" if number else "-".join(told.group(*((1, 3, 4) if told[1] else (8, 7, 5))))
+        part = _read_part(stem[told.end() :], *episodes[:1])
+    numbers = _read_absolute(stem, told), part
+    return Work("episode", title, year, ids, season, episodes, date, resolution, *numbers)
+
+
+def _is_extra(stem: str, title: str, told: Any, season: Optional[int]) -> bool:
+    """Tell whether the name of an episode says sample, half of it, or extra."""
+    words = set(normalise_title(title).split())
+    for match in _BESIDE.finditer(stem):
+        if not words.issuperset(normalise_title(match[0]).split()):
+            behind = not told or not stem[told.end() : match.start()].strip(" ._-([")
+            if match["half"] or (season != 0 and (behind or not match["name"])):
+                return True
+    return False
+
+
+def is_no_film(path: str, title: str, year: Optional[int]) -> bool:
+    """Tell whether the name of a file, or its folder's, denies that it is all of this film: another
+    year or part, a number behind the title, half of it, an extra.
+    """
+    folder, name = ("/" + path).rsplit("/", 2)[-2:]
+    stem, words = _EXTENSION.sub("", name), set(normalise_title(title).split())
+    parts = {_part_number(match) for match in _PART.finditer(title)}
+    for text in (stem, folder):
+        beside = (normalise_title(match[0]).split() for match in _BESIDE.finditer(text))
+        if any(not words.issuperset(word) for word in beside):
+            return True
+        if {_part_number(match) for match in _PART.finditer(text)} - parts:
+            return True
+    last = normalise_title(_parse_title(stem)[0]).split()[-1:]
+    is_numbered = bool(last) and last[0].isdecimal() and last[0] not in words
+    behind = _BEHIND_YEAR.search(stem)
+    if is_numbered or (behind and behind[1] not in words and behind[1] not in _HEIGHT_NUMBERS):
+        return True
+    return _has_other_year(stem, title, year) or (
+        not _BARE_YEAR.search(stem) and _has_other_year(folder, title, year)
+    )
+
+
+def _has_other_year(text: str, title: str, year: Optional[int]) -> bool:
+    words = normalise_title(title).split()
+    years = {y for y in _BARE_YEAR.findall(text.replace("_", " ")) if y not in words}
+    return bool(year and years) and str(year) not in years
+
+
+def _is_clear(stem: str, told: Any) -> bool:
+    """Tell whether nothing beside the number of an episode, or its date, belongs to it."""
+    rest = f"{stem[: told.start()]} {stem[told.end() :]}"
+    if _BEHIND_NUMBER.match(stem, told.end()) or _BEFORE_NUMBER.search(stem[: told.start()]):
+        return False
+    return not (_SEASON_EPISODE.search(rest) or _SECOND_CROSS.search(rest))
+
+
+def _read_part(tail: str, episode: int = 0) -> Tuple[int, bool]:
+    """Return the part that is told behind an episode's number, and whether it is but a part."""
+    match = _PART.search(tail)
+    if not match or match["title"]:
+        return 0, False
+    near, number = not tail[: match.start()].strip(" ._-(["), _part_number(match)
+    return number, near and (not match["gap"] or number != episode)
+
+
+def _part_number(match: Any) -> int:
+    digits = match[4] or match[3].lower() if match[3] else match[4]
+    return _PART_NUMBERS.get(digits) or (int(digits) if digits.isdecimal() else 0)
+
+
+def _read_absolute(stem: str, told: Any) -> Tuple[str, int]:
+    """Return an absolute number, 'Show - 012' or 'Show 12', and the title in front of it."""
+    match = _NUMBERED.match(stem, told.end()) if told else _ABSOLUTE.search(stem)
+    match = match or (None if told else _BARE_NUMBER.search(stem))
+    if not match or _BEHIND_NUMBER.match(stem, match.end()):
+        return "", 0
+    before = stem[: (told or match).start()]
+    return normalise_title(_parse_title(before)[0]), int(match[1])
 
 
 def parse_season_folder(name: str) -> Optional[int]:
@@ -1148,25 +1260,31 @@ def _parse_title(name: str) -> Tuple[str, Optional[int], bool]:
     bare = _TAGS.sub(" ", name).strip()
     bare = bare.replace("_", " ") if " " in bare else bare.replace("_", " ").replace(".", " ")
     bare = " ".join(bare.split()).lstrip("- ") or name
-    cut = _RELEASE.search(bare, 1)
-    end = cut.start() if cut else len(bare)
     bracketed = list(_BRACKETED_YEAR.finditer(bare, 1))
+    # A bracketed year ends the title, whatever words stand before it.
+    cut = _RELEASE.search(bare, bracketed[0].end() if bracketed else 1)
+    end = cut.start() if cut else len(bare)
     years = bracketed or list(_BARE_YEAR.finditer(bare, 2))
     years = [match for match in years if match.start() < end] or years[:1]  # last: 2012 (2009)
     text = bare[: min(end, years[-1].start()) if years else end]
+    inner = _RELEASE.search(text, 1)
+    if inner and text[inner.start() - 1] in "([":
+        text = text[: inner.start() - 1]
     if text.count("(") > text.count(")"):
         text = text[: text.rindex("(")]
     certain = bool(bracketed) and len(bracketed[-1][0]) == 6  # a range may be a collection's
     return text.rstrip(" -([") or bare, int(years[-1][1]) if years else None, certain
 
 
-def _read_episodes(first: str, more: str) -> Tuple[int, ...]:
+def _read_episodes(season: Optional[int], first: str, more: str) -> Tuple[int, ...]:
     """Return the episodes of 'E01', 'E01E02' (both) and 'E01-E03' (all three)."""
     numbers = [int(first)]
-    for dash, digits in _MORE_EPISODES.findall(more):
+    for dash, other, digits in _MORE_EPISODES.findall(more):
+        if int(digits) <= numbers[-1] or (other and int(other) != season):
+            return ()  # it falls, or goes on in another season
         start = numbers[-1] + 1 if dash and int(digits) - numbers[-1] <= 200 else int(digits)
-        numbers += range(start, int(digits) + 1) or [int(digits)]
-    return tuple(sorted(set(numbers)))
+        numbers += range(start, int(digits) + 1)
+    return tuple(numbers)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4505,8 +4623,6 @@ NO_CONTENT = re.compile(
     r"(?i)sports|behind the scenes|deleted scenes|extras?|featurettes?|interviews|samples?|scenes|"
     r"shorts|trailers?"
 )
-# Half a movie is no copy of it.
-_PART = re.compile(r"(?i)[ ._-](?:cd|dis[ck]|part|pt)[ ._-]?\d+$")
 _WRITE_ITEM = """
 INSERT INTO cinesync_items (path, show_title, show_norm, year, season, episode, tmdb_id,
                             resolution_rank, first_seen_utc, last_seen_utc)
@@ -4664,12 +4780,12 @@ class Copy(NamedTuple):
 
 
 def match_work(
-    wanted: Work, copies: Sequence[Copy], has_namesakes: bool = False
+    wanted: Work, copies: Sequence[Copy], shared: Collection[str] = ()
 ) -> Tuple[List[Copy], str]:
     """Return the copies that may hold the wanted movie or episodes; [] and why there is none.
 
-    An equal id decides, else title and year.  A series may lack its year where all known by its
-    title are one; `has_namesakes` says that the library holds others.
+    An equal id decides, else title and year, or title and one of the folders of CineSync's that
+    have a file with the library's folder in common: `shared`.
     """
     title, copies = normalise_title(wanted.title), [c for c in copies if c.work.kind == wanted.kind]
     kin = [copy for copy in copies if _may_be_same_work(copy.work, wanted)]
@@ -4677,12 +4793,8 @@ def match_work(
     if not same:
         kin = [copy for copy in kin if normalise_title(copy.work.title) == title]
         same = [copy for copy in kin if wanted.year and copy.work.year == wanted.year]
-    if not same and wanted.kind == "episode" and not has_namesakes:
-        same = [copy for copy in kin if not (wanted.year and copy.work.year)]
-        namesakes = [copy for copy in copies if normalise_title(copy.work.title) == title]
-        years = [copy.work.year for copy in namesakes]
-        if same and len({*years, wanted.year} - {None}) > 1:
-            return [], _name_rivals(namesakes, years)
+    if not same and not wanted.year:
+        same = [copy for copy in kin if title_folder(copy.path) in shared]
     for name in ("tmdb", "tvdb", "imdb"):
         ids = [copy.work.ids.get(name) for copy in same]
         if len({*ids} - {None}) > 1:
@@ -4706,8 +4818,6 @@ def _name_rivals(copies: Sequence[Copy], keys: Sequence[Any]) -> str:
 
 def _may_be_same_part(copy: Copy, wanted: Work) -> bool:
     # CineSync's own names keep the first of several episodes only: the file will tell.
-    if wanted.kind == "movie":
-        return not _PART.search(os.path.splitext(copy.path)[0])
     first = copy.work._replace(episodes=wanted.episodes)
     is_first = copy.work.episodes == wanted.episodes[:1]
     return is_same_part(wanted, copy.work) or (is_first and is_same_part(wanted, first))
@@ -4717,9 +4827,37 @@ def is_same_part(wanted: Work, found: Work) -> bool:
     """Tell whether one work's episodes are the other's; a movie has one part."""
     if wanted.kind == "movie":
         return True
-    if wanted.episodes:
+    if wanted.part[0] != found.part[0]:
+        if wanted.part[1] or found.part[1] or (wanted.part[0] and found.part[0]):
+            return False
+    if wanted.episodes and found.episodes:
         return (wanted.season, wanted.episodes) == (found.season, found.episodes)
+    if wanted.number[1]:
+        return (wanted.season, wanted.number) == (found.season, found.number)
     return wanted.date != "" and wanted.date == found.date
+
+
+def is_denied(wanted: Work, path: str) -> bool:
+    """Tell whether the name of a real file denies what CineSync's folder claims of it."""
+    found, stem = parse_work(path), _EXTENSION.sub("", os.path.basename(path))
+    if any(wanted.ids.get(name, value) != value for name, value in found.ids.items()):
+        return True
+    if wanted.kind == "movie":
+        is_extra = _EXTRA.search(_EXTENSION.sub("", path))
+        return bool(is_extra) or found.kind == "episode" or is_no_film(path, wanted.title, wanted.year)
+    told = _SEASON_EPISODE.search(stem) or _CROSS_EPISODE.search(stem) or _DATE.search(stem)
+    own = wanted.title if found.year is None else found.title
+    if _has_other_year(stem[: told.start()] if told else stem, wanted.title, wanted.year):
+        return True
+    if found.year and wanted.year not in (None, found.year) and str(found.year) not in own.split():
+        return True
+    if found.episodes or found.date:
+        return False
+    first, (_, number) = (wanted.episodes or (0,))[0], _read_absolute(stem, None)
+    is_other = number and first and not (number == first or (wanted.season != 1 and number > first))
+    part = _read_part(stem)[0]
+    named = told or _LIKE_NUMBER.search(stem) or _is_extra(stem, wanted.title, None, wanted.season)
+    return bool(is_other or named or (part and part not in (first, wanted.part[0])))
 
 
 def is_fit(own: int, found: int) -> bool:
@@ -4985,13 +5123,35 @@ class Relinker:
         for copy in load_copies(self.conn, self.settings.base, [link.work for link in links]):
             for key in _keys(copy.work):
                 copies.setdefault(key, []).append(copy)
+        shared = self.find_shared({title_folder(x.path) for x in links if not x.work.year})
         for link in links:
             found = {copy.path: copy for key in _keys(link.work) for copy in copies.get(key, ())}
-            namesakes = not link.work.year and has_namesakes(self.conn, link.path)
-            link.copies, link.reason = match_work(link.work, list(found.values()), namesakes)
+            near = shared.get(title_folder(link.path), ())
+            link.copies, link.reason = match_work(link.work, list(found.values()), near)
         matched = [link for link in links if link.copies]
         self.count["candidate_found"] = len(matched)
         return matched
+
+    def find_shared(self, folders: Iterable[str]) -> Dict[str, Set[str]]:
+        """Return, of folders of the library, CineSync's that some good link of it shares a file
+        with.
+        """
+        goods: Dict[str, str] = {}
+        found: Dict[str, Set[str]] = defaultdict(set)
+        for folder in folders:
+            condition, values = beneath(folder)
+            select = f"SELECT path FROM symlinks WHERE status = 'ok' AND {condition} LIMIT 8"
+            goods.update({from_db(row[0]): folder for row in self.conn.execute(select, values)})
+        works = map(parse_work, goods)
+        wanted = {(normalise_title(w.title), w.season, (w.episodes or (None,))[0]) for w in works}
+        items = self.conn.execute("SELECT path, show_norm, season, episode FROM cinesync_items")
+        near = [from_db(p) for p, title, *part in items if (from_db(title), *part) in wanted]
+        looks = _look_at(self.conn, self.scan, [*goods, *near] if goods and near else [], read=True)
+        real = {look.path: look.file for look in looks if look.file}
+        for good, folder in goods.items():
+            same = (p for p in near if real.get(p, p) == real.get(good))
+            found[folder].update(map(title_folder, same))
+        return found
 
     def relink(self, links: List[BrokenLink]) -> None:
         """Find the file for each link, and point it there; at most `limit` links."""
@@ -5047,14 +5207,16 @@ class Relinker:
     def why_not(self, link: BrokenLink, copy: Copy, file: str, problem: str) -> str:
         """Return what keeps a copy's file from replacing a link's, '' for nothing."""
         behind = parse_work(file)
-        has_name = bool(behind.episodes and behind.season is not None) or behind.date
+        has_name = (behind.episodes and behind.season is not None) or behind.date
         told = behind if has_name and behind.kind == "episode" else copy.work
         if problem or not file:
             return f"{copy.path} leads to no file that can be read: {problem or 'it is gone'}"
         if not any(is_under(file, prefix) for prefix in self.allowed):
             return f"{file} lies outside of the allowed targets"
-        if not is_video(file):
-            return f"{file} is no video"
+        if not (is_video(file) and is_video(link.path)):
+            return f"{file} or the link is no video"
+        if is_denied(link.work, file):
+            return f"{file} is named like something else"
         if not is_same_part(link.work, told):
             return f"{file} holds other episodes"
         for height in (copy.work.resolution, behind.resolution):
@@ -5112,25 +5274,26 @@ def describe_link(path: str, target: str, server_ids: Mapping[str, str]) -> Work
     work, lost = parse_work(path), parse_work(target)
     is_same = normalise_title(lost.title) == normalise_title(work.title)
     return work._replace(
-        ids={**server_ids, **work.ids},
-        year=work.year or (lost.year if is_same else None),
+        ids={**{name: text for name, text in server_ids.items() if name != "year"}, **work.ids},
+        year=work.year or int(server_ids.get("year", 0)) or (lost.year if is_same else None),
         resolution=work.resolution or lost.resolution,
+        number=work.number if work.number[1] else lost.number,
     )
 
 
 def load_server_ids(conn: sqlite3.Connection) -> Dict[str, Dict[str, str]]:
-    """Return {broken link: ids} of the series and movies that the servers have them for."""
+    """Return {broken link: ids, and the 'year'} of the servers' series and movies."""
     ids: Dict[str, Dict[str, str]] = {}
     for tables, parent, number, tvdb in (
         ("episode_files f JOIN series", "sonarr_series_id", "sonarr_id", "tvdb_id"),
         ("movie_files f JOIN movies", "radarr_movie_id", "radarr_id", "NULL"),
     ):
         for path, *values in conn.execute(
-            f"SELECT symlink_path, tmdb_id, {tvdb}, imdb_id FROM {tables} t "
+            f"SELECT symlink_path, tmdb_id, {tvdb}, imdb_id, year FROM {tables} t "
             f"ON t.instance = f.instance AND t.{number} = f.{parent} WHERE symlink_path IN "
             f"(SELECT path FROM symlinks WHERE {IS_BROKEN})"
         ):
-            pairs = zip(("tmdb", "tvdb", "imdb"), values)
+            pairs = zip(("tmdb", "tvdb", "imdb", "year"), values)
             ids[from_db(path)] = {name: str(value) for name, value in pairs if value}
     return ids
 
@@ -5157,15 +5320,6 @@ def load_copies(conn: sqlite3.Connection, base: str, wanted: Iterable[Work]) -> 
 def _keys(work: Work) -> List[Tuple[str, str]]:
     """Return what a work is looked up by: ('', its title), (name, id)."""
     return [("", normalise_title(work.title)), *work.ids.items()]
-
-
-def has_namesakes(conn: sqlite3.Connection, path: str) -> bool:
-    """Tell whether beside a series' folder stands another of its name, with a year behind it."""
-    folder = os.path.dirname(path)
-    if parse_season_folder(os.path.basename(folder)) is not None:
-        folder = os.path.dirname(folder)
-    query = "SELECT 1 FROM symlinks WHERE path >= ? AND path < ? LIMIT 1"
-    return conn.execute(query, (to_db(f"{folder} ("), to_db(f"{folder} )"))).fetchone() is not None
 
 
 def find_changing_run(conn: sqlite3.Connection, wanted: Optional[int]) -> Optional[int]:

@@ -266,9 +266,9 @@ NAMES = """
 /tv/Show/Season 01/Show - S01E02 - 24 Hours.mkv
     episode Show S1E2
 /tv/Show/Season 01/Show - S01E02 - E3.mkv
-    episode Show S1E2
+    episode Show S1
 /tv/Show/Season 01/Show - S01E02 - 2x4.mkv
-    episode Show S1E2
+    episode Show S1
 /tv/Show/Season 01/Show - S01E02 - Part 2 (2001).mkv
     episode Show S1E2
 /tv/Show/Season 01/Show - S01E02 - 2001-09-11.mkv
@@ -682,7 +682,7 @@ x.mkv
 /movies/Film (2010)/Film (2010) - part1.mkv
     other Film (2010)
 /movies/Film (2010)/Film - Part 1.mkv
-    movie Film (2010)
+    other Film (2010)
 /movies/Film (2010)/Film.2010.CD1.XviD-GRP.avi
     other Film (2010)
 /movies/Film (2010)/film.sample.mkv
@@ -690,9 +690,9 @@ x.mkv
 /tv/Show/Season 1/Show.S01E02.Part1.720p.mkv
     episode Show S1E2 720p
 /tv/Show/Season 1/Show - S01E10-S02E01.mkv
-    episode Show S1E1E10
+    episode Show S1
 /tv/Show/Season 1/Show - S01E05-E03.mkv
-    episode Show S1E3E5
+    episode Show S1
 /anime/Show/Season 2/[SubsPlease] Show S2 - 05 (1080p).mkv
     episode Show S2 1080p
 
@@ -734,7 +734,7 @@ x.mkv
 /tv/The 4400 (2004)/Season 1/The.4400.S01E01.mkv
     episode The 4400 (2004) S1E1
 /tv/seaQuest DSV (1993)/Season 1/seaQuest.2032.S01E01.mkv
-    episode seaQuest DSV (1993) S1E1
+    episode seaQuest DSV (1993) S1
 /tv/UFO (1970)/Season 1/UFO.S01E01.576p.BluRay.mkv
     episode UFO (1970) S1E1 576p
 /tv/Dark (2017)/Season 1/Dark.S01E01.GERMAN.1080p.NF.mkv
