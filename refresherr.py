@@ -1150,7 +1150,8 @@ def parse_work(path: str) -> Work:
         is_movie = is_movie and not absolute and not is_no_film(path, title, year)
         return Work("movie" if is_movie else "other", title, year, ids, None, (), "", resolution)
     season = int(number[1]) if number and number[1] else season
-    episodes, date, part = (), "", (0, False)
+    episodes: Tuple[int, ...] = ()
+    date, part = "", (0, False)
     if told and _is_clear(stem, told) and not (lone and season != 1):
         if not _has_other_year(stem[: told.start()], title, year):
             episodes = _read_episodes(season, number[2], number[3]) if number else ()
@@ -5034,6 +5035,21 @@ def _within_reach(
 # The repair
 
 
+def spell_target(file: str, prefixes: Mapping[str, str], path: str, old: str) -> str:
+    """Return a real file as the user writes it: below {prefix as written: as resolved}, that which
+    has most in common with the link's old target; relative where that was relative.
+    """
+    folder = os.path.dirname(path)
+    goal = os.path.normpath(os.path.join(folder, old))
+    spelled = [
+        written.rstrip("/") + file[len(real.rstrip("/")) :]
+        for written, real in prefixes.items()
+        if is_under(file, real)
+    ]
+    best = max(spelled, key=lambda text: len(os.path.commonpath((text, goal))), default=file)
+    return best if os.path.isabs(old) else os.path.relpath(best, folder)
+
+
 @dataclasses.dataclass
 class BrokenLink(LinkChange):
     """A broken link of the library, and what might replace its file."""
@@ -5050,7 +5066,7 @@ class Relinker:
         self.scan, self.settings, self.repair = config.scan, config.cinesync, config.repair
         self.run_id = run_id
         self.any_resolution = False
-        self.allowed: List[str] = []
+        self.allowed: Dict[str, str] = {}  # as written: as the kernel resolves it
         self.items: List[BrokenLink] = []
         self.waits: List[Wait] = []
         self.count: Counter[str] = Counter()
@@ -5093,7 +5109,7 @@ class Relinker:
             elif state != "scanned":
                 self.problems.append(f"{path}: {reason}")
         good = {path: real for path, (state, _, real) in places.items() if state == "scanned"}
-        self.allowed = [good[path] for path in allowed if path in good]
+        self.allowed = {path: good[path] for path in allowed if path in good}
         return {path: good[path] for path in roots if path in good}
 
     def load_broken(self, roots: Mapping[str, str]) -> List[BrokenLink]:
@@ -5200,7 +5216,8 @@ class Relinker:
                     problem = look.blocked or look.detail
                     link.reason = self.why_not(link, copy, look.file, problem)
                     if not link.reason:
-                        link.via, link.new = copy.path, look.file
+                        link.via = copy.path
+                        link.new = spell_target(look.file, self.allowed, link.path, link.old)
                         break
         return [link for link in links if link.new]
 
@@ -5211,7 +5228,7 @@ class Relinker:
         told = behind if has_name and behind.kind == "episode" else copy.work
         if problem or not file:
             return f"{copy.path} leads to no file that can be read: {problem or 'it is gone'}"
-        if not any(is_under(file, prefix) for prefix in self.allowed):
+        if not any(is_under(file, prefix) for prefix in self.allowed.values()):
             return f"{file} lies outside of the allowed targets"
         if not (is_video(file) and is_video(link.path)):
             return f"{file} or the link is no video"

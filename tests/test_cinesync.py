@@ -1048,3 +1048,43 @@ def test_ordinary_names_get_the_right_copy() -> None:
             others = [c for s, e, c in copies if (s, e) != (season, episode)]
             wrong += len(program.match_work(wanted, others)[0])
     assert (wrong, good / count > 0.97) == (0, True), good / count
+
+
+# The user's own spelling
+
+
+def test_a_share_that_is_a_symlink_is_written_as_the_user_writes_it(stage: Stage) -> None:
+    """Unraid's /mnt/user: the media server's container has it, not what it leads to."""
+    library = stage.library
+    share = stage.folder / "user"
+    share.symlink_to(library.mount)
+    path, second = stage.broken(), stage.broken(MOVIE)
+    for link in (path, second):
+        old = os.readlink(link).replace(str(library.mount), str(share))
+        os.unlink(link)
+        os.symlink(old if link == path else os.path.relpath(old, os.path.dirname(link)), link)
+    copies = library.copy(SHOW, 1080), library.copy(MOVIE, 1080)
+    before = stage.texts()
+    stage.scan()
+    args = ["cinesync", *stage.options, "--base", library.base, "--root", library.media]
+    assert stage.run(*args, "--allow-target", share, "--apply")["replaced"] == 2
+    reals = [os.readlink(copy).replace(str(library.mount), str(share)) for copy in copies]
+    assert stage.texts() == {path: reals[0], second: os.path.relpath(reals[1], Path(second).parent)}
+    assert all(map(os.path.exists, (path, second)))
+    assert stage.run("undo", "--apply")["restored"] == 2
+    assert stage.texts() == before
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "old", "spelled"),
+    [
+        ({"/user": "/cache"}, "/user/b.mkv", "/user/x/a.mkv"),
+        ({"/user": "/cache"}, "../user/b.mkv", "../user/x/a.mkv"),
+        ({"/user": "/cache", "/cache": "/cache"}, "/cache/b.mkv", "/cache/x/a.mkv"),
+        ({"/user": "/cache", "/cache": "/cache"}, "/user/b.mkv", "/user/x/a.mkv"),
+        ({"/": "/"}, "/old/b.mkv", "/cache/x/a.mkv"),
+        ({"/u": "/cache/x/"}, "/old/b.mkv", "/u/a.mkv"),
+    ],
+)
+def test_spell_target(prefixes: Dict[str, str], old: str, spelled: str) -> None:
+    assert program.spell_target("/cache/x/a.mkv", prefixes, "/tv/b.mkv", old) == spelled
