@@ -1798,6 +1798,7 @@ def find_link(conn: sqlite3.Connection, path: str) -> Optional[KnownLink]:
     return next(iter(find_links(conn, [path]).values()), None)
 
 
+IS_LOST = "status <> 'ok' AND status IN ('broken', 'unreachable')"
 IS_BROKEN = "status <> 'ok' AND status = 'broken'"  # so says the index ix_symlinks_not_ok
 
 
@@ -5379,6 +5380,8 @@ def undo_changes(
     """
     if run_id is not None:
         settle_journal(conn, settings)
+    if wanted and not conn.execute("SELECT 1 FROM runs WHERE run_id = ?", (wanted,)).fetchone():
+        raise UsageError(f"there is no run {wanted}; without a number undo takes the last one")
     wanted = find_changing_run(conn, wanted)
     rows = conn.execute(
         "SELECT change_id, path, new_target, old_target, state FROM link_changes "
@@ -5404,6 +5407,53 @@ def undo_changes(
         done = "is undone already" if rows else "has changed no link"
         result["message"] = f"run {wanted} {done}" if wanted else "no run has changed a link"
     return result
+
+
+def retarget_links(
+    conn: sqlite3.Connection, settings: ScanSettings, old: str, new: str, limit: Optional[int],
+    run_id: Optional[int],
+) -> JsonObject:  # fmt: skip
+    """Point the links that cannot be followed and lead beneath `old` to the same place beneath
+    `new`, where a file is, and return what `retarget --json` shows; without a `run_id` a preview.
+
+    Raises RefusedError when `new` is on a mount that is not to be trusted, or is missing or empty.
+    """
+    if run_id is not None:
+        settle_journal(conn, settings)
+    state, reason, _ = look_at_places(conn, settings, [new])[0][new]
+    if state != "scanned":
+        raise RefusedError(f"{new}: {reason}")
+    select = f"SELECT path, last_target FROM symlinks WHERE {IS_LOST} ORDER BY path"
+    changes: List[LinkChange] = []
+    for path, target in ((from_db(p), from_db(t)) for p, t in conn.execute(select)):
+        goal = os.path.normpath(os.path.join(os.path.dirname(path), target))
+        if is_under(goal, old) and goal != old and len(changes) != limit:
+            place = os.path.join(new, os.path.relpath(goal, old))
+            changes.append(LinkChange(path, target, spell_target(place, {}, path, target), place))
+    blocked: Set[str] = set()
+    for start in range(0, len(changes), CHANGES_AT_ONCE):
+        part = changes[start : start + CHANGES_AT_ONCE]
+        looks = {x.path: x for x in _look_at(conn, settings, [c.via for c in part], read=True)}
+        blocked.update(look.blocked for look in looks.values() if look.blocked)
+        now = recheck_links(conn, settings, [c.path for c in part if run_id is not None])
+        for change in part:
+            look, verdict = looks.get(change.via), now.get(change.path, (MISSING, "it is gone"))
+            if not look or not look.file:
+                why = (look.blocked or look.detail) if look else ""
+                change.reason = f"no file to be read there: {change.via} {why}".rstrip()
+            elif run_id is not None and verdict[0] in (OK, MISSING):
+                change.reason = verdict[1] or "it works again"
+            elif read_link(change.path) != change.old:
+                change.reason = "it points elsewhere since the last scan"
+            else:
+                change.result = WOULD_REPLACE
+        ready = [change for change in part if change.result == WOULD_REPLACE]
+        if ready and run_id is not None:
+            change_links(conn, settings, run_id, ready, must_work=True)
+    counted = count_undone(changes)
+    if blocked:
+        counted.update(exit_code=EXIT_REFUSED, message="; ".join(sorted(blocked)))
+    return {"applied": run_id is not None, "run_id": run_id, **counted}
 
 
 def count_undone(changes: Iterable[LinkChange]) -> JsonObject:
@@ -9286,6 +9336,18 @@ def run_undo(context: Context) -> JsonObject:
     return result
 
 
+def run_retarget(context: Context) -> JsonObject:
+    """Point links to the place where their files have moved, or say which would be."""
+    args, scan = context.args, context.config.scan
+    allowed = args.allow_target
+    if allowed and not any(is_under(args.new, prefix) for prefix in allowed):
+        raise UsageError(f"{args.new} lies below no --allow-target")
+    with context.recorded("retarget", not context.applied) as (conn, summary):
+        result = retarget_links(conn, scan, args.old, args.new, args.limit, summary.get("run_id"))
+        summary.update({k: v for k, v in result.items() if k not in ("items", "run_id")})
+    return result
+
+
 def show_relinked(terminal: Terminal, result: JsonObject) -> None:
     """Print what became of each link of a cinesync or an undo."""
     counts = Counter(item["result"] for item in result["items"])
@@ -9891,6 +9953,14 @@ COMMANDS = (
         option("--limit", type=COUNT, dest="cinesync.limit", metavar="N",
             help="try no more than N links"),
         *WAITS, *CINESYNC, APPLY, DRY_RUN)),
+    Command("retarget", "", "point links to the place where their files have moved",
+        "retarget /mnt/old /mnt/new --apply", run_retarget, show_relinked, (
+        option("old", type=PATH, metavar="OLD", help="where their targets lay"),
+        option("new", type=PATH, metavar="NEW", help="where the same files lie now"),
+        option("--limit", type=COUNT, metavar="N", help="change no more than N links"),
+        option("--allow-target", type=PATH, action="append", default=[], metavar="PREFIX",
+            help="refuse a NEW that does not lie below it"),
+        APPLY, DRY_RUN)),
     Command("undo", "", "put links back as they were before a run",
         "undo --apply 42", run_undo, show_relinked, (
         option("run", nargs="?", type=COUNT, metavar="RUN", help="default: the last"),

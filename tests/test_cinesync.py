@@ -841,7 +841,8 @@ def test_undo_twice_says_so(stage: Stage) -> None:
         result = stage.run("undo", *args, "--apply")
         assert result["message"] == f"run {run_id} is undone already"
         assert (result["exit_code"], result["restored"], result["items"]) == (0, 0, [])
-    assert stage.run("undo", 999)["message"] == "run 999 has changed no link"
+    result = stage.run("undo", 999)
+    assert (result["exit_code"], "no run 999" in result["message"]) == (2, True)
     assert stage.texts() == before
 
 
@@ -1088,3 +1089,44 @@ def test_a_share_that_is_a_symlink_is_written_as_the_user_writes_it(stage: Stage
 )
 def test_spell_target(prefixes: Dict[str, str], old: str, spelled: str) -> None:
     assert program.spell_target("/cache/x/a.mkv", prefixes, "/tv/b.mkv", old) == spelled
+
+
+# The mount has moved
+
+
+def test_retarget(stage: Stage) -> None:
+    paths = fill_season(stage, 3)
+    library = stage.library
+    new = stage.folder / "new"
+    for path in paths[:2]:
+        moved = new / os.path.relpath(os.readlink(path), library.mount)
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        moved.write_bytes(b"video")
+    text = os.path.relpath(os.readlink(paths[1]), os.path.dirname(paths[1]))
+    os.unlink(paths[1])
+    os.symlink(text, paths[1])
+    before = stage.texts()
+    stage.scan()
+    preview = stage.run("retarget", library.mount, new)
+    assert [item["result"] for item in preview["items"]] == ["would replace"] * 2 + ["skipped"]
+    assert stage.texts() == before
+    assert stage.run("retarget", library.mount, stage.folder / "absent", "--apply")["exit_code"] == 4
+    result = stage.run("retarget", library.mount, new, "--apply")
+    assert (result["restored"], result["skipped"], result["exit_code"]) == (2, 1, 3)
+    assert [os.path.exists(path) for path in paths] == [True, True, False]
+    assert [os.path.isabs(os.readlink(path)) for path in paths] == [True, False, True]
+    assert stage.texts()[paths[2]] == before[paths[2]]
+    assert stage.run("undo", result["run_id"], "--apply")["restored"] == 2
+    assert stage.texts() == before
+
+
+def test_retarget_leaves_alone_what_works_again(stage: Stage) -> None:
+    (path,) = fill_season(stage, 1)
+    moved = stage.folder / "new" / os.path.relpath(os.readlink(path), stage.library.mount)
+    moved.parent.mkdir(parents=True)
+    moved.write_bytes(b"video")
+    stage.scan()
+    Path(os.readlink(path)).write_bytes(b"video")
+    before = stage.texts()
+    result = stage.run("retarget", stage.library.mount, stage.folder / "new", "--apply")
+    assert (result["restored"], stage.texts()) == (0, before)
