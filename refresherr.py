@@ -1011,8 +1011,9 @@ _LONE_EPISODE = re.compile(  # E01, Ep. 1, Episode 1
     r"(?i)(?<![a-z0-9])()e(?:p(?:isode)?[ ._-]{0,3})?(\d{1,4})((?:-?e\d{1,4})*)(?![\da-z])")
 _MORE_EPISODES = re.compile(
     r"(?i)([-~]?)[ ._]*[-+&]?[ ._]*(?:(?:s?(\d{1,4}))?[ ._]?[ex]p?)?(\d{1,4})")
-_BEHIND_NUMBER = re.compile(  # what belongs to it: E01b, E11.5 (not E01.1.23.45), E1.E2, E01 and 2
-    r"(?i)(?!v\d)[^\W\d_]|[\xbc-\xbe]|[.,]\d(?!\d|(?:\.\d\d){2}(?!\d))|[ ._]{0,4}[+&~/][ ._]{0,4}\d|"
+_BEHIND_NUMBER = re.compile(  # what belongs to it: E01b, E11.5 (not 1.23.45), E1.E2, E01 and 2
+    r"(?i)(?!v\d)[^\W\d_]|[\xbc-\xbe]|[.,]\d(?!\d|(?:\.\d\d){2}(?!\d))|"
+    r"[ ._]{0,4}[+&~/][ ._]{0,4}\d|"
     r"[ ._,]*-?[ ._]{0,4}(?:s\d{1,4}[ ._-]?)?ep?[ ._]?\d|-\d{1,3}(?![\da-z]|\.\d)|"
     r"[ ._]{1,4}(?:and|et|und|to|till|bis|à|au|al|[aey-])[ ._]{1,4}(?:s\d{1,4})?ep?[ ._]?\d|"
     r"[ ._]{1,4}(?:and|et|und|to|till|bis|à|au|al)[ ._]{1,4}(?:episode[ ._]?)?\d")
@@ -1020,8 +1021,8 @@ _BEFORE_NUMBER = re.compile(  # E00 and S14E01, 2x9-2x10
     r"(?i)(?<![^\W_])(?:(?:s\d{1,4})?ep?[ ._]?|\d{1,2}x)\d{1,4}[ ._]{0,4}"
     r"(?:[-+&~,/]|and|et|und|to|bis|à|au?)?[ ._]{0,4}$")
 _LIKE_NUMBER = re.compile(  # 1x1, S01E, SE01, 1of6, SP1
-    r"(?i)(?<![^\W_])(?:\d{1,2}x\d{1,3}(?![\da-z])|s\d{1,4}[ ._-]?e|se\d|e(?:p(?:isode)?[ ._-]?)?\d|"
-    r"(?:sp|ova|oad)[ ._]?\d{0,2}(?![^\W_])|\d{1,2}[ ._]?of[ ._]?\d)")
+    r"(?i)(?<![^\W_])(?:\d{1,2}x\d{1,3}(?![\da-z])|s\d{1,4}[ ._-]?e|se\d|"
+    r"e(?:p(?:isode)?[ ._-]?)?\d|(?:sp|ova|oad)[ ._]?\d{0,2}(?![^\W_])|\d{1,2}[ ._]?of[ ._]?\d)")
 _ABSOLUTE = re.compile(  # Show - 012, or all of a name up to a dash or bracket: 012 - Title
     r"(?i)(?:[ _]-[ _]#?|^(?=\d+(?:[ _]-[ _]| ?[(\[]|$)))(\d{1,4})(?:v\d)?(?![\da-z])")
 _BARE_NUMBER = re.compile(r"(?<=[^\W\d_])[ _.]#?(\d{1,4})(?:v\d)?(?=[ _.]*(?:$|[\[(]))")  # Show 12
@@ -1034,8 +1035,8 @@ _SEASON_FOLDER = re.compile(
     r"kausi|сезон|s)[ ._-]*(\d{1,4})(?: *[(\[{].*| - [^()]+)?|第 ?(\d{1,4}) ?季|specials?|spéciaux")
 _PACK = re.compile(r"(?i)[ ._(\[-]{1,3}(?:s|season[ ._-]?)(\d{1,4})(?![a-z0-9])")
 _EXTRA = re.compile(  # by its folder, if that is no show of this name, or its end
-    r"(?i)/(behind the scenes|bonus[^/]*|deleted scenes|extras|featurettes|interviews|samples?|scenes|"
-    r"shorts|special features|trailers)/(?!\1)[^/]*$|"
+    r"(?i)/(behind the scenes|bonus[^/]*|deleted scenes|extras|featurettes|interviews|samples?|"
+    r"scenes|shorts|special features|trailers)/(?!\1)[^/]*$|"
     r"-(?:behindthescenes|deleted|featurette|interview|trailer)$")
 _BESIDE = re.compile(  # half of it; extras, some of which are names of episodes, too
     r"(?i)(?<![^\W_])(?:(?P<half>samples?|(?:cd|dis[ck]|dvd(?=[ ._-]?[1-4]))[ ._-]?\d{1,2}"
@@ -1047,7 +1048,8 @@ _BESIDE = re.compile(  # half of it; extras, some of which are names of episodes
 _PART = re.compile(  # Part 2, pt2, (2)
     r"(?i)(?<![^\W_])(?:part[ei]?e?|pt|teil|(?P<title>vol(?:ume)?|chapter))(?P<gap>[ ._-]*)"
     r"(\d{1,2}|[ivx]{1,4}|one|two|three|four|five|six)(?![^\W_])|[ ._]\((\d)\)")
-_BEHIND_YEAR = re.compile(r"(?i)(?:19|20)\d\d[)\]]?[ ._-]{1,4}#?(\d{1,3})(?:v\d)?(?![\da-z]|[.,]\d)")
+_BEHIND_YEAR = re.compile(
+    r"(?i)(?:19|20)\d\d[)\]]?[ ._-]{1,4}#?(\d{1,3})(?:v\d)?(?![\da-z]|[.,]\d)")
 _SECOND_CROSS = re.compile(r"(?i)(?<![^\W_])\d{1,2}x\d{1,3}(?![\da-z])")
 _HEIGHT_NUMBERS = ("480", "576", "720")
 _PART_NUMBERS = {
@@ -4829,9 +4831,9 @@ def is_same_part(wanted: Work, found: Work) -> bool:
     """Tell whether one work's episodes are the other's; a movie has one part."""
     if wanted.kind == "movie":
         return True
-    if wanted.part[0] != found.part[0]:
-        if wanted.part[1] or found.part[1] or (wanted.part[0] and found.part[0]):
-            return False
+    is_less = wanted.part[1] or found.part[1] or (wanted.part[0] and found.part[0])
+    if wanted.part[0] != found.part[0] and is_less:
+        return False
     if wanted.episodes and found.episodes:
         return (wanted.season, wanted.episodes) == (found.season, found.episodes)
     if wanted.number[1]:
@@ -4846,7 +4848,8 @@ def is_denied(wanted: Work, path: str) -> bool:
         return True
     if wanted.kind == "movie":
         is_extra = _EXTRA.search(_EXTENSION.sub("", path))
-        return bool(is_extra) or found.kind == "episode" or is_no_film(path, wanted.title, wanted.year)
+        differs = is_no_film(path, wanted.title, wanted.year)
+        return bool(is_extra) or found.kind == "episode" or differs
     told = _SEASON_EPISODE.search(stem) or _CROSS_EPISODE.search(stem) or _DATE.search(stem)
     own = wanted.title if found.year is None else found.title
     if _has_other_year(stem[: told.start()] if told else stem, wanted.title, wanted.year):
