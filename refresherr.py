@@ -5454,6 +5454,8 @@ def retarget_links(
         if ready and run_id is not None:
             change_links(conn, settings, run_id, ready, must_work=True)
     counted = count_undone(changes)
+    for item in counted["items"]:
+        item["result"] = REPLACED if item["result"] == "restored" else item["result"]
     if blocked:
         counted.update(exit_code=EXIT_REFUSED, message="; ".join(sorted(blocked)))
     return {"applied": run_id is not None, "run_id": run_id, **counted}

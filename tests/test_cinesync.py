@@ -1131,3 +1131,40 @@ def test_retarget_leaves_alone_what_works_again(stage: Stage) -> None:
     before = stage.texts()
     result = stage.run("retarget", stage.library.mount, stage.folder / "new", "--apply")
     assert (result["restored"], stage.texts()) == (0, before)
+
+
+def test_a_killed_retarget_leaves_each_link_old_or_new(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program, "CHANGES_AT_ONCE", 10)
+    paths = fill_season(stage, 80)
+    new = stage.folder / "new"
+    for path in paths:
+        moved = new / os.path.relpath(os.readlink(path), stage.library.mount)
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        moved.write_bytes(b"video")
+    old = stage.texts()
+    goals = {p: text.replace(str(stage.library.mount), str(new)) for p, text in old.items()}
+    stage.scan()
+    argv = stage.argv("retarget", stage.library.mount, new, "--apply")
+    chance, partly = random.Random(3), 0
+    for _ in range(6):
+        pid = in_a_process(argv)
+        limit = time.monotonic() + 20
+        while stage.texts() == old and time.monotonic() < limit:
+            time.sleep(0.002)
+        time.sleep(chance.random() * 0.2)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        now = stage.texts()
+        assert all(now[path] in (old[path], goals[path]) for path in old)
+        partly += any(now[p] == old[p] for p in old) and any(now[p] != old[p] for p in old)
+        stage.run(*argv[3:])  # the rest is done by the next run
+        assert stage.texts() == goals
+        runs = "SELECT DISTINCT run_id FROM link_changes WHERE state = 'done' ORDER BY 1 DESC"
+        for (run_id,) in stage.query(runs):
+            if stage.query("SELECT 1 FROM runs WHERE run_id = ? AND command = 'retarget'", run_id):
+                stage.run("undo", run_id, "--apply")
+        assert stage.texts() == old
+    assert partly
