@@ -4267,6 +4267,7 @@ class PresentLinks:
         expected = load_removed(self.conn) if gone else set()
         for number, rows in gone.items():
             self.judge_vanished(walk.job.roots[number], rows, expected)
+        self.writer.flush()
 
     def judge_vanished(
         self, root: str, rows: List[Tuple[int, str, str]], expected: Set[str]
@@ -4283,15 +4284,15 @@ class PresentLinks:
         titles = {title_folder(path) if os.path.dirname(path) != root.rstrip("/") else path
             for _, path in by_itself}  # fmt: skip
         present = self.walk.count_rows([root])
-        if self.judgement.share < 1.0 and is_too_much(
-            len(by_itself), present, len(titles), self.judgement.share
-        ):
+        is_mass = len(titles) >= GUARD_TITLES and len(by_itself) > self.judgement.share * present
+        moved = [(to_db(path),) for _, path, target in rows if target in targets]
+        self.writer.cleared += moved  # their doubts go on under their new names
+        if is_mass and self.judgement.share < 1.0:
             self.unseen += [(row[0],) for row in rows]
             self.judgement.add_unit(root, len(by_itself), titles, present, len(by_itself))
             self.judgement.units[-1]["vanished"] = True
             held = [(to_db(path), VANISHED, *[""] * 4, None, self.now) for _, path in by_itself]
             self.writer.doubts += held
-            self.writer.flush()
             return
         self.writer.changes["vanished"] += len(rows)
         # Not _WRITE_LINK: what is missing was not seen now.
