@@ -2679,7 +2679,9 @@ def look_at(looker: Looker, path: str, wants_file: bool) -> Look:
         near = os.path.dirname(missing)
         names = looker.ask(looker.list_names, near, end.mount)
     except OSError as exc:
-        if exc.errno in (*GONE_ERRNOS, *NO_LISTING_ERRNOS):  # ENOTDIR: a file stands there
+        if exc.errno == errno.ENOTDIR:  # a file stands there: that is the missing directory
+            return look._replace(missing=near)
+        if exc.errno in (*GONE_ERRNOS, *NO_LISTING_ERRNOS):
             return look
         return look._replace(finding=UNKNOWN, detail=f"{near}: {exc.strerror}")
     is_listed = failure == errno.ENOENT and os.path.basename(missing) in names

@@ -126,6 +126,8 @@ ROWS_OF_ONE: List[Tuple[str, Loss, Sequence[Good], Dict[str, Any], Optional[str]
      {}, "empty", "/d"),
     ("inside a living mount it proves nothing", FILE._replace(is_empty=True), NEIGHBOURS,
      {}, None, ""),
+    ("nor where nothing good lies beside it", lost("/m/a/b/A/1.mkv", "/m/a/b/A/1.mkv", "/lib/A",
+     is_empty=True), [Good("/m/c", 3)], {}, None, ""),
     ("the root of a network mount is empty", lost("/m/A/1.mkv", is_empty=True), NEIGHBOURS,
      {}, "empty", "/m"),
     ("what lies beside it in / speaks for no mount point", lost("/data/A/1.mkv", is_empty=True),
@@ -220,6 +222,31 @@ def test_the_mount_point_itself_may_be_the_place() -> None:
     assert program.find_place(lost("/m/a/b/A/1.mkv"), ground_of([Good("/m/c", 3)])) == "/m"
 
 
+WIDE_ROWS: List[Tuple[str, Dict[str, Any], bool]] = [
+    ("one good title", {"titles": {"/m": {"A"}}}, False),
+    ("two good titles", {"titles": {"/m": {"A", "B"}}}, True),
+    ("two lost titles", {"lost_titles": {"/m": {"A", "B"}}}, True),
+    ("one good, another lost", {"titles": {"/m": {"A"}}, "lost_titles": {"/m": {"B"}}}, True),
+    ("one, of which some is lost", {"titles": {"/m": {"A"}}, "lost_titles": {"/m": {"A"}}}, False),
+]
+
+
+@pytest.mark.parametrize(
+    ("facts", "is_wide"), [row[1:] for row in WIDE_ROWS], ids=[row[0] for row in WIDE_ROWS]
+)
+def test_where_links_of_two_titles_lead(facts: Dict[str, Any], is_wide: bool) -> None:
+    assert Ground(**facts).is_wide("/m") == is_wide
+    assert program.find_place(lost("/m/A/1.mkv", "/m/A/1.mkv"), Ground(**facts)) == (
+        "/m" if is_wide else "/m/A"
+    )
+
+
+def test_the_place_lies_above_the_nearest_directory() -> None:
+    """Two titles that shared a torrent are gone with it: the neighbours of the torrent speak."""
+    pack = [lost(f"/m/p/{title}.mkv", f"/m/p/{title}.mkv", f"/lib/{title}") for title in "AB"]
+    assert not judge(pack, [Good("/m/shows", 9)]).doubts
+
+
 def test_a_flat_library_makes_a_directory_wide() -> None:
     assert program.find_place(FILE, ground_of([Good("/m/shows", 2, is_flat=True)])) == "/m/shows"
 
@@ -286,7 +313,8 @@ ROWS_OF_GUARD: List[Tuple[str, Sequence[Loss], Sequence[Good], Dict[str, Any], L
      [Good("/m/p", 70, is_fresh=True)], {}, []),
     ("ten titles, more than an eighth", lose("/m/p", 10, is_fresh=True),
      [Good("/m/p", 69, is_fresh=True)], {}, ["/m/p"]),
-    ("a third, half of the links new", [*lose("/m/p", 3, is_fresh=True), *lose("/m/p", 1, name="x")],
+    ("a third, half of the links new",
+     [*lose("/m/p", 3, is_fresh=True), *lose("/m/p", 1, name="x")],
      [Good("/m/p", 1, 5), Good("/m/p", 3, 1, "new", is_fresh=True)], {}, ["/m/p"]),
     ("a third of the known ones, among twice as many new ones", lose("/m/p", 4),
      [Good("/m/p", 8), Good("/m/p", 24, 1, "new", is_fresh=True)], {}, ["/m/p"]),
