@@ -358,6 +358,8 @@ ROWS_OF_LOTS: List[Tuple[str, Dict[str, Any], int]] = [
     ("removed links make it no smaller", {"losses": HELD[:1], "removed": HELD[1:]}, 1),
     ("what this scan explains by a mount is still gone",
      {"losses": [HELD[0], *(loss._replace(is_listed=True) for loss in HELD[1:])]}, 1),
+    ("a link of it that leads elsewhere now is one of it still",
+     {"losses": in_lot(lose("/m/q", 20)), "goods": [Good("/m/q", 500)]}, 20),
     ("a lot in the lot counts for it", {"losses": HELD[:1],
      "elsewhere": in_lot(lose("/m/p/sub", 9), 2), "lots": [LOT, Lot(2, "/m/p/sub", 9, 9)]}, 1),
     ("a lot beside it does not", {"losses": HELD[:1],
