@@ -3310,8 +3310,7 @@ def find_suspicious(losses: Sequence[Loss], ground: Ground, share: float) -> Set
     by_missing: Dict[str, List[Loss]] = defaultdict(list)
     beneath: Dict[str, List[Loss]] = defaultdict(list)
     for loss in losses:
-        if loss.levels:
-            by_missing[loss.missing].append(loss)
+        by_missing[loss.missing].append(loss)
         for directory in directories_above(loss):
             beneath[directory].append(loss)
     for missing, group in by_missing.items():
@@ -3349,7 +3348,7 @@ def hold_losses(
     stands: Dict[str, Set[str]] = defaultdict(set)
     for is_new, loss in [(True, loss) for loss in losses] + [(False, loss) for loss in held]:
         above = [directory for directory in directories_above(loss) if directory in suspicious]
-        if loss.levels and loss.missing in suspicious:
+        if loss.missing in suspicious:
             above = [loss.missing]
         if above:
             stands[above[-1]].add(loss.missing if loss.levels else loss.near)

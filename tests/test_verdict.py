@@ -247,6 +247,12 @@ def test_the_place_lies_above_the_nearest_directory() -> None:
     assert not judge(pack, [Good("/m/shows", 9)]).doubts
 
 
+def test_what_another_root_has_lost_makes_a_directory_wide() -> None:
+    one, other = (lost(f"/m/a/b/{t}/1.mkv", f"/m/a/b/{t}/1.mkv", f"/lib/{t}") for t in "AB")
+    assert not judge([one], [Good("/m/c", 9)]).doubts
+    assert judge([one], [Good("/m/c", 9)], in_lot([other])).doubts
+
+
 def test_a_flat_library_makes_a_directory_wide() -> None:
     assert program.find_place(FILE, ground_of([Good("/m/shows", 2, is_flat=True)])) == "/m/shows"
 
@@ -263,6 +269,14 @@ ROWS_OF_GUARD: List[Tuple[str, Sequence[Loss], Sequence[Good], Dict[str, Any], L
     # A single missing directory.
     ("it took three titles", lose_folder("/m/p/gone", 3), [Good("/m/p", 30)], {}, ["/m/p/gone"]),
     ("it took two", lose_folder("/m/p/gone", 2), [Good("/m/p", 30)], {}, []),
+    ("it took two titles out of four directories",
+     [lost(f"/m/p/gone/{d}/{t}.mkv", "/m/p/gone", f"/lib/{t}")
+      for d, t in ("aA", "bA", "cB", "dB")],
+     [Good("/m/p", 30)], {}, []),
+    ("titles of which some is good count once",
+     [*lose_folder("/m/p/gone", 3),
+      *(lost(f"/m/p/x{t}/1.mkv", title=f"/lib//m/pgood{t}") for t in range(7))],
+     [Good("/m/p", 51, 5)], {}, ["/m/p/gone"]),
     ("three titles that lay in two directories",
      [lost(f"/m/p/gone/{d}/{t}.mkv", "/m/p/gone", f"/lib/{t}") for d, t in ("aA", "bB", "bC")],
      [Good("/m/p", 30)], {}, []),
@@ -337,6 +351,8 @@ def test_what_the_guard_holds(
     guarded = {p for p, doubt in verdicts.doubts.items() if doubt.defence == program.GUARD}
     assert held == guarded
     judged = {loss.path for loss in losses if not (loss.is_listed or loss.is_loop)}
+    if directories == ["/m/p/gone"]:
+        judged = {loss.path for loss in losses if loss.missing == "/m/p/gone"}
     assert held == (judged if directories else set())
     assert len(directories) == len({verdicts.doubts[path].directory for path in held})
 
@@ -354,6 +370,8 @@ ROWS_OF_LOTS: List[Tuple[str, Dict[str, Any], int]] = [
     ("many links, of two titles", {"losses": in_lot(lose("/m/p", 2, 9))}, 0),
     ("many links, of three titles", {"losses": in_lot(lose("/m/p", 3, 3))}, 9),
     ("new links dilute nothing", {"losses": HELD[:5], "goods": [Good("/m/p", 1, 90000)]}, 5),
+    ("what else is lost there meanwhile is none of it",
+     {"losses": [*HELD[:1], *lose("/m/p", 9, name="new")]}, 0),
     ("what another root's scan holds counts", {"losses": HELD[:1], "elsewhere": HELD[1:]}, 1),
     ("removed links make it no smaller", {"losses": HELD[:1], "removed": HELD[1:]}, 1),
     ("what this scan explains by a mount is still gone",
@@ -432,7 +450,8 @@ ROWS_OF_ACCEPT: List[Tuple[str, Dict[str, Any], int]] = [
     ("nor is a contradiction",
      {"losses": [loss._replace(is_listed=True) for loss in HELD], "accepted": ["/m/p"]}, 20),
     ("accepted by an earlier scan",
-     {"losses": [loss._replace(doubt=program.ACCEPTED, lot=None) for loss in HELD]}, 0),
+     {"losses": [loss._replace(doubt=program.ACCEPTED, lot=None) for loss in HELD],
+      "goods": [Good("/m/p", 9)]}, 0),
     ("accepted by an earlier scan, and the mount is away now",
      {"losses": [loss._replace(doubt=program.ACCEPTED, lot=None) for loss in HELD],
       "unwell": {"/m": "away"}}, 20),
