@@ -3209,6 +3209,7 @@ class Ground:
         """Tell whether links of two titles lead into a directory, good or lost."""
         good, lost = self.titles.get(directory, set()), self.lost_titles.get(directory, set())
         more = self.more_titles[directory]
+        # The first two spare the union of large sets.
         return len(good) > 1 or len(lost) > 1 or len(good | lost) + more > 1
 
 
