@@ -2679,7 +2679,9 @@ def look_at(looker: Looker, path: str, wants_file: bool) -> Look:
         near = os.path.dirname(missing)
         names = looker.ask(looker.list_names, near, end.mount)
     except OSError as exc:
-        if exc.errno in (*GONE_ERRNOS, *NO_LISTING_ERRNOS):  # ENOTDIR: a file stands there
+        if exc.errno == errno.ENOTDIR:  # a file stands there: that is the missing directory
+            return look._replace(missing=near)
+        if exc.errno in (*GONE_ERRNOS, *NO_LISTING_ERRNOS):
             return look
         return look._replace(finding=UNKNOWN, detail=f"{near}: {exc.strerror}")
     is_listed = failure == errno.ENOENT and os.path.basename(missing) in names
@@ -3203,10 +3205,12 @@ class Ground:
     # Some library directories with good links into each directory, and how these links put it.
     samples: Dict[str, List[Tuple[str, str]]] = dataclasses.field(default_factory=dict)
 
-    def count_titles(self, directory: str) -> int:
-        """Return how many titles lead into a directory, good or lost."""
+    def is_wide(self, directory: str) -> bool:
+        """Tell whether links of two titles lead into a directory, good or lost."""
         good, lost = self.titles.get(directory, set()), self.lost_titles.get(directory, set())
-        return len(good) + sum(title not in good for title in lost) + self.more_titles[directory]
+        more = self.more_titles[directory]
+        # The first two spare the union of large sets.
+        return len(good) > 1 or len(lost) > 1 or len(good | lost) + more > 1
 
 
 class Lot(NamedTuple):
@@ -3237,21 +3241,18 @@ def find_place(loss: Loss, ground: Ground) -> str:
     """Return the directory above the nearest one whose good targets may speak for a loss, too: the
     first to which links of two titles lead, on the same mount.
 
-    On the root file system only for what was good there once: a volume that is not mapped would
-    have its place there.  Or where the file alone is missing, one level up.
+    On the root file system only for what was good there once: what is not mounted leads there.
     """
-    steps = list(directories_above(loss))[1:]
-    if loss.mount == "/":
-        steps = [step for step in steps if step != "/"]
-        steps = steps if loss.was_good else steps[: loss.levels == 0]
-    wide = (step for step in steps if ground.count_titles(step) > 1)
-    return next(wide, loss.near)
+    steps = [step for step in directories_above(loss) if step not in (loss.near, "/")]
+    if loss.mount == "/" and not loss.was_good:
+        return loss.near
+    return next(filter(ground.is_wide, steps), loss.near)
 
 
 def explain_loss(loss: Loss, ground: Ground) -> Optional[Doubt]:
     """Return what the first three defences say against a loss, None if they let it pass."""
     missing, near = loss.missing, loss.near
-    point = find_ancestor(missing, ground.unwell)
+    point = find_ancestor(loss.goal, ground.unwell)
     if point is not None:
         return Doubt(UNWELL, ground.unwell[point], point)
     if loss.mount in ground.unions:
@@ -3265,23 +3266,26 @@ def explain_loss(loss: Loss, ground: Ground) -> Optional[Doubt]:
     if loss.is_loop:
         return None
     parent = os.path.dirname(near)
-    is_root = near == loss.mount
     perhaps = "perhaps nothing is mounted there"
     if loss.levels:
         perhaps = f"{missing} does not exist here: is the volume mapped into this container?"
-    if loss.is_empty and (
-        is_root or (loss.is_local and (parent == "/" or not ground.good[parent]))
-    ):
+    is_bare = loss.is_local and (parent == "/" or not ground.good[parent])
+    if loss.is_empty and (is_bare or near == loss.mount):
         return Doubt(BARE, f"{near} is empty: {perhaps}", near)
     place = find_place(loss, ground)
-    if any(is_under(sentinel, place) for sentinel in ground.sentinels):
-        return None
     was_seen = loss.levels < DEEP or missing in ground.once_good
-    if was_seen and (ground.good[near] or ground.good[place]):
+    if was_seen and (ground.good[place] or any(is_under(s, place) for s in ground.sentinels)):
         return None
-    nothing = f"nothing beneath {place} can be found, of all that links lead to"
-    what = perhaps if loss.levels else nothing
-    return Doubt(NO_WITNESS, what, missing if loss.levels else place)
+    if loss.levels:
+        return Doubt(NO_WITNESS, perhaps, missing)
+    return Doubt(
+        NO_WITNESS, f"nothing beneath {place} can be found, of all that links lead to", place
+    )
+
+
+def count_titles(losses: Iterable[Loss]) -> int:
+    """Return how many titles some losses are of."""
+    return len({loss.title for loss in losses})
 
 
 def is_too_much(gone: int, of_links: int, titles: int, share: float) -> bool:
@@ -3291,9 +3295,12 @@ def is_too_much(gone: int, of_links: int, titles: int, share: float) -> bool:
     )
 
 
-def is_let_go(lot: Lot, links: int, titles: int, share: float) -> bool:
-    """Tell whether so little of a lot is still gone that the guard lets go of it."""
-    return titles < GUARD_TITLES or links <= share * lot.links
+def is_lot_over(lot: Lot, still: Sequence[Loss], share: float) -> bool:
+    """Tell whether so little of a lot is still gone, in its directory and all beneath it, that the
+    guard lets go of it.
+    """
+    gone = [loss for loss in still if loss.lot == lot.number or is_under(loss.goal, lot.directory)]
+    return share >= 1.0 or count_titles(gone) < GUARD_TITLES or len(gone) <= share * lot.links
 
 
 def find_suspicious(losses: Sequence[Loss], ground: Ground, share: float) -> Set[str]:
@@ -3304,22 +3311,29 @@ def find_suspicious(losses: Sequence[Loss], ground: Ground, share: float) -> Set
     by_missing: Dict[str, List[Loss]] = defaultdict(list)
     beneath: Dict[str, List[Loss]] = defaultdict(list)
     for loss in losses:
-        if loss.levels:
-            by_missing[loss.missing].append(loss)
+        by_missing[loss.missing].append(loss)
         for directory in directories_above(loss):
             beneath[directory].append(loss)
     for missing, group in by_missing.items():
-        titles = len({loss.title for loss in group})
+        titles = count_titles(group)
         folders = len({os.path.dirname(loss.goal) for loss in group})
-        of_place = ground.count_titles(find_place(group[0], ground))
-        is_small = titles < FEW_OF_PLACE * of_place and titles < MANY_TITLES
-        if titles >= GUARD_TITLES and folders >= GUARD_TITLES and not is_small:
+        if titles < GUARD_TITLES or folders < GUARD_TITLES:
+            continue
+        place = find_place(group[0], ground)
+        good = ground.titles.get(place, set())
+        others = {loss.title for loss in beneath[place]} - good
+        of_place = len(good) + len(others) + ground.more_titles[place]
+        if titles >= MANY_TITLES or titles >= FEW_OF_PLACE * of_place:
             found.add(missing)
     for directory, group in beneath.items():
-        of_links = len(group) + ground.good[directory]
-        fresh = ground.fresh[directory] + sum(loss.is_fresh for loss in group)
-        limit = max(share, FRESH_SHARE) if fresh * 2 > of_links else share
-        if is_too_much(len(group), of_links, len({loss.title for loss in group}), limit):
+        known = [loss for loss in group if not loss.is_fresh]
+        of_links, of_known = (n + ground.good[directory] for n in (len(group), len(known)))
+        of_known -= ground.fresh[directory]
+        limit = share if of_known * 2 >= of_links else max(share, FRESH_SHARE)
+        # New links dilute nothing: those that are known are weighed by themselves, too.
+        if is_too_much(len(group), of_links, count_titles(group), limit) or is_too_much(
+            len(known), of_known, count_titles(known), share
+        ):
             found.add(directory)
     return found
 
@@ -3332,18 +3346,18 @@ def hold_losses(
         return []
     suspicious = find_suspicious([*losses, *held], ground, share)
     groups: Dict[str, List[Loss]] = defaultdict(list)
-    for loss in losses:
-        if loss.levels and loss.missing in suspicious:
-            groups[loss.missing].append(loss)
-            continue
+    stands: Dict[str, Set[str]] = defaultdict(set)
+    for is_new, loss in [(True, loss) for loss in losses] + [(False, loss) for loss in held]:
         above = [directory for directory in directories_above(loss) if directory in suspicious]
+        if loss.missing in suspicious:
+            above = [loss.missing]
         if above:
-            groups[above[-1]].append(loss)
+            stands[above[-1]].add(loss.missing if loss.levels else loss.near)
+            groups[above[-1]] += [loss] * is_new
     units: Dict[str, List[Loss]] = defaultdict(list)
-    for group in groups.values():
-        # Named by the smallest directory that holds it all: that is what may be accepted.
-        stands = [loss.missing if loss.levels else loss.near for loss in group]
-        units[os.path.commonpath(stands)] += group
+    for directory, group in groups.items():
+        if group:  # named by the smallest directory that holds it all: what may be accepted
+            units[os.path.commonpath(stands[directory])] += group
     return [HeldUnit(directory, group) for directory, group in units.items()]
 
 
@@ -3377,37 +3391,27 @@ def judge_losses(
     whose loss the user confirms: of what an earlier scan has seen and held.
     """
     survey_losses([*losses, *elsewhere], ground)
-    doubts: Dict[str, Doubt] = {}
-    open_losses, held = [], []
     still = [loss for loss in (*losses, *elsewhere, *removed) if loss.lot is not None]
     released = {lot.number for lot in lots if is_lot_over(lot, still, share)}
+    standing = {lot.number: lot.directory for lot in lots if lot.number not in released}
+    doubts: Dict[str, Doubt] = {}
+    open_losses, held = [], []
     for loss in losses:
         doubt = explain_loss(loss, ground)
-        is_mine = any(is_under(loss.goal, d) or is_under(loss.missing, d) for d in accepted)
-        if loss.doubt and (loss.doubt == ACCEPTED or is_mine):
-            if doubt and doubt.defence in (UNWELL, CONTRADICTION):
-                doubts[loss.path] = doubt
-        elif doubt:
+        is_accepted = loss.doubt == ACCEPTED or any(is_under(loss.goal, d) for d in accepted)
+        if loss.doubt and is_accepted and not (doubt and doubt.defence in (UNWELL, CONTRADICTION)):
+            continue
+        if doubt:
             doubts[loss.path] = doubt
-        elif loss.is_loop:
-            continue  # no outage makes loops
-        elif loss.lot is not None and loss.lot not in released:
+        elif loss.lot in standing:
             held.append(loss)
-        else:
+            doubts[loss.path] = guard_doubt(standing[loss.lot])
+        elif not loss.is_loop:  # no outage makes loops
             open_losses.append(loss)
-    names = {lot.number: lot.directory for lot in lots}
-    for loss in held:
-        doubts[loss.path] = guard_doubt(names[loss.lot or 0])
     units = hold_losses(open_losses, [*held, *elsewhere], ground, share)
     for unit in units:
         doubts.update((loss.path, guard_doubt(unit.directory)) for loss in unit.losses)
     return Verdicts(doubts, units, released)
-
-
-def is_lot_over(lot: Lot, still: Sequence[Loss], share: float) -> bool:
-    """Tell whether the guard lets go of a lot, counted in its directory and all beneath it."""
-    gone = [loss for loss in still if loss.lot == lot.number or is_under(loss.goal, lot.directory)]
-    return is_let_go(lot, len(gone), len({loss.title for loss in gone}), share)
 
 
 GUARD_WORDS = "held by the loss guard: "
