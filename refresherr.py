@@ -3238,14 +3238,15 @@ def directories_above(loss: Loss) -> Iterator[str]:
 
 
 def find_place(loss: Loss, ground: Ground) -> str:
-    """Return the directory above the nearest one whose good targets may speak for a loss, too: the
-    first to which links of two titles lead, on the same mount.
+    """Return the directory whose good targets speak for a loss: the nearest one that exists, or the
+    first above it where links of two titles lead, on the same mount.
 
-    On the root file system only for what was good there once: what is not mounted leads there.
+    On the root file system, where what is not mounted leads: no further than the nearest one, or
+    than the one above a file that alone is missing; unless the link was good there once.
     """
-    steps = [step for step in directories_above(loss) if step not in (loss.near, "/")]
+    steps = [step for step in directories_above(loss) if step != "/"]
     if loss.mount == "/" and not loss.was_good:
-        return loss.near
+        steps = steps[: 2 if loss.levels == 0 else 1]
     return next(filter(ground.is_wide, steps), loss.near)
 
 

@@ -372,6 +372,15 @@ def truth(root: Path) -> Dict[str, str]:
     return found
 
 
+def has_witness(link: str, true: Dict[str, str]) -> bool:
+    """Tell whether a good link leads beneath the nearest directory that exists above a lost file."""
+    near = Path(os.path.realpath(link)).parent
+    while not near.is_dir():
+        near = near.parent
+    good = (Path(os.path.realpath(path)) for path, status in true.items() if status == "ok")
+    return any(near in target.parents for target in good)
+
+
 def compare(library: MountedLibrary) -> None:
     """Scan as usual and, from a copy of the database, in full: the same rows, and true ones."""
     full = Refresherr(library.folder / "full")
@@ -383,8 +392,8 @@ def compare(library: MountedLibrary) -> None:
     quick_scan = library.refresherr.scan(library.media)
     quick, true = library.refresherr.statuses(), truth(library.media)
     true.update(dict.fromkeys(known - set(true), "missing"))
-    for path, status in quick.items():  # no file of the library speaks for links between links
-        if path.endswith("/hop") and (status, true.get(path)) == ("unreachable", "broken"):
+    for path, status in quick.items():
+        if (status, true.get(path)) == ("unreachable", "broken") and not has_witness(path, true):
             true[path] = "unreachable"
     wrong = {path: (quick.get(path), is_) for path, is_ in true.items() if quick.get(path) != is_}
     assert not wrong, wrong

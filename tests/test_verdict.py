@@ -165,14 +165,13 @@ ROWS_OF_ONE: List[Tuple[str, Loss, Sequence[Good], Dict[str, Any], Optional[str]
     ("good once, a good film beside it", ROOT, [Good("/srv/films", 3)], {}, None, ""),
     ("good once, but it is / alone that is wide", lost("/srv/A/1.mkv", "/srv/A/1.mkv", "/lib/A"),
      [Good("/var", 3)], {}, "witness", "/srv/A"),
-    ("never good: a file in a directory on which nothing is mounted",
-     lost("/mnt/zurg/1.mkv", "/mnt/zurg/1.mkv", "/lib/A", was_good=False), BESIDE, {},
-     "witness", "/mnt/zurg"),
+    ("never good: a file alone is missing, a good one beside its directory",
+     lost("/mnt/zurg/1.mkv", "/mnt/zurg/1.mkv", "/lib/A", was_good=False), BESIDE, {}, None, ""),
     ("never good: a torrent in a directory on which nothing is mounted",
      lost("/mnt/zurg/A/1.mkv", was_good=False), BESIDE, {}, "witness", "/mnt/zurg/A"),
     ("never good: the same, empty, beside a disk",
      lost("/mnt/zurg/1.mkv", "/mnt/zurg/1.mkv", "/lib/A", was_good=False, is_empty=True), BESIDE,
-     {}, "witness", "/mnt/zurg"),
+     {}, None, ""),
     ("never good: a volume that is not mapped, nothing good beside it",
      UNMAPPED._replace(was_good=False), [Good("/srv", 3)], {}, "witness", "/mnt/zurg"),
 ]  # fmt: skip
@@ -241,10 +240,15 @@ def test_where_links_of_two_titles_lead(facts: Dict[str, Any], is_wide: bool) ->
     )
 
 
-def test_the_place_lies_above_the_nearest_directory() -> None:
-    """Two titles that shared a torrent are gone with it: the neighbours of the torrent speak."""
+def test_a_wide_directory_speaks_for_itself() -> None:
+    """Two titles that share a directory are gone from it while it stands: its neighbours are no
+    witness, for a provider's folder that lists nothing looks the same.
+    """
     pack = [lost(f"/m/p/{title}.mkv", f"/m/p/{title}.mkv", f"/lib/{title}") for title in "AB"]
-    assert not judge(pack, [Good("/m/shows", 9)]).doubts
+    doubts = judge(pack, [Good("/m/shows", 9)]).doubts
+    assert {doubt.defence for doubt in doubts.values()} == {"witness"} and len(doubts) == 2
+    gone = [loss._replace(missing="/m/p") for loss in pack]  # the directory went with them
+    assert not judge(gone, [Good("/m/shows", 9)]).doubts
 
 
 def test_what_another_root_has_lost_makes_a_directory_wide() -> None:
