@@ -373,7 +373,7 @@ def truth(root: Path) -> Dict[str, str]:
 
 
 def has_witness(link: str, true: Dict[str, str]) -> bool:
-    """Tell whether a good link leads beneath the nearest directory that exists above a lost file."""
+    """Tell whether a good link leads beneath the nearest directory above a lost file."""
     near = Path(os.path.realpath(link)).parent
     while not near.is_dir():
         near = near.parent

@@ -33,6 +33,7 @@ class Cloudy(World):
         super().__init__(folder, refresherr, write_config)
         self.base = folder / "CineSync"
         (self.base / "Movies").mkdir(parents=True)
+        self.sections["scan"]["max_new_broken"] = "20%"
         self.sections["repair"].update(patience="0", limit="200")
         self.sections["cinesync"] = {
             "base": str(self.base),
