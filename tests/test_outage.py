@@ -292,11 +292,12 @@ def test_an_unmounted_tmpfs(theatre: Theatre, memory: tmpfs, count: int) -> None
 def test_an_empty_directory_is_a_mount_point_unless_its_neighbours_live(
     theatre: Theatre, neighbour: bool
 ) -> None:
-    """The very first scan; everything lies on one local disk."""
+    """All lies on the root file system, where neighbours speak for what was good once alone."""
     links = theatre.add("emptied torrent", 3)
-    theatre.lose(links)
     if neighbour:
         theatre.add("living torrent", 1)
+        theatre.scan()
+    theatre.lose(links)
     scan = theatre.scan()
     status, code = ("broken", 0) if neighbour else ("unreachable", 4)
     assert (theatre.having(status), scan["exit_code"]) == (strings(links), code)
