@@ -3568,10 +3568,10 @@ class Watch:
 
     def make_loss(self, look: Look, title: str, old: Optional[KnownLink], **known: Any) -> Loss:
         """Return what a look at a link that leads nowhere has found."""
+        was_good = bool(old and not never_judged(old) and from_db(old.target) == look.target)
         return Loss(
             look.path, title, look.goal, look.missing, look.mount, self.is_local(look.mount),
-            bool(look.empty), look.is_listed, look.is_loop, not never_judged(old), old is None,
-            **known,
+            bool(look.empty), look.is_listed, look.is_loop, was_good, old is None, **known,
         )  # fmt: skip
 
     def make_ground(self, mounts: Iterable[str]) -> Ground:
@@ -3996,7 +3996,7 @@ class Judgement:
         self.loss_mounts = {look.mount for look in looks.values() if look.mount}
         ground = self.survey(pending, looks)
         for link in known_broken:
-            point = find_ancestor(link.where[0], self.unwell)
+            point = find_ancestor(link.where[1], self.unwell)
             reason = self.unwell[point] if point else ""
             self.settle(link, UNREACHABLE if point else BROKEN, reason, link.where[2])
             if point:
@@ -4013,7 +4013,7 @@ class Judgement:
         for (packed,) in self.conn.execute("SELECT link FROM temp.gone ORDER BY rowid"):
             path, text, where, old, root, title = marshal.loads(packed)
             link = Pending(path, text, where, KnownLink(*old) if old else None, root, title)
-            if link.old and link.old.broken_since:
+            if link.old and link.old.broken_since and from_db(link.old.target) == text:
                 known_broken.append(link)
             else:
                 pending[path] = link
@@ -4057,7 +4057,7 @@ class Judgement:
                 self.losses.append(loss)
         met = {loss.path for loss in self.losses} | self.walk.cleared
         rows = """SELECT path, title, goal, missing, mount_point, lot_id, s.status FROM doubts
-            LEFT JOIN symlinks s USING (path) WHERE defence = 'guard'"""
+            LEFT JOIN symlinks s USING (path) WHERE lot_id IS NOT NULL"""
         for name, title, goal, missing, mount, lot, status in self.conn.execute(rows):
             if from_db(name) not in met:
                 texts = [from_db(value) for value in (name, title, goal, missing, mount)]
@@ -4102,7 +4102,7 @@ class Judgement:
             else:
                 self.settle(link, BROKEN, "", look.mount)
                 if loss.doubt == ACCEPTED or (loss.doubt and self.is_accepted(loss)):
-                    self.hold(loss, Doubt(ACCEPTED, "", ""), None)
+                    self.hold(loss, Doubt(ACCEPTED, "", ""), loss.lot)
         self.tell_units(verdicts, ground, lots)
 
     def is_accepted(self, loss: Loss) -> bool:
@@ -4123,7 +4123,7 @@ class Judgement:
 
     def hold(self, loss: Loss, doubt: Doubt, lot: Optional[int]) -> None:
         """Remember that a loss is in doubt, or that the doubt was ended by the user."""
-        is_guard = doubt.defence == GUARD
+        keeps_lot = doubt.defence in (GUARD, ACCEPTED)  # what is accepted has not come back
         if doubt.defence == CONTRADICTION:
             return
         if doubt.defence == UNWELL:
@@ -4134,7 +4134,7 @@ class Judgement:
             reason = doubt.reason + (advice[1:] if doubt.reason.endswith("?") else advice)
             self.walk.refuse(self.told.setdefault(doubt.directory, reason), 1)
         values = (loss.path, doubt.defence, loss.title, loss.goal, loss.missing, loss.mount)
-        row = (*map(to_db, values), lot if is_guard else None, self.now)
+        row = (*map(to_db, values), lot if keeps_lot else None, self.now)
         self.writer.doubts.append(row)
 
     def write_lots(self, verdicts: Verdicts, lots: Sequence[Lot]) -> Dict[str, int]:
@@ -4408,6 +4408,7 @@ _SETTLE_LOSSES = (
     """DELETE FROM lots WHERE NOT EXISTS (SELECT 1 FROM doubts JOIN symlinks USING (path)
         WHERE doubts.lot_id = lots.lot_id AND status = 'unreachable')""",
     """DELETE FROM doubts WHERE defence = 'guard' AND lot_id NOT IN (SELECT lot_id FROM lots)""",
+    """UPDATE doubts SET lot_id = NULL WHERE lot_id NOT IN (SELECT lot_id FROM lots)""",
     "INSERT OR REPLACE INTO notes VALUES ('scan', :now)",
 )
 
@@ -7311,8 +7312,10 @@ class Repair:
 
     def resume(self, action: Action) -> bool:
         """Find what an action is about, or what an earlier run has left of it to be done."""
+        if action.step and self.errand.is_away(action):
+            return False  # an outage is no moment to search for anything
         if action.step in ("", "found"):
-            return not (action.step and self.errand.is_away(action)) and find_records(self, action)
+            return find_records(self, action)
         if action.step != "deleted":  # by a run that ended, perhaps long ago
             try:
                 missing = self.missing(self.get_items(action))

