@@ -6484,13 +6484,16 @@ def find_owner(
             title_id, (file_id, parent_id, *_) = next(iter(kind.title_fields)), kind.file_fields
             season = "f.season_number" if kind.item == "episode" else "NULL"
             server_path = map_path(name, instance.settings.path_map)
-            exactly = "f.original_path = ?", [to_db(server_path)]
-            for condition, values in (exactly, beneath(server_path, "f.original_path")):
+            asked = [("f.original_path = ? AND f.instance = ?", [to_db(server_path)])]
+            if not is_video(path):  # a link to a folder stands for the files beneath it
+                condition, values = beneath(server_path, "f.original_path")
+                asked.append((f"{condition} AND +f.instance = ?", values))  # by the paths' index
+            for condition, values in asked:
                 row = conn.execute(
                     f"SELECT f.{file_id}, t.monitored, coalesce(t.tags, ''), f.{parent_id}, "
                     f"{season} FROM {kind.files} f LEFT JOIN {kind.titles} t "
                     f"ON t.instance = f.instance AND t.{title_id} = f.{parent_id} "
-                    f"WHERE {condition} AND f.instance = ?",
+                    f"WHERE {condition}",
                     (*values, instance.name),
                 ).fetchone()
                 if row:
@@ -7593,6 +7596,8 @@ class Searches:
 
     def search(self, *actions: Action) -> bool:
         """Search for what the files of one series, or one movie, held."""
+        if any(self.errand.is_away(action) for action in actions):
+            return False  # the mount has gone meanwhile: no moment to download anything
         if actions[0].step == "searching":
             self.post(actions[0].progress["search"], actions)
             return True

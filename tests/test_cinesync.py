@@ -802,8 +802,8 @@ def _file_behind(
 def test_undo(stage: Stage) -> None:
     paths = fill_season(stage, 4)
     before = stage.texts()
-    assert stage.run("undo")["message"] == "no run has changed a link"
     stage.scan()
+    assert stage.run("undo")["message"] == "no run has changed a link"
     run_id = stage.cinesync()["run_id"]
     after = stage.texts()
     preview = stage.run("undo")

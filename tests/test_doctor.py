@@ -228,14 +228,15 @@ def test_the_schedule(
 
 
 def test_a_refused_scan_is_a_finding(refresherr: Refresherr, library: Library) -> None:
-    links = library.season("Show", 20)
+    links = [library.link(f"Film {n}/film.mkv") for n in range(20)]
     refresherr.scan(library.root)
     assert "last scan" not in examine(refresherr).states()
     for link in links[:15]:
         target_of(link).unlink()
     assert refresherr("scan", library.root).code == 4
     finding = examine(refresherr).of("last scan")
-    assert "15 of 20" in finding["detail"] and "--accept-breakage" in finding["advice"]
+    assert "15 links" in finding["detail"] and "of 20 there" in finding["detail"]
+    assert "--accept" in finding["detail"] + finding["advice"]
 
 
 def test_without_a_config_nothing_is_looked_for(

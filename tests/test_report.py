@@ -252,7 +252,7 @@ def test_hostile_names_are_text(refresherr: Refresherr, library: Library) -> Non
     ]  # fmt: skip
     for tag, attributes in page.tags:
         assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
-        assert attributes.get("href", "data:,") == "data:,"
+        assert attributes.get("href", "data:,").startswith(("data:,", "#"))
         assert not attributes.keys() & {"src", "srcset", "action", "style", "autofocus"}
     assert "url(" not in page.source
     assert "@import" not in page.source
