@@ -1412,7 +1412,7 @@ CREATE TABLE cinesync_runs (run_id INTEGER PRIMARY KEY, started_utc INTEGER, fin
 
 # runs.summary is the JSON of the command's result; finished_utc and exit_code stay NULL while it
 # runs, and for ever if it was killed.  link_changes is the journal: a row stands there, 'planned',
-# before a link is touched; then 'done' or 'failed', later perhaps 'undone'.
+# before a link is touched; then 'done', 'removed' or 'failed', later perhaps 'undone'.
 _V3_TABLES = """
 CREATE TABLE runs (run_id INTEGER PRIMARY KEY, command TEXT NOT NULL, started_utc TEXT NOT NULL,
     finished_utc TEXT, exit_code INTEGER, summary TEXT);
@@ -4751,6 +4751,10 @@ def summarise_waits(waits: Iterable[Wait]) -> List[str]:
 # `link_changes` before it is made.
 
 PLANNED, DONE, NOT_DONE, UNDONE = "planned", "done", "failed", "undone"  # link_changes.state
+REMOVED = "removed"  # a state, too
+# What undo may take back: not the removals of a dispatch, which go with the server's file record.
+_UNDOABLE = """(state IN ('done', 'undone') OR state = 'removed'
+    AND run_id IN (SELECT run_id FROM runs WHERE command = 'prune'))"""
 REPLACED, WOULD_REPLACE, NOT_REPLACED, IN_ERROR = "replaced", "would replace", "skipped", "error"
 CHANGES_AT_ONCE = 250  # links that are looked at, changed and verified together
 COPIES_TRIED = 8  # copies of one episode or movie that are looked at
@@ -5039,10 +5043,20 @@ def read_link(path: str) -> str:
 
 
 def swap_link(change: LinkChange, old: str, new: str) -> None:
-    """Point a link elsewhere: at every moment it is the old one or the new one.
+    """Point a link elsewhere: at every moment it is the old one or the new one; '' is none.
 
     OSError, and the old one stands, if it is not `old` any more or cannot be replaced.
     """
+    if not old:
+        make_folder(os.path.dirname(change.path))
+        os.symlink(new, change.path)
+        _adopt(change.path)
+        return
+    if not new:
+        if read_link(change.path) != old:
+            raise OSError(errno.EEXIST, "somebody else has changed it meanwhile")
+        os.unlink(change.path)
+        return
     before = os.lstat(change.path)
     os.symlink(new, change.temporary)
     try:
@@ -5057,6 +5071,24 @@ def swap_link(change: LinkChange, old: str, new: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(change.temporary)
         raise
+
+
+def make_folder(path: str) -> None:
+    """Make a directory, and those above it, as the directory is in which they stand."""
+    if not os.path.isdir(path):
+        parent = os.path.dirname(path)
+        make_folder(parent)
+        os.mkdir(path)
+        _adopt(path)
+        with contextlib.suppress(OSError):
+            os.chmod(path, stat.S_IMODE(os.stat(parent).st_mode))
+
+
+def _adopt(path: str) -> None:
+    """Give what was just made the owner of its directory, where permitted."""
+    above = os.stat(os.path.dirname(path))
+    with contextlib.suppress(OSError):
+        os.lchown(path, above.st_uid, above.st_gid)
 
 
 def change_links(
@@ -5125,11 +5157,17 @@ def _record_changes(conn: sqlite3.Connection, changes: Iterable[LinkChange]) -> 
     update = "UPDATE link_changes SET state = ?, reason = ?, changed_utc = ? WHERE change_id = ?"
     with transaction(conn):
         for change in changes:
-            state, now = DONE if change.stands else NOT_DONE, utc_now()
+            state, now = DONE if change.new else REMOVED, utc_now()
+            state = state if change.stands else NOT_DONE
             conn.execute(update, (state, escape(change.reason) or None, now, change.number))
             if state == NOT_DONE:
                 continue
             known, (status, why) = find_link(conn, change.path), change.verdict
+            if state == REMOVED:
+                events = write_link(conn, known, change.path, change.old, MISSING)
+                gone = link_event(change.path, change.old, REMOVED, MISSING)
+                _write_events(conn, [gone, *events])
+                continue
             if known and status != OK:  # undone: it was broken before, and is no new loss
                 known = known._replace(broken_since=known.broken_since or now)
             relinked = link_event(change.path, change.new, "relinked", status)
@@ -5145,7 +5183,8 @@ def settle_journal(conn: sqlite3.Connection, settings: ScanSettings) -> None:
     changes = [LinkChange(from_db(p), from_db(o), from_db(n), number=i) for i, p, o, n in rows]
     changes = _within_reach(conn, settings, changes)
     for change in changes:
-        if read_link(change.temporary) in (change.new, change.old):  # made, or put back
+        left = read_link(change.temporary)
+        if left and left in (change.new, change.old):  # made, or put back
             os.unlink(change.temporary)
         stands = read_link(change.path)
         if stands == change.new:
@@ -5253,12 +5292,16 @@ class Relinker:
         """Return the links below some roots that have been broken long enough, oldest first."""
         server_ids, links, now = load_server_ids(self.conn), [], time.time()
         losses, settings = load_losses(self.conn), self.repair
+        taken_back = load_taken_back(self.conn)
         for path, target, since in find_broken(self.conn):
             root = find_ancestor(path, roots)
             if root is None:
                 continue
             link = BrokenLink(path, target)
             self.items.append(link)
+            if path in taken_back:
+                link.reason = "undo has put it back; left alone until it or its target changes"
+                continue
             began = parse_time(since) or 0.0
             wait = plan_wait(settings.min_age, settings.patience, began, losses.get(path))
             if now < wait.until:
@@ -5476,11 +5519,30 @@ def _keys(work: Work) -> List[Tuple[str, str]]:
     return [("", normalise_title(work.title)), *work.ids.items()]
 
 
+def load_taken_back(conn: sqlite3.Connection) -> Set[str]:
+    """Return the broken links that undo has put back, and that are since then what they were."""
+    select = """SELECT s.path FROM (SELECT path, run_id, new_target, changed_utc, max(change_id)
+            FROM link_changes WHERE state IN ('done', 'undone', 'removed') GROUP BY path) last
+        JOIN runs USING (run_id) JOIN symlinks s ON s.path = last.path AND last_target = new_target
+        WHERE command = 'undo' AND coalesce(broken_since_utc, '') <= changed_utc"""
+    return {from_db(row[0]) for row in conn.execute(select)}
+
+
+def list_changing_runs(conn: sqlite3.Connection) -> List[JsonObject]:
+    """Return the runs that undo can take back, newest first, with the links that they changed."""
+    select = f"""SELECT run_id, command, started_utc, count(*) AS links
+        FROM link_changes JOIN runs USING (run_id)
+        WHERE state <> 'undone' AND command <> 'undo' AND {_UNDOABLE}
+        GROUP BY run_id ORDER BY run_id DESC"""
+    names = ("run_id", "command", "started_utc", "links")
+    return [dict(zip(names, row)) for row in conn.execute(select)]
+
+
 def find_changing_run(conn: sqlite3.Connection, wanted: Optional[int]) -> Optional[int]:
     """Return the number under which a run's changes are journalled, by default the last one's."""
     if wanted is None:
-        query = """SELECT max(run_id) FROM link_changes JOIN runs USING (run_id)
-            WHERE state IN ('done', 'undone') AND command <> 'undo'"""
+        query = f"""SELECT max(run_id) FROM link_changes JOIN runs USING (run_id)
+            WHERE {_UNDOABLE} AND command <> 'undo'"""
         number: Optional[int] = conn.execute(query).fetchone()[0]
         return number
     query = "SELECT summary FROM runs WHERE run_id = ? AND command = 'run'"
@@ -5495,8 +5557,14 @@ def plan_undo(
     """Return the changes that can be taken back; the others say why not."""
     ready = []
     for change in _within_reach(conn, settings, changes):
-        stands = read_link(change.path)
-        if stands == change.old:
+        stands, root = read_link(change.path), find_ancestor(change.path, settings.roots)
+        is_other = not stands and os.path.lexists(change.path)  # no link
+        folder = root or os.path.dirname(change.path)
+        if not change.new:
+            change.reason = "undo removes no link; prune does"
+        elif not (change.old or os.path.isdir(folder)):
+            change.reason = f"{folder} is not there"
+        elif stands == change.old and not is_other:
             change.result = "would restore"
             ready.append(change)
         elif stands == change.new:
@@ -5521,14 +5589,14 @@ def undo_changes(
     wanted = find_changing_run(conn, wanted)
     rows = conn.execute(
         "SELECT change_id, path, new_target, old_target, state FROM link_changes "
-        "WHERE run_id = ? AND state IN ('done', 'undone') ORDER BY change_id DESC",
+        f"WHERE run_id = ? AND {_UNDOABLE} ORDER BY change_id DESC",
         (wanted,),
     ).fetchall()
     rows = [row for row in rows if not paths or from_db(row[1]) in paths]
     changes = {
         number: LinkChange(from_db(path), from_db(old), from_db(new))
         for number, path, old, new, state in rows
-        if state == DONE
+        if state != UNDONE
     }
     ready = plan_undo(conn, settings, list(changes.values()))
     if run_id is not None:
@@ -6450,7 +6518,7 @@ PENDING, SENT, FAILED, CANCELLED, REPAIRED = "pending", "sent", "failed", "cance
 RETRY, WOULD_SEND = "retry", "would send"  # what else a dispatch says of an action
 SKIPPED = (
     "already_queued", "too_recent", "cooldown", "exhausted", "no_route", "recovered", "unreachable",
-    "waiting", "unmonitored", "tagged", "over_limit",
+    "waiting", "unmonitored", "tagged", "over_limit", "taken_back",
 )  # fmt: skip
 YOUNG = ("too_recent", "waiting")  # what time alone will end
 
@@ -6636,7 +6704,7 @@ def queue_repairs(conn: sqlite3.Connection, config: Config) -> JsonObject:
     skipped = Counter(dict.fromkeys(SKIPPED, 0))
     settings, history, now = config.repair, load_history(conn), time.time()
     spared = {one.name: set(map(str.lower, one.settings.skip_tags)) for one in config.instances}
-    losses, waits = load_losses(conn), []
+    losses, waits, taken_back = load_losses(conn), [], load_taken_back(conn)
     owners: Dict[str, Optional[Owner]] = {}
     seasons: Dict[str, str] = {}
     young: Dict[str, str] = {}  # seasons of which a link is still to grow older: why
@@ -6648,6 +6716,7 @@ def queue_repairs(conn: sqlite3.Connection, config: Config) -> JsonObject:
         reason = why_not(settings, since, history.get(path, ()), now, wait)
         if not reason and is_replaced(conn, path, since):
             reason = "recovered"
+        reason = reason or ("taken_back" if path in taken_back else "")
         if not reason and not owner and not plan_relay(config.relay, path):
             reason = "no_route"
         if not reason and owner and owner.monitored == 0 and not settings.unmonitored:
@@ -6773,6 +6842,134 @@ def plan_actions(
             if path not in paths:
                 paths.append(path)
     return list(actions.items())
+
+
+# ---------------------------------------------------------------------------------------------
+# Prune
+# ---------------------------------------------------------------------------------------------
+# Broken links that nobody can repair are removed, through the journal of all changes to links.
+
+PRUNE_AGE = 30 * DAY
+WOULD_REMOVE = "would remove"
+
+
+def why_kept(is_owned: bool, is_tagged: bool, repair: str, wait: Wait, now: float) -> str:
+    """Return why a broken link may not be removed, '' for nothing.
+
+    `repair` is what `why_not` says at the end of all time: 'exhausted', or 'already_queued'.
+    """
+    if repair == "already_queued":
+        return repair
+    if is_owned and repair != "exhausted":
+        return "owned"
+    if is_tagged:
+        return "tagged"
+    return wait.reason if now < wait.until else ""
+
+
+def find_unread(conn: sqlite3.Connection, instances: Iterable[Instance]) -> List[str]:
+    """Return the servers of which no ingest has ever read what they own."""
+    read: Set[str] = set()
+    for (summary,) in conn.execute("SELECT summary FROM runs WHERE command = 'ingest'"):
+        lines = json.loads(summary or "{}").get("instances", ())
+        read.update(line["name"] for line in lines if not line["error"])
+    return [instance.name for instance in instances if instance.name not in read]
+
+
+def find_prunable(
+    conn: sqlite3.Connection, config: Config, min_age: float
+) -> Tuple[List[LinkChange], Dict[str, int]]:
+    """Return the removals of the broken links that nobody can repair, those broken longest first,
+    and for each reason how many others are kept.
+    """
+    repair, history, losses = config.repair, load_history(conn), load_losses(conn)
+    spared = {one.name: set(map(str.lower, one.settings.skip_tags)) for one in config.instances}
+    claimed = [root for one in config.instances for root in one.settings.roots]
+    claimed += [above for above, _ in config.relay.routes]
+    kept: Counter[str] = Counter()
+    changes, now = [], time.time()
+    for path, target, since_utc in find_broken(conn, config.scan.roots):
+        since = parse_time(since_utc) or now
+        owner = find_owner(conn, config.instances, path, target)
+        is_tagged = owner and not spared[owner.instance].isdisjoint(owner.tags.split(","))
+        wait = max(  # an outage meanwhile asks for patience again, not for another 30 days
+            plan_wait(min_age, 0, since, None),
+            plan_wait(repair.min_age, repair.patience, since, losses.get(path)),
+        )
+        ended = why_not(repair, since, history.get(path, ()), math.inf)
+        is_owned = owner is not None or find_ancestor(path, claimed) is not None
+        reason = why_kept(is_owned, bool(is_tagged), ended, wait, now)
+        if reason:
+            kept[reason] += 1
+            continue
+        why = "its repair has failed for good" if ended else "nobody owns it"
+        days = format_time(since)[:10]
+        changes.append(LinkChange(path, target, reason=f"broken since {days}, and {why}"))
+    return changes, dict(kept)
+
+
+def prune_links(
+    conn: sqlite3.Connection, config: Config, min_age: float, limit: Optional[int],
+    run_id: Optional[int],
+) -> JsonObject:  # fmt: skip
+    """Remove the links that have been broken for `min_age` seconds and that nobody can repair, and
+    return what `prune --json` shows; without a `run_id` a preview.
+
+    Raises RefusedError where it is not known what a server owns.
+    """
+    if run_id is not None:
+        settle_journal(conn, config.scan)
+    unread = find_unread(conn, config.instances)
+    if unread:
+        what = f"what {', '.join(unread)} owns is not known"
+        raise RefusedError(f"{what}, so nothing is removed: `ingest` reads it")
+    changes, kept = find_prunable(conn, config, min_age)
+    changes, refused = changes[:limit], set()
+    for start in range(0, len(changes), CHANGES_AT_ONCE):
+        part = changes[start : start + CHANGES_AT_ONCE]
+        verdicts = recheck_links(conn, config.scan, [change.path for change in part])
+        for change in part:
+            status, why = verdicts.get(change.path, (MISSING, ""))
+            if status == UNREACHABLE:
+                refused.add(why)
+            if status != BROKEN:
+                change.reason = why or {OK: "it works again"}.get(status, "it is gone")
+            elif read_link(change.path) != change.old:
+                change.reason = "it points elsewhere since the last scan"
+            else:
+                change.result = WOULD_REMOVE
+        ready = [change for change in part if change.result == WOULD_REMOVE]
+        if ready and run_id is not None:
+            change_links(conn, config.scan, run_id, ready, must_work=False)
+    if run_id is not None:
+        remove_empty_folders(conn, config)
+    counted = count_undone(changes)
+    for item in counted["items"]:
+        item["result"] = REMOVED if item["result"] == "restored" else item["result"]
+    result: JsonObject = {"applied": run_id is not None, "run_id": run_id, "kept": kept}
+    result.update(counted, removed=counted.pop("restored"))
+    if refused:
+        result.update(exit_code=EXIT_REFUSED, message="; ".join(sorted(refused)))
+    return result
+
+
+def remove_empty_folders(conn: sqlite3.Connection, config: Config) -> None:
+    """Remove the directories that this run, or one that was killed, has emptied; never a root."""
+    stops = {*config.scan.roots, *config.cinesync.roots}
+    stops.update(root for one in config.instances for root in one.settings.roots)
+    stops.update(above for above, _ in config.relay.routes)
+    select = """SELECT path FROM link_changes JOIN runs USING (run_id)
+        WHERE command = 'prune' AND finished_utc IS NULL AND state = 'removed'"""
+    for path in [from_db(row[0]) for row in conn.execute(select)]:
+        folder = os.path.dirname(path)
+        while folder not in stops and find_ancestor(folder, config.scan.roots):
+            try:
+                os.rmdir(folder)
+            except FileNotFoundError:
+                pass  # with another link's
+            except OSError:
+                break
+            folder = os.path.dirname(folder)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -8261,7 +8458,14 @@ def load_repaired(
     """Return what was tried for links beneath the roots, all without any, and how they are now."""
     history = load_history(conn)
     known = find_links(conn, [p for p in history if not roots or find_ancestor(p, roots)])
-    return {path: (history[path], link) for path, link in known.items()}
+    select = """SELECT path, max(changed_utc) FROM link_changes JOIN runs USING (run_id)
+        WHERE command = 'prune' AND state = 'removed' GROUP BY path"""
+    pruned = {from_db(path): parse_time(when) or 0.0 for path, when in conn.execute(select)}
+    return {
+        path: (history[path], link)
+        for path, link in known.items()
+        if link.status != MISSING or pruned.get(path, 0.0) <= history[path][-1].fired
+    }
 
 
 def needs_attention(settings: RepairSettings, link: KnownLink, attempts: Sequence[Attempt]) -> bool:
@@ -9659,6 +9863,9 @@ def run_cinesync(context: Context) -> JsonObject:
 def run_undo(context: Context) -> JsonObject:
     """Put the links of a run back, or say which would be."""
     args = context.args
+    if args.list:
+        with context.database() as conn:
+            return {"runs": list_changing_runs(conn)}
     paths = [os.path.abspath(path) for path in args.path]
     with context.recorded("undo", not context.applied) as (conn, summary):
         own = summary.get("run_id")
@@ -9677,6 +9884,39 @@ def run_retarget(context: Context) -> JsonObject:
         result = retarget_links(conn, scan, args.old, args.new, args.limit, summary.get("run_id"))
         summary.update({k: v for k, v in result.items() if k not in ("items", "run_id")})
     return result
+
+
+def show_undo(terminal: Terminal, result: JsonObject) -> None:
+    """Print what became of each link, or the runs that can be taken back."""
+    if "runs" not in result:
+        show_relinked(terminal, result)
+        return
+    for run in result["runs"]:
+        when = run["started_utc"][:16].replace("T", " ")
+        what = f"{run['command']}, {plural(run['links'], 'link')}"
+        terminal.line(f"{run['run_id']:>6}  {when} UTC  {what}")
+    if not result["runs"]:
+        terminal.line("no run has changed a link")
+
+
+def run_prune(context: Context) -> JsonObject:
+    """Remove the broken links that nobody can repair, or say which would be."""
+    args = context.args
+    with context.recorded("prune", not context.applied) as (conn, summary):
+        own = summary.get("run_id")
+        result = prune_links(conn, context.config, args.min_age, args.limit, own)
+        summary.update({k: v for k, v in result.items() if k not in ("items", "run_id")})
+    return result
+
+
+def show_prune(terminal: Terminal, result: JsonObject) -> None:
+    """Print what became of each link, and why others are kept."""
+    if "kept" in result:
+        show_relinked(terminal, result)
+        words = {"owned": "that a server or the relay can repair", "too_recent": "not old enough"}
+        kept = [f"{n:,} {words.get(key) or key.replace('_', ' ')}"
+            for key, n in sorted(result["kept"].items())]  # fmt: skip
+        terminal.line(f"kept: {', '.join(kept)}" if kept else "")
 
 
 def show_relinked(terminal: Terminal, result: JsonObject) -> None:
@@ -10410,9 +10650,16 @@ COMMANDS = (
         option("--allow-target", type=PATH, action="append", default=[], metavar="PREFIX",
             help="refuse a NEW that does not lie below it"),
         APPLY, DRY_RUN)),
+    Command("prune", "", "remove broken links that nobody can repair",
+        "prune --apply --min-age 60d", run_prune, show_prune, (
+        option("--min-age", type=DURATION, default=PRUNE_AGE, metavar="DURATION",
+            help="broken for at least so long; default 30d"),
+        option("--limit", type=COUNT, metavar="N", help="remove no more than N links"),
+        APPLY, DRY_RUN)),
     Command("undo", "", "put links back as they were before a run",
-        "undo --apply 42", run_undo, show_relinked, (
+        "undo --apply 42", run_undo, show_undo, (
         option("run", nargs="?", type=COUNT, metavar="RUN", help="default: the last"),
+        option("--list", action="store_true", help="the runs that can be put back"),
         option("--path", action="append", type=PATH, default=[], metavar="LINK",
             help="only this link"),
         APPLY, DRY_RUN)),
