@@ -27,6 +27,7 @@ The sections, bottom-up; each uses only those above it:
     Sonarr and Radarr       what their API has in common, and what not
     Ingest                  the servers' titles and files -> rows, linked to the symlinks
     Queue                   broken links -> actions
+    Prune                   broken links that nobody can repair are removed, undoably
     Dispatch                actions -> servers, step by step, resumable
     Notify                  who is told about a run, and the heartbeats
     Media servers           Plex, Jellyfin and Emby are told which directories changed
