@@ -8519,7 +8519,8 @@ def describe_unreachable(conn: sqlite3.Connection, roots: Sequence[str]) -> Dict
     lines = {}
     for reason, places in sorted(goals.items(), key=lambda entry: -len(entry[1])):
         where = f"{os.path.commonpath(places)}: {reason or 'for no known reason'}"
-        cure = "" if "scan --accept" in reason else f"; {how_to_mend(reason)}"
+        is_cured = "scan --accept" in reason or GUARD_WORDS in reason
+        cure = "" if is_cured else f"; {how_to_mend(reason)}"
         lines[reason] = f"{plural(len(places), 'link')} cannot be judged: {where}{cure}"
     return lines
 
@@ -9673,14 +9674,11 @@ def name_scan_problems(conn: sqlite3.Connection, result: JsonObject) -> List[str
     if result["guard"]["tripped"]:
         what = "taken for an outage, nothing of it is marked broken or missing"
         parts.append(f"{what}: {result['guard']['reason']}")
-    told = "; ".join([*parts, GUARD_WORDS * result["guard"]["tripped"]])
+    told = "; ".join(parts)
     lines = describe_unreachable(conn, [root["path"] for root in result["roots"]])
-    is_told = {
-        why
-        for why in lines
-        if why and (why in told or (GUARD_WORDS in why and GUARD_WORDS in told))
-    }
-    parts += failed + [line for why, line in lines.items() if why not in is_told]
+    if result["guard"]["tripped"]:
+        lines = {why: line for why, line in lines.items() if GUARD_WORDS not in why}
+    parts += failed + [line for why, line in lines.items() if not (why and why in told)]
     return list(dict.fromkeys(parts)) or ["some directories could not be read"]
 
 
