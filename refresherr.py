@@ -4117,7 +4117,8 @@ class Judgement:
             values = map(to_db, (link.path, link.text, link.title, mount))
             self.writer.losses.append((*values, self.now, self.now))
         elif status == BROKEN and link.old and link.old.status == BROKEN:
-            return  # it is as it was
+            if from_db(link.old.target) == link.text:
+                return  # it is as it was
         if status == OK:
             self.walk.clear_doubt(link.path)
         self.writer.record(link.path, link.text, status, reason, link.old)

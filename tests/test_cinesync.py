@@ -269,7 +269,12 @@ def test_the_own_resolution_then_the_nearest(stage: Stage) -> None:
     assert "720p" in stage.cinesync()["items"][0]["new_target"]
     stage.run("undo", "--apply")
     stage.library.copy(SHOW, 1080)
-    assert "1080p" in stage.cinesync()["items"][0]["new_target"]
+    lost = os.readlink(path)  # what was taken back is left alone until the link changes
+    os.unlink(path)
+    os.symlink(os.path.join(os.path.dirname(lost), f"again.{os.path.basename(lost)}"), path)
+    stage.scan()
+    again = stage.cinesync()
+    assert "1080p" in again["items"][0]["new_target"]
     assert path in stage.texts()
 
 
