@@ -4113,12 +4113,12 @@ class Judgement:
     def settle(self, link: Pending, status: str, reason: str, mount: str) -> None:
         """Record a verdict on a link that was not found at first."""
         self.walk.roots[link.root][status] += 1
+        is_moved = link.old is not None and from_db(link.old.target) != link.text
         if status == BROKEN and not (link.old and link.old.broken_since):
             values = map(to_db, (link.path, link.text, link.title, mount))
             self.writer.losses.append((*values, self.now, self.now))
-        elif status == BROKEN and link.old and link.old.status == BROKEN:
-            if from_db(link.old.target) == link.text:
-                return  # it is as it was
+        elif status == BROKEN and link.old and link.old.status == BROKEN and not is_moved:
+            return  # it is as it was
         if status == OK:
             self.walk.clear_doubt(link.path)
         self.writer.record(link.path, link.text, status, reason, link.old)
