@@ -22,6 +22,7 @@ The sections, bottom-up; each uses only those above it:
     Scan: the verdict       a loss or an outage: all facts in, the decision out
     Scan: the record        the walk, what is found and judged -> states, rows, events
     Patience                until when a broken link waits before anything is done about it
+    Verify                  a little of the files behind good links is read
     CineSync                broken links -> the files behind CineSync's links; and undo
     HTTP                    one careful client on urllib
     Sonarr and Radarr       what their API has in common, and what not
@@ -422,6 +423,14 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
+def parse_size(text: str) -> int:
+    """Return bytes, at least 1: '4096', '512K', '1M', '1 MiB'.  ValueError otherwise."""
+    match = re.fullmatch(r"(\d{1,12})\s*([kmg]?)(?:i?b)?", text.strip().lower())
+    if not match or not int(match[1]):
+        raise ValueError("write a size such as 65536, 512K or 1M")
+    return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[match[2]]
+
+
 def parse_workers(text: str) -> int:
     """Return a number of workers; 0 stands for auto."""
     if text.strip().lower() == "auto":
@@ -579,6 +588,14 @@ class CinesyncSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class VerifySettings:
+    """Reading a little of the files behind good links."""
+    files: int = setting(0, parse_count, "So many files in each run; 0 reads none.", "200")
+    repair: bool = setting(False, parse_bool,
+        "Kept for later: nothing is repaired yet because it cannot be read.", "no")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunSettings:
     """What `run` does of itself."""
     ingest_every: float = setting(86400.0, parse_duration, "Read the servers when the last reading "
@@ -642,6 +659,7 @@ class Config:
     relay: RelaySettings = RelaySettings()
     repair: RepairSettings = RepairSettings()
     cinesync: CinesyncSettings = CinesyncSettings()
+    verify: VerifySettings = VerifySettings()
     run: RunSettings = RunSettings()
     notify: NotifySettings = NotifySettings()
     plex: PlexSettings = PlexSettings()
@@ -1875,7 +1893,9 @@ VALUES (?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT(path) DO UPDATE SET
     last_target = excluded.last_target, status = excluded.status,
     last_status = excluded.last_status, last_seen_utc = excluded.last_seen_utc,
-    broken_since_utc = excluded.broken_since_utc, error = excluded.error
+    broken_since_utc = excluded.broken_since_utc, error = excluded.error,
+    read_utc = CASE WHEN symlinks.last_target = excluded.last_target THEN read_utc END,
+    read_error = CASE WHEN symlinks.last_target = excluded.last_target THEN read_error END
 """
 
 
@@ -4742,6 +4762,153 @@ def summarise_waits(waits: Iterable[Wait]) -> List[str]:
     for wait in waits:
         groups.setdefault(wait.why, []).append(wait)
     return [f"{plural(len(group), 'link')}: {max(group)}" for group in groups.values()]
+
+
+# ---------------------------------------------------------------------------------------------
+# Verify
+# ---------------------------------------------------------------------------------------------
+# A cloud mount lists files that cannot be played any more.  Whether they can, only reading tells:
+# of a few files at a time, those first that have waited longest.  What is found is told, and judges
+# no link; where most of a mount cannot be read, it tells of the mount and of no file.
+
+PAGE = 4096  # bytes; less than that the kernel does not ask of a mount
+PIECE = 1 << 17  # bytes read in one go: a file that comes slowly does not hang
+UNREADABLE = "unreadable"  # an event, and what `broken --status` calls it; no state of a link
+Try = Tuple[str, str, int]  # the mount, '' without a file on it; what went wrong, or ''; bytes read
+
+
+def places_to_read(size: int, max_bytes: int, chance: float) -> List[Tuple[int, int]]:
+    """Return (offset, length) of the head of a file and of one more place, together `max_bytes`
+    at the most; `chance`, from 0 to below 1, says which.
+    """
+    half = max_bytes // 2 // PAGE * PAGE
+    if size <= max_bytes or not half:
+        return [(0, min(size, max_bytes))]
+    first, last = half // PAGE, (size - half) // PAGE
+    return [(0, half), (PAGE * (first + int(chance * (last - first + 1))), half)]
+
+
+def read_some(looker: Looker, path: str, max_bytes: int) -> Try:
+    """Read a little of the file behind a link; answers in a worker process.
+
+    Not through `Looker.ask`: a file that takes long to fail says nothing of its mount.
+    """
+    place = looker.locate(os.path.dirname(path))
+    try:
+        if not place.sealed:
+            looker.ask(os.readlink, path, place.mount)
+            place = looker.locate(path)
+        if place.sealed:
+            return place.mount, looker.sealed[place.sealed][1], 0
+        if place.errno:
+            return place.mount, os.strerror(place.errno), 0
+        looker.slots.touch(place.real)
+        if not stat.S_ISREG(os.stat(place.real).st_mode):
+            return "", "", 0
+        return place.mount, "", read_places(place.real, max_bytes, looker.slots)
+    except OSError as exc:
+        is_link = place.real != looker.locate(os.path.dirname(path)).real
+        return place.mount * is_link, exc.strerror or str(exc), 0
+
+
+def read_places(path: str, max_bytes: int, slots: Slots) -> int:
+    """Read a little of a file and return how many bytes that were.  OSError if it cannot be."""
+    import random
+
+    count = 0
+    with open(path, "rb", buffering=0) as stream:
+        # Nothing that the kernel still holds, and nothing beyond what is asked for.
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        size = os.fstat(stream.fileno()).st_size
+        for offset, length in places_to_read(size, max_bytes, random.random()):
+            end = offset + length
+            while offset < end:
+                slots.touch(None)
+                data = os.pread(stream.fileno(), min(PIECE, end - offset), offset)
+                if not data:
+                    raise OSError(errno.EIO, f"it ends at {offset:,} of {size:,} bytes")
+                offset, count = offset + len(data), count + len(data)
+    return count
+
+
+def blame_mounts(tries: Iterable[Try], sealed: Mapping[str, Tuple[str, str]]) -> Dict[str, str]:
+    """Return {mount: why} of those that are to blame: sealed off, or most of their files failed."""
+    errors: Dict[str, List[str]] = defaultdict(list)
+    for mount, error, _ in tries:
+        errors[mount].append(error)
+    blamed = {}
+    for mount, found in errors.items():
+        failed = list(filter(None, found))
+        if mount and len(failed) * 2 > len(found):
+            worst = Counter(failed).most_common(1)[0][0]
+            what = f"{len(failed):,} of {plural(len(found), 'file')} could not be read: {worst}"
+            blamed[mount] = f"{mount}: {what}"
+        if mount in sealed:
+            blamed[mount] = sealed[mount][1]
+    return blamed
+
+
+def verify_links(
+    conn: sqlite3.Connection, settings: ScanSettings, limit: int, max_bytes: int, deadline: float,
+    tell: Callable[[str], None],
+) -> JsonObject:  # fmt: skip
+    """Read of `limit` files behind good links, begin none after `deadline` (of time.monotonic()),
+    and return what `verify --json` shows.
+    """
+    within, values = beneath_any(settings.roots)
+    select = f"""SELECT path, last_target, read_error FROM symlinks
+        WHERE status = 'ok' AND {within} ORDER BY read_utc, path LIMIT ?"""  # never: NULL, first
+    rows = [(from_db(p), from_db(t), e) for p, t, e in conn.execute(select, (*values, limit))]
+    todo, tries = iter(rows), {}
+
+    def next_request() -> Optional[Request]:
+        row = next(todo, None) if time.monotonic() < deadline else None
+        return ("read", row[0], max_bytes) if row else None
+
+    with contextlib.closing(Watch(conn, settings, {"read": read_some})) as watch:
+        watch.probe()
+        for (_, path, _), answer in watch.pool.run(next_request, at_once=True):
+            tries[path] = answer
+            tell(f"verify: {plural(len(tries), 'file')}")
+        blamed = blame_mounts(tries.values(), watch.pool.sealed)
+    items = record_tries(conn, [row for row in rows if row[0] in tries], tries, blamed)
+    found = [count for mount, _, count in tries.values() if mount]
+    code = EXIT_REFUSED if blamed else EXIT_PARTIAL if items else EXIT_OK
+    told = [*blamed.values()] + [f"{plural(len(items), 'file')} could not be read"] * bool(items)
+    return {
+        "read": len(found), "unreadable": len(items), "bytes": sum(found), "items": items,
+        "exit_code": code, "refusals": [*blamed.values()],
+        **({"message": "; ".join(told)} if told else {}),
+    }  # fmt: skip
+
+
+def record_tries(
+    conn: sqlite3.Connection, rows: Sequence[Tuple[str, str, Optional[str]]],
+    tries: Mapping[str, Try], blamed: Mapping[str, str],
+) -> List[JsonObject]:  # fmt: skip
+    """Record the tries of (path, target, earlier error), and return those that could not be read.
+
+    Every try is a turn.  One on a mount that is to blame, or of no file, leaves the rest as it was.
+    """
+    now, items = utc_now(), []
+    last = "SELECT max(ts) FROM events WHERE path = ? AND action = 'unreadable'"
+    with transaction(conn):
+        for path, target, known in rows:
+            mount, error, _ = tries[path]
+            conn.execute("UPDATE symlinks SET read_utc = ? WHERE path = ?", (now, to_db(path)))
+            if not mount or mount in blamed:
+                continue
+            update = "UPDATE symlinks SET read_error = ? WHERE path = ?"
+            conn.execute(update, (error or None, to_db(path)))
+            if bool(error) != bool(known):
+                action = UNREADABLE if error else "readable"
+                _write_events(conn, [link_event(path, target, action, OK)])
+            if error:
+                since = conn.execute(last, (to_db(path),)).fetchone()[0]
+                when = format_time(since) if since else now
+                items.append({"path": path, "target": target, "error": error, "since": when})
+    return items
 
 
 # ---------------------------------------------------------------------------------------------
@@ -8364,7 +8531,7 @@ def plan_jellyfin(paths: Sequence[str]) -> Plan:
 # Statistics
 # ---------------------------------------------------------------------------------------------
 
-ATTENTION, UNREADABLE = "attention", "unreadable"  # of `broken --status`, no state of a link
+ATTENTION = "attention"  # with UNREADABLE, of `broken --status`, no state of a link
 
 
 def collect_stats(conn: sqlite3.Connection, config: Config, top: int = 10) -> JsonObject:
@@ -9860,6 +10027,31 @@ def run_cinesync(context: Context) -> JsonObject:
     return result
 
 
+def run_verify(context: Context) -> JsonObject:
+    """Read a little of the files behind good links, by the options or, in a run, the settings."""
+    args, config, limit = context.args, context.config, context.config.verify.files
+    max_bytes, deadline = 1 << 20, context.deadline
+    if args.command == "verify":
+        limit, max_bytes = args.max, args.max_bytes
+        deadline = time.monotonic() + (args.time_limit or math.inf)
+    with context.recorded("verify") as (conn, summary):
+        tell = context.terminal.progress
+        result = verify_links(conn, config.scan, limit, max_bytes, deadline, tell)
+        summary.update({key: value for key, value in result.items() if key != "items"})
+    return result
+
+
+def show_verify(terminal: Terminal, result: JsonObject) -> None:
+    """Print what could not be read."""
+    for item in result["items"]:
+        terminal.line(escape(f"unreadable: {item['path']}"))
+        since = item["since"][:16].replace("T", " ")
+        terminal.line(escape(f"    -> {item['target']}: {item['error']}, since {since} UTC"))
+    size = f"{result['bytes'] / 1048576:,.1f} MiB"
+    terminal.line(f"{plural(result['read'], 'file')} tried, {size} read; "
+        f"{result['unreadable']:,} unreadable")  # fmt: skip
+
+
 def run_undo(context: Context) -> JsonObject:
     """Put the links of a run back, or say which would be."""
     args = context.args
@@ -10085,11 +10277,15 @@ def why_skip(name: str, context: Context, before: Mapping[str, JsonObject]) -> s
         return "as asked"
     if name == "scan":
         return ""
+    if name == "verify" and not config.verify.files:
+        return "not configured"
     if name == "ingest":
         is_fresh = config.instances and not find_stale(conn, config, time.time())
         return "all servers were read lately" if is_fresh else _unless(config.instances)
     if before["scan"]["exit_code"] == EXIT_FAILED:
         return "the scan failed"
+    if name == "verify":
+        return ""
     if name != "cinesync":
         return _unless(config.instances or config.relay.base)
     if not config.cinesync.base:
@@ -10175,8 +10371,8 @@ def show_run(terminal: Terminal, result: JsonObject) -> None:
 
 
 STEPS: Dict[str, Callable[[Context], JsonObject]] = {
-    "scan": run_scan, "ingest": run_ingest, "cinesync": run_cinesync, "queue": run_queue,
-    "dispatch": run_dispatch,
+    "scan": run_scan, "verify": run_verify, "ingest": run_ingest, "cinesync": run_cinesync,
+    "queue": run_queue, "dispatch": run_dispatch,
 }  # fmt: skip
 
 
@@ -10554,6 +10750,7 @@ def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 COUNT = argument_type(parse_count)
+SIZE = argument_type(parse_size)
 DURATION = argument_type(parse_duration)
 WORKERS = argument_type(parse_workers)
 PATH = argument_type(parse_path)
@@ -10656,6 +10853,15 @@ COMMANDS = (
             help="broken for at least so long; default 30d"),
         option("--limit", type=COUNT, metavar="N", help="remove no more than N links"),
         APPLY, DRY_RUN)),
+    Command("verify", "", "read a little of the files behind good links: are they really there?",
+        "verify --max 50", run_verify, show_verify, (
+        option("scan.roots", nargs="*", type=PATH, metavar="ROOT", help="only beneath these"),
+        option("--max", type=COUNT, default=200, metavar="N", help="so many files; default: 200"),
+        option("--max-bytes", type=SIZE, default=1 << 20, metavar="SIZE",
+            help="no more than that of a file; default: 1M"),
+        option("--time-limit", type=DURATION, metavar="DURATION",
+            help="begin no file after this long"),
+        DRY_RUN)),
     Command("undo", "", "put links back as they were before a run",
         "undo --apply 42", run_undo, show_undo, (
         option("run", nargs="?", type=COUNT, metavar="RUN", help="default: the last"),
@@ -10663,7 +10869,7 @@ COMMANDS = (
         option("--path", action="append", type=PATH, default=[], metavar="LINK",
             help="only this link"),
         APPLY, DRY_RUN)),
-    Command("run", "", "all of it: scan, ingest, cinesync, queue, dispatch, refresh, notify",
+    Command("run", "", "all: scan, verify, ingest, cinesync, queue, dispatch, refresh, notify",
         "run --apply --every 30m", run_run, show_run, (
         *SCAN, *WAITS, *CINESYNC, *DISPATCH,
         option("--limit", type=COUNT, dest="cinesync.limit repair.limit", metavar="N",
