@@ -121,17 +121,19 @@ class tmpfs:
         self.unmount()
 
 
-# The test and the daemon share a directory. It holds the switches as JSON, and two numbers in
+# The test and the daemon share a directory. It holds the switches as JSON, and some numbers in
 # shared memory, which can be read even while the daemon is frozen and after it was killed.
-GENERATION, REQUESTS = 0, 1  # the test counts its changes of the switches; the daemon, its work
+# The test counts its changes of the switches; the daemon, its work, and the bytes of files.
+GENERATION, REQUESTS, BYTES = 0, 1, 2
 HEALTHY: dict[str, Any] = {"fail": 0, "fail_root": False, "hang": False, "empty": False}
 HEALTHY.update(fail_paths={}, hang_paths=[], hidden=[], fail_beneath={}, fail_listings={}, delay=0)
+HEALTHY.update(fail_reads={}, hang_reads=[])
 
 
 def _map_counters(state_dir: str) -> memoryview:
     with open(os.path.join(state_dir, "counters"), "r+b") as file:
         # As native 64-bit words, each of which is read and written in one go.
-        return memoryview(mmap.mmap(file.fileno(), 16)).cast("Q")
+        return memoryview(mmap.mmap(file.fileno(), 24)).cast("Q")
 
 
 def _relative(path: AnyPath) -> str:
@@ -166,7 +168,7 @@ class FuseMount:
         self._config["source"] = os.path.realpath(os.fsdecode(source))
         self._numbers = {"latency": latency, "threads": threads, "timeout": timeout}
         self._lock = threading.Lock()
-        self._counters = memoryview(bytes(16)).cast("Q")
+        self._counters = memoryview(bytes(24)).cast("Q")
         self._daemon: subprocess.Popen[bytes] | None = None
 
     def mount(self) -> None:
@@ -175,7 +177,7 @@ class FuseMount:
             raise RuntimeError("already mounted")
         self._state = tempfile.TemporaryDirectory(prefix="fuse_fs-")
         with open(os.path.join(self._state.name, "counters"), "wb") as file:
-            file.write(bytes(16))
+            file.write(bytes(24))
         self._counters = _map_counters(self._state.name)
         self._switches = dict(HEALTHY)
         config = json.dumps({**self._config, **self._numbers, "state_dir": self._state.name})
@@ -230,6 +232,14 @@ class FuseMount:
         """Answer these errnos where exactly these directories are listed; names are found."""
         self._switch(fail_listings={_relative(path): code for path, code in codes.items()})
 
+    def fail_reads(self, codes: Mapping[Any, int]) -> None:
+        """Answer these errnos where exactly these files are read; they are found and opened."""
+        self._switch(fail_reads={_relative(path): code for path, code in codes.items()})
+
+    def hang_reads(self, paths: Iterable[AnyPath]) -> None:
+        """Do not answer where exactly these files are read ([]: answer again)."""
+        self._switch(hang_reads=[_relative(path) for path in paths])
+
     def hide(self, paths: Iterable[AnyPath]) -> None:
         """Neither list these relative paths nor know them and what lies beneath ([]: show all)."""
         self._switch(hidden=[_relative(path) for path in paths])
@@ -273,6 +283,10 @@ class FuseMount:
         Not counted is the kernel's own housekeeping, which comes at any time (BACKSTAGE).
         """
         return self._counters[REQUESTS]
+
+    def bytes_read(self) -> int:
+        """How many bytes of files the kernel has been given since mount()."""
+        return self._counters[BYTES]
 
     def _switch(self, **changes: Any) -> None:
         if not self._daemon:
@@ -392,6 +406,8 @@ class Server:
 
     def hangs(self, request: Request) -> bool:
         paths = self.switches["hang_paths"]
+        if request.opcode == READ:
+            paths = [*paths, *self.switches["hang_reads"]]
         return self.switches["hang"] or os.fsdecode(self.path_of(request)) in paths
 
     def failure(self, opcode: int, path: bytes) -> int:
@@ -399,6 +415,8 @@ class Server:
         code: int = switches["fail_paths"].get(name, 0)
         if path or switches["fail_root"]:
             code = code or switches["fail"]
+        if opcode == READ:
+            code = code or switches["fail_reads"].get(name, 0)
         above = _parents(name)
         if opcode in (OPENDIR, READDIR):
             code = code or switches["fail_listings"].get(name, 0)
@@ -445,7 +463,10 @@ class Server:
             return self.opened([])
         if op == READ:
             handle, offset, size = READ_IN.unpack_from(body)
-            return os.pread(self.handles[handle], size, offset)
+            data = os.pread(self.handles[handle], size, offset)
+            with self.lock:
+                self.counters[BYTES] += len(data)
+            return data
         if op == READDIR:
             return self.readdir(path, *READ_IN.unpack_from(body))
         if op == RELEASE:

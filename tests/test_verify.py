@@ -1,11 +1,12 @@
-"""Reading a little of the files behind good links: what it costs, what it tells, what it leaves."""
+"""Verify: a little of each file is read, in turns, within bounds, and judges no link."""
 
 from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 from conftest import Library, Refresherr
@@ -13,88 +14,243 @@ from fuse_fs import FuseMount, fuse_available
 
 import refresherr as program
 
-
-@pytest.fixture
-def cloud(tmp_path: Path) -> Iterator[FuseMount]:
-    reason = fuse_available()
-    if reason:
-        pytest.skip(reason)
-    for name in ("cloud", "backend"):
-        (tmp_path / name).mkdir()
-    with FuseMount(tmp_path / "cloud", tmp_path / "backend", timeout=0) as mount:
-        yield mount
-
-
-def add(tmp_path: Path, count: int) -> None:
-    """Make films on the mount, and links to them."""
-    for number in range(count):
-        folder = tmp_path / "backend" / f"Film {number}"
-        folder.mkdir()
-        (folder / "film.mkv").write_bytes(b"v" * 10_000)
-        link = tmp_path / "media" / f"Film {number}" / "film.mkv"
-        link.parent.mkdir(parents=True)
-        link.symlink_to(tmp_path / "cloud" / f"Film {number}" / "film.mkv")
+MIB = 1 << 20
+HUNG = "stat_timeout = 1s"
 
 
 @pytest.mark.parametrize(
-    ("size", "most", "chance", "total"),
-    [(0, 1000, 0.0, 0), (900, 1000, 0.5, 900), (1 << 20, 1 << 16, 0.0, 1 << 16),
-     (1 << 20, 1 << 16, 0.999, 1 << 16)],
-)  # fmt: skip
-def test_the_places_that_are_read(size: int, most: int, chance: float, total: int) -> None:
-    places = program.places_to_read(size, most, chance)
-    assert sum(length for _, length in places) == total
-    assert all(offset >= 0 and offset + length <= size for offset, length in places)
-    assert places[0][0] == 0 and (len(places) == 1 or places[1][0] >= places[0][1])
-
-
-def test_files_take_turns(refresherr: Refresherr, library: Library) -> None:
-    for number in range(6):
-        library.link(f"Film {number}/film.mkv")
-    refresherr.scan(library.root)
-    for _ in range(3):
-        result = refresherr("verify", "--json", "--max", 2, library.root).json
-        assert (result["read"], result["unreadable"], result["exit_code"]) == (2, 0, 0)
-        assert result["bytes"] == 2 * len(b"video")
-    assert refresherr.query("SELECT count(*) FROM symlinks WHERE read_utc IS NULL") == [(0,)]
-
-
-def test_a_file_that_cannot_be_read_is_ok_and_listed(
-    refresherr: Refresherr, cloud: FuseMount, tmp_path: Path
+    ("size", "max_bytes", "chance", "places"),
+    [
+        (0, MIB, 0.5, [(0, 0)]),
+        (1000, MIB, 0.5, [(0, 1000)]),
+        (MIB, MIB, 0.5, [(0, MIB)]),
+        (2 * MIB, MIB, 0.0, [(0, MIB // 2), (MIB // 2, MIB // 2)]),
+        (2 * MIB, MIB, 0.999999, [(0, MIB // 2), (3 * MIB // 2, MIB // 2)]),
+        (10**9, 8191, 0.5, [(0, 8191)]),
+        (10**9, 1, 0.5, [(0, 1)]),
+    ],
+)
+def test_which_places_are_read(
+    size: int, max_bytes: int, chance: float, places: List[Tuple[int, int]]
 ) -> None:
-    add(tmp_path, 5)
-    refresherr.scan(tmp_path / "media")
-    cloud.fail_paths({"Film 2/film.mkv": errno.EIO})
-    result = refresherr("verify", "--json", tmp_path / "media")
-    assert (result.code, result.json["read"], result.json["unreadable"]) == (3, 5, 1)
-    (item,) = result.json["items"]
-    assert item["path"].endswith("Film 2/film.mkv") and item["error"] and item["since"]
+    assert program.places_to_read(size, max_bytes, chance) == places
+
+
+def test_places_stay_within_the_file_and_the_bound() -> None:
+    for size in (MIB + 1, MIB + 4095, 3 * MIB + 7, 10**9 + 1):
+        for chance in (0.0, 0.3, 0.7, 0.999999):
+            (_, head), (offset, length) = program.places_to_read(size, MIB, chance)
+            assert head <= offset <= offset + length <= size and head + length <= MIB
+
+
+GOOD, BAD = ("/m", "", 5), ("/m", "Input/output error", 0)
+
+
+@pytest.mark.parametrize(
+    ("tries", "sealed", "blamed"),
+    [
+        ([GOOD] * 3 + [BAD], {}, False),
+        ([GOOD] * 2 + [BAD] * 2, {}, False),  # half of them are not most
+        ([GOOD] * 2 + [BAD] * 3, {}, True),
+        ([BAD], {}, True),  # one alone cannot tell the file from its mount
+        ([GOOD] * 9 + [BAD], {"/m": ("unresponsive", "/m hangs")}, True),
+        ([("", "no link", 0)] * 3, {}, False),
+        ([BAD] + [("/n", "", 5)] * 9, {}, True),  # what another mount does is no help
+    ],
+)
+def test_which_mounts_are_to_blame(tries: Any, sealed: Any, blamed: bool) -> None:
+    assert list(program.blame_mounts(tries, sealed)) == ["/m"] * blamed
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1", 1), ("512K", 524288), ("1M", MIB), ("1 MiB", MIB), ("2gb", 2 << 30)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert program.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["0", "", "-1", "1T", "1.5M", "M"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(ValueError, match="512K"):
+        program.parse_size(text)
+
+
+class Cloud(Library):
+    """Films on a FUSE mount, 2 MiB each."""
+
+    fs: FuseMount
+    source: Path
+
+    def film(self, number: int) -> Path:
+        name = f"Film {number} (2020).mkv"
+        with open(self.source / name, "wb") as file:
+            file.truncate(2 * MIB)
+        (self.root / name).symlink_to(self.mount / name)
+        return self.root / name
+
+
+@pytest.fixture
+def cloud(tmp_path: Path, write_config: Callable[[str], Path]) -> Iterator[Cloud]:
+    if fuse_available():
+        pytest.skip(fuse_available())
+    cloud = Cloud(tmp_path)
+    cloud.source = tmp_path / "source"
+    cloud.source.mkdir()
+    write_config(f"[scan]\nroots = {cloud.root}\n{HUNG}\n")
+    with FuseMount(cloud.mount, cloud.source, latency=0.005) as cloud.fs:
+        yield cloud
+
+
+def verify(refresherr: Refresherr, *args: object) -> Tuple[int, Dict[str, Any]]:
+    result = refresherr("verify", "--json", *args)
+    assert result.out, result.err
+    return result.code, result.json
+
+
+def tried(refresherr: Refresherr) -> List[str]:
+    rows = refresherr.query("SELECT path FROM symlinks WHERE read_utc IS NOT NULL ORDER BY path")
+    return [path for (path,) in rows]
+
+
+def age(refresherr: Refresherr) -> None:
+    """Have all that was done until now lie an hour back."""
+    import sqlite3
+
+    conn = sqlite3.connect(str(refresherr.db_path))
+    with conn:
+        earlier = "strftime('%Y-%m-%dT%H:%M:%S+00:00', read_utc, '-1 hour')"
+        conn.execute(f"UPDATE symlinks SET read_utc = {earlier} WHERE read_utc IS NOT NULL")
+    conn.close()
+
+
+@pytest.mark.parametrize("bound", [16384, 256 << 10, MIB])
+def test_no_more_is_read_than_allowed(refresherr: Refresherr, cloud: Cloud, bound: int) -> None:
+    for number in range(10):
+        cloud.film(number)
+    refresherr.scan()
+    before = cloud.fs.bytes_read()
+    code, result = verify(refresherr, "--max-bytes", bound)
+    assert (code, result["read"], result["unreadable"], result["items"]) == (0, 10, 0, [])
+    assert result["bytes"] == 10 * bound
+    assert cloud.fs.bytes_read() - before == 10 * bound
+
+
+def test_what_cannot_be_read_is_told_and_stays_good(refresherr: Refresherr, cloud: Cloud) -> None:
+    films = [cloud.film(number) for number in range(5)]
+    refresherr.scan()
+    cloud.fs.fail_reads({films[2].name: errno.EIO})
+    code, result = verify(refresherr)
+    assert (code, result["read"], result["unreadable"]) == (3, 5, 1)
+    (item,) = result["items"]
+    assert item["path"] == str(films[2]) and item["error"] == "Input/output error"
+    assert item["target"] == os.readlink(films[2])
     assert set(refresherr.statuses().values()) == {"ok"}
-    shown = refresherr("broken", "--status", "unreadable", "--json").json["links"]
-    assert [link["path"] for link in shown] == [item["path"]]
-    cloud.heal()
-    assert refresherr("verify", "--json", tmp_path / "media").json["unreadable"] == 0
+    (link,) = refresherr("broken", "--status", "unreadable", "--json").json["links"]
+    assert link["path"] == str(films[2])
+    age(refresherr)
+    assert verify(refresherr)[1]["items"] == [item]  # since the same time
+    refresherr.scan("--full")  # the scan knows nothing of this
+    assert refresherr("broken", "--status", "unreadable", "--json").json["count"] == 1
+    cloud.fs.heal()
+    age(refresherr)
+    assert verify(refresherr)[0] == 0
+    assert refresherr("broken", "--status", "unreadable", "--json").json["count"] == 0
 
 
-def test_most_of_a_mount_is_the_mount(
-    refresherr: Refresherr, cloud: FuseMount, tmp_path: Path
+def test_another_target_is_another_file(refresherr: Refresherr, cloud: Cloud) -> None:
+    films = [cloud.film(number) for number in range(3)]
+    refresherr.scan()
+    cloud.fs.fail_reads({films[0].name: errno.EIO})
+    assert verify(refresherr)[0] == 3
+    films[0].unlink()
+    films[0].symlink_to(cloud.mount / films[1].name)
+    refresherr.scan()
+    assert tried(refresherr) == sorted(map(str, films[1:]))
+    assert refresherr("broken", "--status", "unreadable", "--json").json["count"] == 0
+
+
+def test_a_hang_costs_its_file_alone(refresherr: Refresherr, cloud: Cloud) -> None:
+    films = [cloud.film(number) for number in range(12)]
+    refresherr.scan()
+    cloud.fs.hang_reads([films[3].name])
+    began = time.monotonic()
+    code, result = verify(refresherr)
+    assert time.monotonic() - began < 15
+    assert (code, result["read"], [i["path"] for i in result["items"]]) == (3, 12, [str(films[3])])
+    assert "did not answer within 1.0s" in result["items"][0]["error"]
+    assert len(tried(refresherr)) == 12
+    assert set(refresherr.statuses().values()) == {"ok"}
+
+
+@pytest.mark.parametrize("trouble", ["hang", "fail", "gone"])
+def test_a_mount_is_to_blame(refresherr: Refresherr, cloud: Cloud, trouble: str) -> None:
+    films = [cloud.film(number) for number in range(6)]
+    refresherr.scan()
+    if trouble == "hang":
+        cloud.fs.hang()
+    elif trouble == "fail":
+        cloud.fs.fail_reads({film.name: errno.EIO for film in films[:4]})
+    else:
+        cloud.fs.close()
+    code, result = verify(refresherr)
+    assert (code, result["read"], result["items"]) == (4, 6, [])
+    assert str(cloud.mount) in result["message"]
+    assert refresherr.query("SELECT count(*) FROM symlinks WHERE read_error <> ''") == [(0,)]
+    assert len(tried(refresherr)) == 6
+    assert set(refresherr.statuses().values()) == {"ok"}
+
+
+def test_they_take_turns_those_that_fail_as_well(refresherr: Refresherr, cloud: Cloud) -> None:
+    films = [cloud.film(number) for number in range(6)]
+    refresherr.scan()
+    cloud.fs.fail_reads({films[0].name: errno.EIO})
+    seen: List[str] = []
+    for _ in range(2):
+        _, result = verify(refresherr, "--max", 3)
+        assert result["read"] == 3
+        fresh = [path for path in tried(refresherr) if path not in seen]
+        assert len(fresh) == 3
+        seen += fresh
+        age(refresherr)
+    assert seen == sorted(map(str, films))
+    _, result = verify(refresherr, "--max", 3)
+    assert [item["path"] for item in result["items"]] == [str(films[0])]
+
+
+def test_its_bounds_and_the_scratch_copy(refresherr: Refresherr, cloud: Cloud) -> None:
+    films = [cloud.film(number) for number in range(3)]
+    refresherr.scan()
+    cloud.fs.fail_reads({films[0].name: errno.EIO})
+    assert verify(refresherr, "-n")[1]["unreadable"] == 1
+    assert tried(refresherr) == []
+    assert verify(refresherr, "/nowhere")[1]["read"] == 0
+    assert verify(refresherr, "--time-limit", "0.000001")[1]["read"] == 0
+    assert refresherr("verify", "--max-bytes", "0").code == 2
+
+
+def test_what_is_no_file_is_not_counted(refresherr: Refresherr, library: Library) -> None:
+    library.link("Film (2020).mkv")
+    gone = library.link("Gone (2020).mkv")
+    (library.mount / "folder").mkdir()
+    (library.root / "folder").symlink_to(library.mount / "folder")
+    os.mkfifo(library.mount / "pipe")
+    (library.root / "pipe.mkv").symlink_to(library.mount / "pipe")
+    refresherr.scan(library.root)
+    gone.unlink()
+    code, result = verify(refresherr)
+    assert (code, result["read"], result["bytes"], result["items"]) == (0, 1, 5, [])
+
+
+def test_a_run_reads_if_told_so(
+    refresherr: Refresherr, cloud: Cloud, write_config: Callable[[str], Path]
 ) -> None:
-    add(tmp_path, 5)
-    refresherr.scan(tmp_path / "media")
-    cloud.fail_paths({f"Film {n}/film.mkv": errno.EIO for n in range(4)})
-    result = refresherr("verify", "--json", tmp_path / "media")
-    assert (result.code, result.json["items"]) == (4, [])
-    assert refresherr.query("SELECT count(*) FROM symlinks WHERE read_error IS NOT NULL") == [(0,)]
-
-
-def test_a_read_that_hangs_does_not_hang_the_run(
-    refresherr: Refresherr, cloud: FuseMount, tmp_path: Path, write_config: Callable[[str], Path]
-) -> None:
-    write_config("[scan]\nstat_timeout = 2s\n")
-    add(tmp_path, 5)
-    refresherr.scan(tmp_path / "media")
-    cloud.hang()
-    result = refresherr("verify", "--json", tmp_path / "media")
-    assert (result.code, result.json["status"]) == (4, "refused")
-    cloud.heal()
-    assert os.path.exists(tmp_path / "cloud" / "Film 0")
+    films = [cloud.film(number) for number in range(5)]
+    assert refresherr("run", "--json").json["verify"]["status"] == "skipped"
+    cloud.fs.fail_reads({films[0].name: errno.EIO})
+    settings = f"[scan]\nroots = {cloud.root}\n[verify]\nfiles = 3\nrepair = yes\n"
+    write_config(settings)
+    result = refresherr("run", "--json").json
+    assert (result["exit_code"], result["verify"]["read"]) == (3, 3)
+    assert [item["path"] for item in result["verify"]["items"]] == [str(films[0])]
+    assert set(refresherr.statuses().values()) == {"ok"}
+    assert "verify" in refresherr("run").out
