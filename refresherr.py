@@ -3222,6 +3222,8 @@ class Ground:
     failing: str = ""  # why no loss on a file system made of others is believed
     sentinels: Sequence[str] = ()  # directories for which a file has spoken
     once_good: Set[str] = dataclasses.field(default_factory=set)  # missing names beneath which
+    # {missing name: a library folder with links beneath it that nobody has looked at since}
+    unseen: Mapping[str, str] = dataclasses.field(default_factory=dict)
     lost_titles: Dict[str, Set[str]] = dataclasses.field(default_factory=dict)
     # Some library directories with good links into each directory, and how these links put it.
     samples: Dict[str, List[Tuple[str, str]]] = dataclasses.field(default_factory=dict)
@@ -3287,6 +3289,10 @@ def explain_loss(loss: Loss, ground: Ground) -> Optional[Doubt]:
         return Doubt(CONTRADICTION, why, near)
     if loss.is_loop:
         return None
+    if loss.levels and missing in ground.unseen:
+        folder = ground.unseen[missing]
+        why = f"{missing} is gone, and links in {folder} lead there, too: run `scan` of all roots"
+        return Doubt(NO_WITNESS, why, missing)
     parent = os.path.dirname(near)
     perhaps = "perhaps nothing is mounted there"
     if loss.levels:
@@ -3613,6 +3619,10 @@ class Watch:
             select = "SELECT path, mount_point, fs_type FROM branches WHERE union_point = ?"
             found = self.conn.execute(select, (to_db(union),))
             known = {from_db(path): (from_db(point), kind) for path, point, kind in found}
+            if known and not branches:
+                problems[union] = "it does not tell its branches any more; "
+                problems[union] += f"if that is meant, run scan --forget-mount {union}"
+                continue
             for path, point, kind, problem in branches or ():
                 if path in known and not problem and known[path] != (point, kind):
                     problem = f"{path} was on {known[path][0]} ({known[path][1]}), not on {point}"
@@ -3620,6 +3630,9 @@ class Watch:
                     problems.setdefault(union, "its branch " + problem.lstrip("!"))
                 elif not problem:
                     known[path] = point, kind
+                    if kind in UNION_TYPES and point != union and point not in points:
+                        within = self.examine_unions([*points, point])
+                        problems.update({union: within[point]} if point in within else {})
             listed = {branch[0] for branch in branches or ()}
             rows = [(to_db(union), to_db(p), to_db(known[p][0]), known[p][1]) for p in known
                 if p in listed]  # fmt: skip
@@ -3848,9 +3861,12 @@ class Walk:
         else:
             _, mark, packed, folders, names, texts, odd, ignored = answer
             self.ignored += ignored
-            row = (to_db(folder.path), mark or None, len(names), packed)
-            self.writer.directories.append(row)
+            unsettled = len(self.vanished)
             self.compare(folder, prefix, names, texts, {name for name, *_ in odd})
+            if len(self.vanished) > unsettled:
+                mark = ""  # it is read again, until what has vanished from it is recorded
+            row = (to_db(folder.path), mark or None, len(names), packed)
+            self.writer.directories.append(row)  # after its links: a scan may be killed in between
             self.tally(folder.root, len(names), len(odd))
         for name in reversed(folders):
             path = prefix + name
@@ -3909,13 +3925,16 @@ class Walk:
         gone = []
         for path, root, is_flat, text, finding, detail in self.odd:
             old = known.get(path)
+            if old and from_db(old.target) != text and path in self.doubts:
+                self.clear_doubt(path)  # what was doubted or accepted is another loss
+                del self.doubts[path]
             if finding == FOUND_BY_CHAIN:
                 self.roots[root][OK] += 1
                 if not (old and old.status == OK and old.target == text):
                     self.writer.record(path, text, OK, "", old)
                 self.clear_doubt(path)
             elif finding == GONE:
-                title = path if is_flat else title_folder(path)
+                title = path if is_flat else title_of(path)
                 link = (path, text, detail, old and tuple(old), root, title)
                 gone.append((marshal.dumps(link),))
             else:
@@ -3974,6 +3993,22 @@ def is_flat_folder(path: str, target_folders: int, roots: Collection[str]) -> bo
     if parse_season_folder(path.rpartition("/")[2]) is not None:
         return False
     return target_folders >= GUARD_TITLES or path in roots
+
+
+def title_of(path: str) -> str:
+    """Return the title of a lost link: its show's or movie's folder, unless the link is a folder of
+    its own or its name tells another work, as where many works lie side by side.
+    """
+    folder, _, name = path.rpartition("/")
+    if title_folder(path) != folder or parse_season_folder(name) is not None:
+        return title_folder(path)
+    if not _EXTENSION.search(name):
+        return path
+    own, its = parse_work(f"/{name}"), _parse_title(folder.rpartition("/")[2])[0]
+    is_told = is_video(name) and own.title and (own.year or own.kind == "episode")
+    if not is_told or normalise_title(own.title) == normalise_title(its):
+        return folder
+    return f"{folder}/{normalise_title(own.title)} ({own.year})"
 
 
 class Pending(NamedTuple):
@@ -4087,11 +4122,13 @@ class Judgement:
         if self.losses:
             wanted = {d for x in (*self.losses, *self.elsewhere) for d in directories_above(x)}
             wanted |= {os.path.dirname(directory) for directory in wanted}
+            wanted |= {loss.missing for loss in self.losses}
             is_first = self.walk.last_folder == 0 < self.walk.last_link  # of this edition's
             newest = sys.maxsize if is_first else self.walk.last_folder
             unsettled = sum(bool(x.old and x.old.status == OK) for x in pending.values())
             roots, types = self.walk.root_paths, self.watch.types
             count_good(self.conn, ground, wanted, types, roots, newest, unsettled)
+            ground.unseen = find_unseen(self.losses, ground, roots)
         return ground
 
     def judge(
@@ -4354,7 +4391,8 @@ class PresentLinks:
         # Should they come back, their directories are to be read.
         folders = {(to_db(os.path.dirname(path)),) for _, path, _ in found}
         with transaction(self.conn):
-            update = "UPDATE directories SET mark = NULL WHERE path = ?"
+            # Nor do the good links of one that has gone speak for any place.
+            update = "UPDATE directories SET mark = NULL, targets = NULL WHERE path = ?"
             self.conn.executemany(update, folders)
         return found
 
@@ -4505,6 +4543,20 @@ def count_good(
                 count(folder, real, real, 1, False, False)
 
 
+def find_unseen(
+    losses: Iterable[Loss], ground: Ground, roots: Optional[Collection[str]] = None
+) -> Dict[str, str]:
+    """Return {missing name: folder} where links of a folder beneath the roots are said to be good
+    beneath the missing name: more is lost than has been looked at.
+    """
+    found = {}
+    for missing in {loss.missing for loss in losses}:
+        for folder, _ in ground.samples.get(missing, ()):
+            if roots is None or find_ancestor(folder, roots) is not None:
+                found[missing] = folder
+    return found
+
+
 def scan_library(
     conn: sqlite3.Connection, job: ScanJob, progress: Callable[[str], None]
 ) -> JsonObject:
@@ -4612,6 +4664,8 @@ def find_witnesses(conn: sqlite3.Connection, watch: Watch, losses: Sequence[Loss
     row = conn.execute("SELECT value FROM notes WHERE name = 'scan'").fetchone()
     known = load_ground(conn, row and row[0]) if losses else Ground()
     ground.titles, ground.more_titles = known.titles, known.more_titles
+    roots = {root.rstrip("/") or "/" for root in watch.settings.roots}
+    ground.unseen = find_unseen(losses, known, roots or None)
     ground.once_good = {loss.missing for loss in losses if loss.was_good}
     places = {d for loss in losses
         for d in (*directories_above(loss), os.path.dirname(loss.near))}  # fmt: skip
