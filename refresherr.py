@@ -668,6 +668,7 @@ class Config:
     instances: Tuple[Instance, ...] = ()
     file: str = ""
     warnings: Tuple[str, ...] = ()
+    all_roots: Tuple[str, ...] = ()  # as configured; `scan.roots` may be some of them only
 
 
 SECTIONS: Dict[str, Type[Any]] = {
@@ -708,10 +709,12 @@ def load_config(
         for section in [*parsed]
         if section not in SECTIONS
     )
+    all_roots = parsed.get("scan", ScanSettings()).roots
     for (section, key), value in flags.items():
         current = parsed.get(section, SECTIONS[section]())
         parsed[section] = dataclasses.replace(current, **{key: value})
-    config = Config(instances=instances, file=file or "", warnings=tuple(warnings), **parsed)
+    config = Config(instances=instances, file=file or "", warnings=tuple(warnings),
+        all_roots=all_roots, **parsed)  # fmt: skip
     _check_config(config)
     return config
 
@@ -3410,9 +3413,12 @@ class Verdicts(NamedTuple):
 
 def judge_losses(
     losses: Sequence[Loss], elsewhere: Sequence[Loss], removed: Sequence[Loss], ground: Ground,
-    lots: Sequence[Lot], share: float, accepted: Sequence[str] = (),
+    lots: Sequence[Lot], share: float, accepted: Sequence[str] = (), seen: Optional[Ground] = None,
 ) -> Verdicts:  # fmt: skip
     """Decide about all losses of a scan.
+
+    `seen` is the ground of what this scan has looked at, where it was one of some roots: the rest
+    may be gone as well, so too much of that is believed by a scan of all roots alone.
 
     `elsewhere` are losses that the guard holds already and that this scan has not met, `removed`
     those whose links are gone themselves: they make a lot no smaller.  `accepted` are directories
@@ -3439,6 +3445,13 @@ def judge_losses(
     units = hold_losses(open_losses, [*held, *elsewhere], ground, share)
     for unit in units:
         doubts.update((loss.path, guard_doubt(unit.directory)) for loss in unit.losses)
+    if seen is not None:
+        believed = [loss for loss in open_losses if loss.path not in doubts]
+        for unit in hold_losses(believed, (), seen, share):
+            why = f"too much of what this scan has looked at is gone from {unit.directory}: "
+            why += "run `scan` of all roots"
+            doubt = Doubt(NO_WITNESS, why, unit.directory)
+            doubts.update((loss.path, doubt) for loss in unit.losses)
     return Verdicts(doubts, units, released)
 
 
@@ -4033,6 +4046,7 @@ class Judgement:
         self.unwell: Dict[str, str] = {}
         self.loss_mounts: Set[str] = set()
         self.losses: List[Loss] = []
+        self.seen: Optional[Ground] = None  # what this scan has looked at, where that is not all
         self.elsewhere: List[Loss] = []  # what the guard holds and this scan has not met
         self.removed: List[Loss] = []  # the same, and the links are gone themselves
         self.units: List[JsonObject] = []
@@ -4128,8 +4142,22 @@ class Judgement:
             unsettled = sum(bool(x.old and x.old.status == OK) for x in pending.values())
             roots, types = self.walk.root_paths, self.watch.types
             count_good(self.conn, ground, wanted, types, roots, newest, unsettled)
-            ground.unseen = find_unseen(self.losses, ground, roots)
+            walked = {root.rstrip("/") or "/" for root in self.walk.walked_roots()}
+            if self.has_other_folders(walked):
+                self.seen = dataclasses.replace(ground, **{
+                    name: type(getattr(ground, name))()
+                    for name in ("good", "fresh", "titles", "more_titles", "samples")
+                })  # fmt: skip
+                count_good(self.conn, self.seen, wanted, types, roots, newest, unsettled, walked)
+            # Where no roots are configured, all that was ever scanned is the library.
+            known = roots if self.walk.job.all_roots else None
+            ground.unseen = find_unseen(self.losses, ground, known)
         return ground
+
+    def has_other_folders(self, walked: Collection[str]) -> bool:
+        """Tell whether links are known that this scan has not looked at."""
+        rows = self.conn.execute("SELECT path FROM directories WHERE targets IS NOT NULL")
+        return any(find_ancestor(from_db(row[0]), walked) is None for row in rows)
 
     def judge(
         self, pending: Mapping[str, Pending], looks: Mapping[str, Look], ground: Ground
@@ -4138,7 +4166,14 @@ class Judgement:
         rows = self.conn.execute("SELECT lot_id, directory, links, titles FROM lots")
         lots = [Lot(number, from_db(d), links, titles) for number, d, links, titles in rows]
         verdicts = judge_losses(
-            self.losses, self.elsewhere, self.removed, ground, lots, self.share, self.accepted
+            self.losses,
+            self.elsewhere,
+            self.removed,
+            ground,
+            lots,
+            self.share,
+            self.accepted,
+            self.seen,
         )
         by_path = {loss.path: loss for loss in self.losses}
         numbers = self.write_lots(verdicts, lots)
@@ -4490,12 +4525,13 @@ def load_removed(conn: sqlite3.Connection) -> Set[str]:
 def count_good(
     conn: sqlite3.Connection, ground: Ground, wanted: Optional[Set[str]],
     mounts: Mapping[str, str], roots: Collection[str], newest: int, unsettled: int = 0,
+    within: Optional[Collection[str]] = None,
 ) -> None:  # fmt: skip
     """Count for the ground what is good beneath the wanted directories, None for all of them, from
     the whole database.
 
     Library directories with a rowid above `newest` were met for the first time; of the rows that
-    say ok, `unsettled` wait for their verdict.
+    say ok, `unsettled` wait for their verdict.  Only folders `within` some roots count, if given.
     """
 
     @functools.lru_cache(4096)
@@ -4526,8 +4562,9 @@ def count_good(
         if targets:
             folder = from_db(name)
             is_flat = is_flat_folder(folder, len({target[0] for target in targets}), roots)
-            for head, _, real, links in targets:
-                covered += links
+            covered += sum(links for *_, links in targets)
+            is_within = within is None or find_ancestor(folder, within) is not None
+            for head, _, real, links in targets if is_within else ():
                 count(folder, head, real, links, is_flat, rowid > newest)
     # Rows that no scan of this edition has met: the container's, another root's before an upgrade.
     total = conn.execute("SELECT count(*) FROM symlinks WHERE status = 'ok'").fetchone()[0]
@@ -4537,7 +4574,8 @@ def count_good(
             "SELECT path, last_target FROM symlinks WHERE status = 'ok'"
         ):
             folder = os.path.dirname(from_db(name))
-            if to_db(folder) not in folders:
+            is_within = within is None or find_ancestor(folder, within) is not None
+            if is_within and to_db(folder) not in folders:
                 goal = os.path.normpath(os.path.join(folder, from_db(text)))
                 real = os.path.dirname(goal)
                 count(folder, real, real, 1, False, False)
@@ -4584,11 +4622,11 @@ def scan_library(
 
 def plan_scan(
     settings: ScanSettings, roots: Sequence[str] = (), accept: Sequence[str] = (),
-    full: bool = False,
+    full: bool = False, all_roots: Sequence[str] = (),
 ) -> ScanJob:  # fmt: skip
-    """Return the job for some roots, by default all that are configured."""
+    """Return the job for some roots, by default those of the settings."""
     chosen = tuple(dict.fromkeys(roots or settings.roots))
-    return ScanJob(chosen, settings, settings.roots, tuple(accept), full)
+    return ScanJob(chosen, settings, tuple(all_roots), tuple(accept), full)
 
 
 def forget_mount(conn: sqlite3.Connection, point: str) -> bool:
@@ -9872,7 +9910,8 @@ def run_scan(context: Context) -> JsonObject:
             if not forget_mount(conn, os.path.abspath(point)):
                 raise UsageError(f"{point} is not a remembered mount point")
         accept = ["/"] if args.accept_breakage else map(os.path.abspath, args.accept)
-        job = plan_scan(settings, accept=list(accept), full=args.full)
+        job = plan_scan(settings, accept=list(accept), full=args.full,
+            all_roots=context.config.all_roots)  # fmt: skip
         result = scan_library(conn, job, context.progress)
         if args.exit_code and result["exit_code"] == EXIT_OK and result["totals"]["broken"]:
             result["exit_code"] = EXIT_BROKEN

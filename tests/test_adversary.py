@@ -179,3 +179,41 @@ def test_a_known_loss_is_not_repaired_while_its_whole_folder_is_away(
     relay = {"RELAY_BASE": "http://127.0.0.1:1", "RELAY_TOKEN": "x", "ROUTE_MAP": f"{media}=tv"}
     found = refresherr("queue", "--min-age", "0", "--json", env={"SCAN_ROOTS": str(media), **relay})
     assert (found.json["queued"], found.json["skipped"]["unreachable"]) == ([], 1)
+
+
+@pytest.mark.parametrize("configured", [False, True])
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_scan_of_one_root_does_not_trust_what_it_has_not_looked_at(
+    mount: Path, tmp_path: Path, refresherr: Refresherr, configured: bool, is_whole: bool
+) -> None:
+    """A provider's folder, or half of the list, is away; of it, one root has a few titles only."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    few = 2 if is_whole else 8
+    mine = [link(one / f"Kid {n}" / "k.mkv", mount / f"shows/Kid.{n}/k.mkv") for n in range(few)]
+    for number in range(160):
+        link(other / f"Show {number}" / "k.mkv", mount / f"shows/Show.{number}/k.mkv")
+        link(other / f"Film {number}" / "k.mkv", mount / f"movies/Film.{number}/k.mkv")
+    if configured:
+        refresherr.env["SCAN_ROOTS"] = f"{one},{other}"
+    assert refresherr.scan(one, other)["exit_code"] == 0
+    hidden = mount / ".hidden"
+    if is_whole:
+        (mount / "shows").rename(hidden)
+    else:
+        hidden.mkdir()
+        names = [f"Kid.{n}" for n in range(few)] + [f"Show.{n}" for n in range(80)]
+        for name in names:
+            (mount / "shows" / name).rename(hidden / name)
+    for roots in ((one,), (one,), (one, other)):
+        assert refresherr.scan(*roots)["exit_code"] == 4
+        assert "broken" not in counts(refresherr)
+    if is_whole:
+        hidden.rename(mount / "shows")
+    else:
+        for name in names:
+            (hidden / name).rename(mount / "shows" / name)
+    assert refresherr.scan(one, other)["exit_code"] == 0
+    assert set(statuses(refresherr).values()) == {"ok"}
+    (mount / "shows/Kid.0/k.mkv").unlink()
+    assert refresherr.scan(one)["exit_code"] == 0
+    assert statuses(refresherr)[str(mine[0])] == "broken"
