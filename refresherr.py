@@ -3446,8 +3446,9 @@ def judge_losses(
     for unit in units:
         doubts.update((loss.path, guard_doubt(unit.directory)) for loss in unit.losses)
     if seen is not None:
-        believed = [loss for loss in open_losses if loss.path not in doubts]
-        for unit in hold_losses(believed, (), seen, share):
+        # What the guard has let go of was weighed by a scan before.
+        fresh = [x for x in open_losses if x.path not in doubts and x.lot is None]
+        for unit in hold_losses(fresh, (), seen, share):
             why = f"too much of what this scan has looked at is gone from {unit.directory}: "
             why += "run `scan` of all roots"
             doubt = Doubt(NO_WITNESS, why, unit.directory)
