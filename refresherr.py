@@ -77,7 +77,7 @@ import time
 import traceback
 import unicodedata
 import warnings
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import Future
 
 # isort: off
@@ -2199,11 +2199,12 @@ F_SETPIPE_SZ = 1031  # Linux, missing from `fcntl` before 3.10
 GONE_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 NO_LISTING_ERRNOS = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 AUTO_WORKERS = 24  # a libfuse daemon has some ten threads; what waits for them costs nothing
-AT_ONCE = 100  # requests in one message to the worker for local disks
+AT_ONCE = 100  # requests in one message to the worker for local disks, and links between two beats
+IN_FLIGHT = 3  # such messages that it has not answered yet
 CACHE_SIZE = 20000  # directories that a worker remembers
 YOUNG_NS = 2 * 10**9  # a directory changed so lately may change again within the same time stamp
 WORTH_LISTING = 3  # so many names in a directory: one listing costs less than asking for each
-LISTED_PER_NAME = 64  # entries; beyond that asking costs less again
+EVERYTHING = 1 << 40  # names that are wanted of a directory, where all are
 UNVOUCHED = 100  # links of a directory that are looked at by themselves in each scan
 SLOW_SECONDS = 0.002  # a look-up that takes longer does not come from a local disk's cache
 SLOW_STREAK = 8  # so many in a row: the whole mount is slow, and listings are cheaper
@@ -2212,15 +2213,16 @@ SLOW_DENIAL = 0.5  # seconds: an ENOENT that takes longer is a failure of the mo
 _SLOT = struct.Struct("=dq")  # since when a thread waits, and the length of the path behind it
 _TIME = struct.Struct("=d")
 SLOT_SIZE = _SLOT.size + 4096
-WORKER_ENDED = "a worker process ended unexpectedly; run it again"
 
 HEALTHY, ABSENT, EMPTY, UNRESPONSIVE, ERROR = "healthy", "absent", "empty", "unresponsive", "error"
 
 # What is found of a link; its detail is: the real directory of the file that ends a chain of
-# links; a Loss's place; the reason; the point that is sealed off.
+# links; (first missing name, goal, mount point) of one that is gone; the reason; the point that is
+# sealed off.
 FOUND, FOUND_BY_CHAIN, GONE, UNKNOWN, BLOCKED, NO_LINK = range(6)
 Request = Tuple[Any, ...]  # the kind, then plain values
 Answer = Any
+Sealed = Mapping[str, Tuple[str, str]]  # {point: (state, reason)}: nothing beneath it is touched
 
 
 class ElsewhereError(Exception):
@@ -2230,9 +2232,10 @@ class ElsewhereError(Exception):
 class Location(NamedTuple):
     """Where a path leads as the kernel walks it; names that do not exist stay in `real`.
 
-    `mark` tells whether it has changed, None where nothing can do that.  `missing` is the first
-    component that cannot be looked up, with its `errno`; `sealed` the point at which the walk
-    ended; `hops` how many links were followed.
+    `mark` tells whether a directory has changed: None where nothing can do that, '' where it has
+    changed so lately that a further change might not show.  `missing` is the first component that
+    cannot be looked up, with its `errno`; `sealed` the point at which the walk ended; `hops` how
+    many links were followed.
     """
 
     real: str
@@ -2244,12 +2247,26 @@ class Location(NamedTuple):
     sealed: str = ""
 
 
-class Listing(NamedTuple):
-    """The names in a directory, each with whether it is a link; the mark; whether that is all."""
+class Visit(NamedTuple):
+    """What was found in a library directory: it is the 'same', it was 'read', is 'gone' or
+    'unread'.
 
-    names: Dict[str, bool]
-    mark: str
-    is_whole: bool
+    `odd` are (name, text, finding, detail) of the links that are not simply found, `heads` says
+    into how many directories the links lead.  `packed` is what the next scan compares with, as the
+    table `directories` keeps it.
+    """
+
+    kind: str
+    folders: Sequence[str] = ()
+    links: int = 0
+    odd: Sequence[Tuple[str, str, int, Any]] = ()
+    heads: int = 0
+    mark: str = ""
+    packed: bytes = b""
+    names: Sequence[str] = ()
+    texts: Sequence[str] = ()
+    ignored: int = 0
+    reason: str = ""
 
 
 class Look(NamedTuple):
@@ -2272,48 +2289,6 @@ class Look(NamedTuple):
     mount: str = ""
     is_listed: bool = False
     is_loop: bool = False  # too many links on the way: nothing is missing
-
-
-@dataclasses.dataclass(frozen=True)
-class View:
-    """What a worker knows when it starts: what is mounted, and what it may not touch.
-
-    `mounts` maps mount points to file system types, `sealed` the points beneath which nothing is
-    touched to (state, reason).
-    """
-
-    mounts: Mapping[str, str]
-    sealed: Mapping[str, Tuple[str, str]]
-    stat_timeout: float
-    ignore: Ignore
-    # Mount points that may keep those waiting who ask them, and those where a directory's time of
-    # change tells that nothing in it has changed.
-    slow: Set[str] = dataclasses.field(init=False)
-    trusted: Set[str] = dataclasses.field(init=False)
-
-    def __post_init__(self) -> None:
-        slow = {p for p, kind in self.mounts.items() if is_network_type(kind) or kind == "autofs"}
-        trusted = {point for point, kind in self.mounts.items() if kind in TRUSTED_TYPES}
-        object.__setattr__(self, "slow", slow)
-        object.__setattr__(self, "trusted", trusted)
-
-
-def mark_of(status: os.stat_result, now_ns: int) -> str:
-    """Return what tells that a directory of a trusted file system has not changed.
-
-    '' where it changed so lately that a further change might not show.
-    """
-    if now_ns - status.st_ctime_ns < YOUNG_NS:
-        return ""
-    return f"{status.st_dev}.{status.st_ino}.{status.st_ctime_ns}"
-
-
-def digest(names: Iterable[str]) -> str:
-    """Return the mark of a listing, where times cannot be trusted."""
-    import hashlib
-
-    text = "\0".join(sorted(names))
-    return "=" + hashlib.md5(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def why_closed(directory: str) -> str:
@@ -2376,26 +2351,27 @@ class Slots:
 class Looker:
     """Looks at directories and links; lives in a worker process, asked by all its threads."""
 
-    def __init__(self, view: View, slots: Slots, is_threaded: bool) -> None:
-        self.view, self.slots, self.is_threaded = view, slots, is_threaded
-        self.sealed = dict(view.sealed)
-        self.ignore = view.ignore
-        self.good: Counter[str] = Counter()  # targets found, by mount point; not yet told
-        self.newly_sealed: Dict[str, Tuple[str, str]] = {}  # nor these
-        self.cost: Dict[str, float] = defaultdict(
-            float
-        )  # seconds of look-ups that failed, by mount point
-        self.crossings = {os.path.dirname(point) for point in view.mounts}
+    def __init__(self, pool: WorkerPool, slots: Slots) -> None:
+        self.slots, self.is_threaded = slots, slots.count > 1
+        self.mounts, self.ignore, self.limit = pool.mounts, pool.ignore, pool.stat_timeout
+        self.sealed = dict(pool.sealed)
+        self.newly_sealed: Dict[str, Tuple[str, str]] = {}  # not yet told
+        self.good: Counter[str] = Counter()  # targets found, by mount point; nor these
+        self.cost: Counter[str] = Counter()  # seconds of look-ups that failed, by mount point
+        self.streaks: Counter[str] = Counter()  # of slow answers, by mount point
+        kinds = self.mounts.items()
+        self.slow = {p for p, k in kinds if is_network_type(k) or k in ("autofs", "fuse")}
+        self.trusted = {point for point, kind in kinds if kind in TRUSTED_TYPES}
+        # What is mounted in a directory changes without it.
+        self.crossings = {os.path.dirname(point) for point in self.mounts}
         self.locks = [threading.RLock() for _ in range(64)]
-        self.streaks: Dict[str, int] = {}  # of slow answers, by mount point
         self.touched = ""  # the mount that the slot of a single thread names
         self.forget()
 
     def forget(self) -> None:
         """Empty the caches: something is no longer what it was."""
         self.locate = functools.lru_cache(CACHE_SIZE)(self.look_up)
-        self.list_names = functools.lru_cache(8)(lambda directory: set(os.listdir(directory)))
-        self.listings: OrderedDict[str, Listing] = OrderedDict()
+        self.list_once = functools.lru_cache(512 if self.is_threaded else 8)(self.list_directory)
 
     def seal(self, point: str, state: str, reason: str) -> None:
         """Touch nothing at a path or beneath it any more."""
@@ -2403,35 +2379,33 @@ class Looker:
         self.forget()
 
     def ask(self, call: Callable[[str], Any], path: str, mount: str) -> Any:
-        """Return call(path); of many threads each notes its path for the parent to see, and the
-        cost of a failure is booked.
-
-        A mount whose failing look-ups have cost a `stat_timeout` together is asked no further.
-        """
+        """Return call(path); of many threads each notes its path for the parent to see."""
         if not self.is_threaded:
             return call(path)
-        began = self.slots.touch(path)
+        began, error = self.slots.touch(path), None
         try:
-            found = call(path)
-            self.note_speed(mount, time.monotonic() - began)
-            return found
+            return call(path)
         except OSError as exc:
-            took = time.monotonic() - began
-            self.note_speed(mount, took)
-            if exc.errno not in GONE_ERRNOS or took > SLOW_DENIAL:
-                self.cost[mount] += took
-                limit = self.view.stat_timeout
-                if self.cost[mount] > limit and mount not in self.sealed:
-                    why = f"{mount}: look-ups that failed ({exc.strerror}) took more than "
-                    self.newly_sealed[mount] = UNRESPONSIVE, why + format_duration(limit)
-                    self.seal(mount, *self.newly_sealed[mount])
+            error = exc
             raise
+        finally:
+            self.book(mount, time.monotonic() - began, error)
 
-    def note_speed(self, mount: str, took: float) -> None:
-        """Count the slow answers of a mount in a row; once they are many, it is slow for good."""
-        streak = self.streaks.get(mount, 0)
-        if streak < SLOW_STREAK:
-            self.streaks[mount] = streak + 1 if took > SLOW_SECONDS else 0
+    def book(self, mount: str, took: float, error: Optional[OSError]) -> None:
+        """Note how long a look-up took.
+
+        After many slow ones in a row a mount is slow for good; one whose failing look-ups have cost
+        a `stat_timeout` together is asked no further.
+        """
+        if self.streaks[mount] < SLOW_STREAK:
+            self.streaks[mount] = self.streaks[mount] + 1 if took > SLOW_SECONDS else 0
+        if error is None or (error.errno in GONE_ERRNOS and took < SLOW_DENIAL):
+            return
+        self.cost[mount] += took  # type: ignore[assignment]
+        if self.cost[mount] > self.limit and mount not in self.sealed:
+            why = f"{mount}: look-ups that failed ({error.strerror}) took more than "
+            self.newly_sealed[mount] = UNRESPONSIVE, why + format_duration(self.limit)
+            self.seal(mount, *self.newly_sealed[mount])
 
     def look_up(self, path: str, hops: int = 0) -> Location:
         """Return where a path leads.  This is `locate` without its cache."""
@@ -2441,21 +2415,25 @@ class Looker:
             return parent
         if name == "..":
             return self.locate(os.path.dirname(parent.real), parent.hops)
-        real = f"{parent.real.rstrip('/')}/{name}"
-        mount = real if real in self.view.mounts else parent.mount
+        real = f"{parent.real}/{name}" if parent.real != "/" else f"/{name}"
         if parent.errno or parent.sealed:
             return parent._replace(real=real)
+        mount = real if real in self.mounts else parent.mount
         if real in self.sealed:
             return Location(real, mount, None, parent.hops, sealed=real)
-        if not self.is_threaded and mount in self.view.slow:
-            raise ElsewhereError
-        if not self.is_threaded:  # of one thread, the mount says enough of what it waits for
-            self.slots.touch(real if mount != self.touched else None)
-            self.touched = mount
+        if not self.is_threaded and mount != self.touched:
+            if mount in self.slow:
+                raise ElsewhereError
+            self.touched = mount  # that says enough of what a single thread waits for
+            self.slots.touch(real)
         try:
             status = self.ask(os.lstat, real, mount)
             if not stat.S_ISLNK(status.st_mode):
-                mark = mark_of(status, time.time_ns()) if mount in self.view.trusted else None
+                mark = None
+                if mount in self.trusted and real not in self.crossings:
+                    changed, mark = status.st_ctime_ns, ""
+                    if time.time_ns() - changed > YOUNG_NS:
+                        mark = f"{status.st_dev}.{status.st_ino}.{changed}"
                 return Location(real, mount, mark, parent.hops)
             if parent.hops >= 40:
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
@@ -2466,191 +2444,176 @@ class Looker:
 
     # Directories
 
-    def list_targets(self, place: Location, wanted: int) -> Listing:
-        """Return the names in a directory of targets, as far as that is worth its cost."""
-        with self.locks[hash(place.real) % len(self.locks)]:
-            listing = self.listings.get(place.real)
-            if listing is None:
-                list_some = functools.partial(self.list_some, wanted)
-                names, is_whole = self.ask(list_some, place.real, place.mount)
-                mark = place.mark or ""
-                if place.mark is None and is_whole:
-                    mark = digest(name + "@" * is_link for name, is_link in names.items())
-                listing = self.listings[place.real] = Listing(names, mark, is_whole)
-                if len(self.listings) > (512 if self.is_threaded else 8):
-                    self.listings.popitem(last=False)
-            return listing
+    def list_directory(self, path: str, mount: str, at_most: int) -> Tuple[Dict[str, bool], bool]:
+        """Return {name: whether it is a link} of a directory, and whether that is all of it."""
 
-    def list_some(self, wanted: int, directory: str) -> Tuple[Dict[str, bool], bool]:
-        """List a directory; only its beginning where that is long and little is wanted of it."""
-        with os.scandir(directory) as entries:
-            some = itertools.islice(entries, LISTED_PER_NAME * (wanted + 4))
-            names = {entry.name: entry.is_symlink() for entry in some}
-            return names, next(entries, None) is None
+        def read(directory: str) -> Tuple[Dict[str, bool], bool]:
+            with os.scandir(directory) as entries:
+                some = itertools.islice(entries, at_most)
+                return {e.name: e.is_symlink() for e in some}, next(entries, None) is None
 
-    def mark_targets(self, head: str, wanted: int) -> str:
-        """Return the present mark of a directory of targets, '' if it has none."""
-        place = self.locate(head or "/")
-        if place.errno or place.sealed or place.real in self.crossings:
-            return ""
-        if place.mark is not None:
-            return place.mark
-        try:
-            return self.list_targets(place, wanted).mark
-        except OSError:
-            return ""
+        found: Tuple[Dict[str, bool], bool] = self.ask(read, path, mount)
+        return found
+
+    def list_for(self, path: str, mount: str, wanted: int) -> Tuple[Dict[str, bool], bool]:
+        """List a directory of which so many names are wanted: only the beginning of one with many
+        more entries, for asking costs less again.
+        """
+        with self.locks[hash(path) % len(self.locks)]:
+            return self.list_once(path, mount, 1024 << (wanted // 16).bit_length())
 
     def visit(self, path: str, mark: str, packed: bytes) -> Answer:
-        """Look at a library directory, and at what its links lead to.
-
-        Returns None if it is as it was: ('same', subdirectories, links, [odd]), or else ('read',
-        mark, packed, subdirectories, names, texts, [odd], ignored), ('gone',), ('unread', reason).
-        An odd link is (name, text, finding, detail); all others are good.
-        """
+        """Look at a library directory, and at what its links lead to; returns a Visit's values."""
+        self.slots.touch(None)
         try:
             place = self.locate(path)
             if place.sealed:
-                return "unread", self.sealed[place.sealed][1]
+                return tuple(Visit("unread", reason=self.sealed[place.sealed][1]))
             if place.errno:
                 raise OSError(place.errno, os.strerror(place.errno))
-            own = place.mark or ""
-            if own and own == mark:
-                same = self.compare(path, packed)
-                if same:
-                    return same
-            return self.read(path, place, own, mark, packed)
+            same = mark and place.mark == mark and self.compare(path, packed)
+            return tuple(same or self.read(path, place))
         except OSError as exc:
-            return ("gone",) if exc.errno in GONE_ERRNOS else ("unread", exc.strerror)
+            kind = "gone" if exc.errno in GONE_ERRNOS else "unread"
+            return tuple(Visit(kind, reason=exc.strerror or str(exc)))
 
-    def compare(self, path: str, packed: bytes) -> Answer:
-        """Return what `visit` does of a directory with the same links; None if their targets'
-        directories are not what they were, or one that was good is not.
+    def compare(self, path: str, packed: bytes) -> Optional[Visit]:
+        """Return what is found in a directory with the same links; None if the directories they
+        lead into are not what they were, or a link is good that was not, or the other way round.
         """
         folders, links, targets, unvouched = marshal.loads(packed)
+        for head, mark, _, _ in targets:
+            if mark and self.locate(head).mark != mark:
+                return None
+        rows, heads = [], {head for head, *_ in targets if head}
+        if unvouched:
+            prefix = path.rstrip("/") + "/"
+            odd = self.judge(prefix, [text for _, text, _ in unvouched])[0]
+            for number, (name, text, was_good) in enumerate(unvouched):
+                finding = odd.get(number, (FOUND, ""))
+                if (finding[0] in (FOUND, FOUND_BY_CHAIN)) != was_good:
+                    return None
+                if finding[0] != FOUND:
+                    rows.append((name, text, *finding))
+                    heads.add(os.path.join(prefix, text).rpartition("/")[0])
         for head, mark, _, count in targets:
-            if head and self.mark_targets(head, count) != mark:
-                return None
-        texts = [text for _, text, _ in unvouched]
-        odd, _ = self.judge(path.rstrip("/") + "/", texts)
-        for number, (_, _, was_good) in enumerate(unvouched):
-            if (odd.get(number, (FOUND,))[0] in (FOUND, FOUND_BY_CHAIN)) != was_good:
-                return None
-        for head, _, real, count in targets:
-            if head:
-                self.good[self.locate(real).mount] += count
-        rows = [(unvouched[n][0], texts[n], *finding) for n, finding in odd.items()]
-        return "same", folders, links, rows
+            if mark:
+                self.good[self.locate(head).mount] += count
+        return Visit("same", folders, links, rows, len(heads))
 
-    def read(self, path: str, place: Location, own: str, mark: str, packed: bytes) -> Answer:
-        """Return what `visit` does of a directory that is read in full."""
+    def read(self, path: str, place: Location) -> Visit:
+        """Return what is found in a directory that is read in full."""
+        mark = place.mark or ""
         folders, names, ignored = self.ask(self.list_library, path, place.mount)
         prefix = path.rstrip("/") + "/"
-        read_link: Callable[[str], str] = os.readlink
-        if self.is_threaded:
-            read_link = functools.partial(self.ask, os.readlink, mount=place.mount)
+        texts: List[str] = []
         try:
-            texts = [read_link(prefix + name) for name in names]
+            for start in range(0, len(names), AT_ONCE):
+                self.slots.touch(None)
+                texts += self.read_links(prefix, names[start : start + AT_ONCE], place.mount)
         except OSError as exc:
             if exc.errno not in (errno.ENOENT, errno.EINVAL):
                 raise
             # One has gone, or is no link any more, since the directory was listed.
             names = [name for name in names if os.path.islink(prefix + name)]
-            texts, own = [read_link(prefix + name) for name in names], ""
-        if place.mark is None:
-            own = digest(itertools.chain(folders, (f"{n}/{t}" for n, t in zip(names, texts))))
-            same = self.compare(path, packed) if own == mark else None
-            if same:
-                return same
-        odd, targets = self.judge(prefix, texts)
-        rows = [(names[number], texts[number], *finding) for number, finding in odd.items()]
-        vouched = {head for head, mark, *_ in targets if mark}
-        unvouched = [(names[n], texts[n], odd[n][0] == FOUND_BY_CHAIN) for n in odd]
-        if len(vouched) < len(targets):
-            heads = (os.path.join(prefix, text).rpartition("/")[0] for text in texts)
-            unvouched += [(names[n], texts[n], True) for n, head in enumerate(heads)
-                if head not in vouched and n not in odd]  # fmt: skip
+            texts, mark = self.read_links(prefix, names, place.mount), ""
+        odd, targets, loose = self.judge(prefix, texts)
+        unvouched = [(names[n], texts[n], n not in odd or odd[n][0] == FOUND_BY_CHAIN)
+            for n in sorted(loose.union(odd))]  # fmt: skip
         if len(unvouched) > UNVOUCHED:
-            own, unvouched = "", []
+            mark, unvouched = "", []
         packed = marshal.dumps((folders, len(names), targets, unvouched), 2)
-        return "read", own, packed, folders, names, texts, rows, ignored
+        rows = [(names[n], texts[n], *finding) for n, finding in odd.items()]
+        # What a title is depends on them, where something is lost.
+        heads = {os.path.join(prefix, text).rpartition("/")[0] for text in texts} if rows else ()
+        facts = len(names), rows, len(heads), mark, packed, names, texts, ignored
+        return Visit("read", folders, *facts)
+
+    def read_links(self, prefix: str, names: Iterable[str], mount: str) -> List[str]:
+        if self.is_threaded:
+            return [self.ask(os.readlink, prefix + name, mount) for name in names]
+        return [os.readlink(prefix + name) for name in names]
 
     def list_library(self, path: str) -> Tuple[List[str], List[str], int]:
         """Return the directories and the links in a library directory, and how many are ignored."""
-        folders: List[str] = []
-        names: List[str] = []
-        ignored = 0
-        is_ignored = self.ignore.matcher(path.rstrip("/"))
         with os.scandir(path + "/") as entries:
-            for entry in entries:
-                is_link = entry.is_symlink()
-                if not is_link and not entry.is_dir(follow_symlinks=False):
-                    continue
-                if is_ignored and is_ignored(entry.name):
-                    ignored += 1
-                else:
-                    (names if is_link else folders).append(entry.name)
-        return sorted(folders), sorted(names), ignored
+            found = list(entries)
+        names = [entry.name for entry in found if entry.is_symlink()]
+        folders = []
+        if len(names) < len(found):
+            folders = [entry.name for entry in found if entry.is_dir(follow_symlinks=False)]
+        is_ignored = self.ignore.matcher(path.rstrip("/"))
+        if is_ignored is None:
+            return sorted(folders), sorted(names), 0
+        kept = [[name for name in some if not is_ignored(name)] for some in (folders, names)]
+        ignored = len(folders) + len(names) - sum(map(len, kept))
+        return sorted(kept[0]), sorted(kept[1]), ignored
 
     # Links
 
     def judge(
         self, prefix: str, texts: Sequence[str]
-    ) -> Tuple[Dict[int, Tuple[int, Any]], List[Tuple[str, str, str, int]]]:
+    ) -> Tuple[Dict[int, Tuple[int, Any]], List[Tuple[str, str, str, int]], Set[int]]:
         """Judge links by their texts, each directory of targets at once.
 
         Returns ({number of the link: (finding, detail)} of all but those simply found, [(directory
-        of targets, its mark, where it really is, good links)]); '' for a directory that vouches
-        for nothing.
+        of targets, its mark, where it really is, good links)], the numbers of those whose directory
+        cannot vouch for them); the mark of one that cannot is ''.
         """
         groups: Dict[str, List[Tuple[int, str]]] = defaultdict(list)
         for number, text in enumerate(texts):
-            target = text if text[:1] == "/" else prefix + text
-            groups[target.rpartition("/")[0]].append((number, target))
+            head, _, name = text.rpartition("/")
+            if text[:1] != "/":
+                head = (prefix + head).rstrip("/")
+            groups[head].append((number, name))
         odd: Dict[int, Tuple[int, Any]] = {}
-        targets = []
+        targets: List[Tuple[str, str, str, int]] = []
+        loose: Set[int] = set()
         for head, links in groups.items():
-            mark = self.judge_group(head, links, odd)
             place = self.locate(head or "/")
-            good = sum(number not in odd for number, _ in links)
+            suspects = self.find_suspects(place, links)
+            odd.update((number, self.follow(f"{head}/{name}")) for number, name in suspects)
+            good = len(links) - len(suspects)
             if good:
                 self.good[place.mount] += good
-                targets.append((head, mark, place.real, good))
+                targets.append((head, place.mark or "", place.real, good))
+                if not place.mark:
+                    loose.update(number for number, _ in links)
         for finding, detail in odd.values():
             if finding == FOUND_BY_CHAIN:
                 self.good[self.locate(detail).mount] += 1
                 targets.append(("", "", detail, 1))
-        return odd, targets
+        return odd, targets, loose
 
-    def judge_group(
-        self, head: str, links: Sequence[Tuple[int, str]], odd: Dict[int, Tuple[int, Any]]
-    ) -> str:
-        """Judge links into one directory into `odd`; return the mark that vouches for the rest."""
-        place = self.locate(head or "/")
-        listing = None
-        is_there = not (place.errno or place.sealed)
-        is_plain = is_there and place.hops < 30 and place.real not in self.crossings
-        is_listable = place.mark is not None or self.streaks.get(place.mount, 0) >= SLOW_STREAK
-        if is_plain and is_listable and len(links) >= WORTH_LISTING:
+    def find_suspects(
+        self, place: Location, links: Sequence[Tuple[int, str]]
+    ) -> Sequence[Tuple[int, str]]:
+        """Return those of (number, name) in a directory that are not simply there."""
+        if place.errno or place.sealed or place.hops >= 30 or place.real in self.crossings:
+            return links
+        names: Dict[str, bool] = {}
+        is_whole = False
+        is_quick = place.mark is None and self.streaks[place.mount] < SLOW_STREAK
+        if len(links) >= WORTH_LISTING and not is_quick:
             with contextlib.suppress(OSError):
-                listing = self.list_targets(place, len(links))
-        for number, target in links:
-            name = target.rpartition("/")[2]
-            is_link = listing.names.get(name) if listing else None
-            if self.sealed and f"{place.real}/{name}" in self.sealed:
-                odd[number] = BLOCKED, f"{place.real}/{name}"
-                continue
-            if is_link is None and is_plain and not (listing and listing.is_whole):
-                try:
-                    status = self.ask(os.lstat, f"{place.real}/{name}", place.mount)
-                    is_link = stat.S_ISLNK(status.st_mode)
-                except OSError:
-                    pass  # `follow` finds out
-            if is_link is not False or name in ("", ".", ".."):
-                finding = self.follow(target)
-                if finding[0] != FOUND:
-                    odd[number] = finding
-        mark = listing.mark if listing else place.mark
-        return (mark or "") if is_plain else ""
+                names, is_whole = self.list_for(place.real, place.mount, len(links))
+        for point in self.sealed:
+            if os.path.dirname(point) == place.real:
+                names.pop(os.path.basename(point), None)  # a listing says nothing of what hangs
+        suspects = [link for link in links if names.get(link[1]) is not False]
+        if is_whole or not suspects:
+            return suspects
+        return [link for link in suspects if not self.is_plain_file(place, link[1])]
+
+    def is_plain_file(self, place: Location, name: str) -> bool:
+        """Tell whether a name in a directory is there, and no link itself."""
+        path = f"{place.real}/{name}"
+        if name in ("", ".", "..") or path in self.sealed:
+            return False
+        try:
+            return not stat.S_ISLNK(self.ask(os.lstat, path, place.mount).st_mode)
+        except OSError:
+            return False  # `follow` finds out
 
     def follow(self, target: str) -> Tuple[int, Any]:
         """Judge one target by walking all the way: (finding, detail)."""
@@ -2670,45 +2633,49 @@ class Looker:
         return FOUND_BY_CHAIN, os.path.dirname(end.real)
 
 
-def look_at(looker: Looker, path: str, wants_file: bool) -> Look:
+def look_at(looker: Looker, path: str, wants_file: bool) -> Answer:
     """Look at a single link, all facts anew; what is no link stands for itself."""
     text, target = "", path
     try:
         place = looker.locate(os.path.dirname(path))
         if place.sealed:
-            return Look(path, BLOCKED, blocked=looker.sealed[place.sealed][1])
+            return tuple(Look(path, BLOCKED, blocked=looker.sealed[place.sealed][1]))
         text = looker.ask(os.readlink, path, place.mount)
         target = os.path.join(os.path.dirname(path), text)
     except OSError as exc:
         if exc.errno in GONE_ERRNOS:
-            return Look(path, NO_LINK, goal=looker.locate(path).real)
+            return tuple(Look(path, NO_LINK, goal=looker.locate(path).real))
     end = looker.locate(target)
+    look = Look(path, FOUND, target=text, goal=end.real, mount=end.mount)
     if end.sealed:
-        return Look(path, BLOCKED, blocked=looker.sealed[end.sealed][1], target=text)
+        return tuple(look._replace(finding=BLOCKED, blocked=looker.sealed[end.sealed][1]))
     try:
         if end.errno not in (0, *GONE_ERRNOS):
             raise OSError(end.errno, os.strerror(end.errno))
         looker.ask(os.stat, path, end.mount)
         file = looker.ask(read_file, path, end.mount) if wants_file else ""
-        return Look(path, FOUND, file=file, target=text, goal=end.real, mount=end.mount)
+        return tuple(look._replace(file=file))
     except OSError as exc:
         if exc.errno not in GONE_ERRNOS:
-            return Look(path, UNKNOWN, exc.strerror or str(exc), target=text, mount=end.mount)
-        failure = exc.errno
-    missing = end.missing or end.real
-    look = Look(path, GONE, target=text, goal=end.real, missing=missing, mount=end.mount)
+            return tuple(look._replace(finding=UNKNOWN, detail=exc.strerror or str(exc)))
+        look = look._replace(finding=GONE, missing=end.missing or end.real)
+        return tuple(look_around(looker, look, exc.errno))
+
+
+def look_around(looker: Looker, look: Look, failure: int) -> Look:
+    """Return what the directory above the first missing name tells of it."""
     if failure == errno.ELOOP:
         return look._replace(is_loop=True)
+    near, name = os.path.split(look.missing)
     try:
-        near = os.path.dirname(missing)
-        names = looker.ask(looker.list_names, near, end.mount)
+        names = looker.list_for(near, look.mount, EVERYTHING)[0]
     except OSError as exc:
         if exc.errno == errno.ENOTDIR:  # a file stands there: that is the missing directory
             return look._replace(missing=near)
         if exc.errno in (*GONE_ERRNOS, *NO_LISTING_ERRNOS):
             return look
         return look._replace(finding=UNKNOWN, detail=f"{near}: {exc.strerror}")
-    is_listed = failure == errno.ENOENT and os.path.basename(missing) in names
+    is_listed = failure == errno.ENOENT and name in names
     return look._replace(empty="" if names else near, is_listed=is_listed)
 
 
@@ -2739,20 +2706,20 @@ def examine_root(looker: Looker, root: str, tries_to_write: bool) -> Tuple[str, 
 
 def examine_mount(
     looker: Looker, probe: str, role: str, fs_type: str, point: str
-) -> Tuple[str, str, str, str]:
-    """Return (state, reason, point, type) of a mount that is watched; a sentinel speaks for
-    its directory, the `point` of one that cannot be looked at.
+) -> Tuple[str, str, str, str, str]:
+    """Return the values of a WatchedMount; a sentinel speaks for its directory, the `point` of one
+    that cannot be looked at.
     """
     sealed = find_ancestor(probe, looker.sealed)
     if sealed is not None:
-        return (*looker.sealed[sealed], point if sealed == probe else sealed, fs_type)
+        return (*looker.sealed[sealed], point if sealed == probe else sealed, fs_type, role)
     try:
         status = looker.ask(os.stat, probe, probe)
         point = os.path.realpath(probe)
         if stat.S_ISREG(status.st_mode) and role == "check":
             with open(probe, "rb") as stream:
                 stream.read(1)
-            return HEALTHY, "", os.path.dirname(point), SENTINEL
+            return HEALTHY, "", os.path.dirname(point), SENTINEL, role
         empty = False
         try:
             empty = looker.ask(is_empty, probe, probe)
@@ -2760,33 +2727,38 @@ def examine_mount(
             if exc.errno not in NO_LISTING_ERRNOS:  # alive, but not to be listed
                 raise
     except FileNotFoundError:
-        return ABSENT, f"{probe} does not exist", point, fs_type
+        return ABSENT, f"{probe} does not exist", point, fs_type, role
     except OSError as exc:
-        return ERROR, f"{probe}: {exc.strerror}", point, fs_type
+        return ERROR, f"{probe}: {exc.strerror}", point, fs_type, role
     mounts = read_mounts()  # after the look-up: that mounts what autofs only promises
     found = mounts.get(point)
     if found is None and len(mounts) == 1 and os.path.ismount(point):
         found = fs_type or "unknown"  # no procfs here
     if found is None:
-        return ABSENT, f"{probe} is not a mount point; nothing is mounted there", point, ""
+        return ABSENT, f"{probe} is not a mount point; nothing is mounted there", point, "", role
     if role == "remembered" and found != fs_type:
         hint = f"if that is meant, run scan --forget-mount {point}"
-        return ABSENT, f"{point} is {found} now and was {fs_type}; {hint}", point, found
+        return ABSENT, f"{point} is {found} now and was {fs_type}; {hint}", point, found, role
     if empty:
-        return EMPTY, f"{probe} is mounted but empty", point, found
-    return HEALTHY, "", point, found
+        return EMPTY, f"{probe} is mounted but empty", point, found, role
+    return HEALTHY, "", point, found, role
 
 
-def list_branches(looker: Looker, union: str, fs_type: str) -> List[Tuple[str, str, str, str]]:
+def list_branches(
+    looker: Looker, union: str, fs_type: str, known: Sequence[str]
+) -> List[Tuple[str, str, str, str]]:
     """Return (path, mount point, its type, problem) of each part of a union."""
-    names: List[str] = []
-    if fs_type == "overlay":
-        names = read_overlay_branches(union)
-    else:
-        with contextlib.suppress(OSError):
+    names: List[str] = read_overlay_branches(union) if fs_type == "overlay" else []
+    with contextlib.suppress(OSError):
+        if "mergerfs" in fs_type:
             call = functools.partial(os.getxattr, attribute="user.mergerfs.branches")
             text = os.fsdecode(looker.ask(call, f"{union}/.mergerfs", union))
             names = [branch.rpartition("=")[0] or branch for branch in text.split(":")]
+    with contextlib.suppress(OSError):
+        if "mergerfs" in fs_type and not names:  # a directory of it, mounted by itself
+            call = functools.partial(os.getxattr, attribute="user.mergerfs.allpaths")
+            text = os.fsdecode(looker.ask(call, union, union))
+            names = [*dict.fromkeys([*filter(None, text.split("\0")), *known])]
     return [(name, *examine_branch(looker, name)) for name in names]
 
 
@@ -2799,7 +2771,7 @@ def examine_branch(looker: Looker, path: str) -> Tuple[str, str, str]:
         return "", "", f"!{looker.sealed[sealed][1]}"
     try:
         status = looker.ask(os.stat, path, path)
-        mounts = {"/": "unknown", **read_mounts()}
+        mounts = read_mounts()
         point = find_ancestor(os.path.realpath(path), mounts) or "/"
         empty = stat.S_ISDIR(status.st_mode) and looker.ask(is_empty, path, path)
         return point, mounts[point], f"{path} is empty" if empty else ""
@@ -2815,28 +2787,11 @@ def is_alive(looker: Looker, mount: str) -> bool:
     return True
 
 
-class Frames:
-    """Reads what `write_frame` wrote into a pipe."""
-
-    def __init__(self, reader: int) -> None:
-        self.reader = reader
-        self._buffer = bytearray()
-
-    def read(self) -> Iterator[Any]:
-        """Wait for data and yield all frames that are complete.  EOFError at the pipe's end."""
-        data = os.read(self.reader, 1 << 20)
-        if not data:
-            raise EOFError
-        buffer = self._buffer
-        buffer += data
-        start, size = 0, len(buffer)
-        while start + 4 <= size:
-            end = start + 4 + int.from_bytes(buffer[start : start + 4], "big")
-            if end > size:
-                break
-            yield marshal.loads(memoryview(buffer)[start + 4 : end])
-            start = end
-        del buffer[:start]
+Answerer = Callable[..., Answer]
+ANSWERERS: Dict[str, Answerer] = {
+    "visit": Looker.visit, "look": look_at, "root": examine_root, "mount": examine_mount,
+    "branches": list_branches, "alive": is_alive,
+}  # fmt: skip
 
 
 def to_frame(message: Any) -> bytes:
@@ -2845,20 +2800,36 @@ def to_frame(message: Any) -> bytes:
     return len(data).to_bytes(4, "big") + data
 
 
-Source = Callable[[], Optional[Request]]
+def read_frames(reader: int, buffer: bytearray) -> Iterator[Any]:
+    """Wait for data, and yield all messages that are complete; EOFError at the pipe's end.
+
+    What is not complete stays in the buffer.
+    """
+    data = os.read(reader, 1 << 20)
+    if not data:
+        raise EOFError
+    buffer += data
+    start = 0
+    while start + 4 <= len(buffer):
+        end = start + 4 + int.from_bytes(buffer[start : start + 4], "big")
+        if end > len(buffer):
+            break
+        yield marshal.loads(memoryview(buffer)[start + 4 : end])
+        start = end
+    del buffer[:start]
 
 
 class WorkerProcess:
     """The parent's end of a worker: sends batches of requests without ever waiting, and reads."""
 
     def __init__(self, pool: WorkerPool, threads: int) -> None:
-        self.threads = threads
-        self.slots = Slots(threads)
+        self.threads, self.slots = threads, Slots(threads)
         self.batches: Dict[int, List[Request]] = {}  # sent, not yet answered
+        self.buffer = bytearray()
         self._number = 0
         self._unsent = bytearray()
         requests, self._writer = os.pipe()
-        reader, answers = os.pipe()
+        self.reader, answers = os.pipe()
         for descriptor in (self._writer, answers):
             with contextlib.suppress(OSError):
                 fcntl.fcntl(descriptor, F_SETPIPE_SZ, 1 << 20)  # let both run ahead
@@ -2868,9 +2839,8 @@ class WorkerProcess:
         os.close(requests)
         os.close(answers)
         os.set_blocking(self._writer, False)
-        self.frames = Frames(reader)
 
-    def send(self, requests: List[Request], sealed: Mapping[str, Tuple[str, str]]) -> None:
+    def send(self, requests: List[Request], sealed: Sealed) -> None:
         """Ask requests, as far as the pipe takes them; `sealed` is news."""
         self._number += 1
         if requests:
@@ -2888,7 +2858,7 @@ class WorkerProcess:
     def close(self) -> None:
         """Kill the worker; never wait for one that the kernel holds."""
         os.close(self._writer)
-        os.close(self.frames.reader)
+        os.close(self.reader)
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
@@ -2901,25 +2871,25 @@ class WorkerProcess:
 class WorkerPool:
     """Has requests answered by workers, and what hangs sealed off.
 
-    `answerers` maps the kind of a request to what answers it: a function that takes the Looker and
-    the rest of the request.  None as an answer to anything has it asked again where threads are.
+    `mounts` maps mount points to file system types; `answerers` the kind of a request to what
+    answers it: a function that takes the Looker and the rest of the request.  None as an answer to
+    anything has it asked again where threads are.
     """
 
     def __init__(
-        self, view: View, workers: int = 0, answerers: Optional[Mapping[str, Answerer]] = None
-    ) -> None:
-        self.view = view
-        self.mounts = dict(view.mounts)
-        self.sealed = dict(view.sealed)
+        self, mounts: Mapping[str, str], settings: ScanSettings, sealed: Sealed,
+        answerers: Optional[Mapping[str, Answerer]] = None,
+    ) -> None:  # fmt: skip
+        self.mounts, self.sealed = dict(mounts), dict(sealed)
+        self.stat_timeout, self.threads = settings.stat_timeout, settings.workers or AUTO_WORKERS
+        self.ignore = Ignore(settings.ignore, settings.ignore_defaults)
         self.good: Counter[str] = Counter()  # targets found, by mount point
-        self.threads = workers or AUTO_WORKERS
         self.answerers = {**ANSWERERS, **(answerers or {})}
         self._processes: Dict[bool, WorkerProcess] = {}  # by whether it has many threads
         self._again: Dict[bool, Deque[Request]] = {False: deque(), True: deque()}
         self._suspects: Set[Tuple[str, float]] = set()
         self._alive: Dict[str, float] = {}  # when a mount last answered, by mount point
         self._stuck: Counter[str] = Counter()
-        self.when_idle: Callable[[], None] = lambda: None  # called while nothing is answered
 
     def close(self) -> None:
         """End all workers; the next request starts new ones, which remember nothing."""
@@ -2933,7 +2903,9 @@ class WorkerPool:
         found = dict(self.run(functools.partial(next, iter(asked), None), at_once))
         return [found.get(request) for request in asked]
 
-    def run(self, source: Source, at_once: bool = False) -> Iterator[Tuple[Request, Answer]]:
+    def run(
+        self, source: Callable[[], Optional[Request]], at_once: bool = False
+    ) -> Iterator[Tuple[Request, Answer]]:
         """Yield (request, answer) as they come, until all is answered.
 
         `source` returns the next request, None if there is none for now: an answer may bring more.
@@ -2946,54 +2918,40 @@ class WorkerPool:
             yield from self._receive()
             self._check_hangs()
 
-    def _send(self, source: Source, at_once: bool) -> None:
+    def _send(self, source: Callable[[], Optional[Request]], at_once: bool) -> None:
         """Keep the workers busy, but not with more than they will soon get to."""
         local, threaded = self._again[False], self._again[True]
-        while True:
+        if at_once:
+            wanted = max(0, 4 * self.threads - len(threaded))
+            threaded.extend(itertools.islice(iter(source, None), wanted))
+        while not at_once and len(threaded) <= 4 * self.threads:
             process = self._processes.get(False)
-            if (
-                at_once
-                or (process and len(process.batches) >= 2)
-                or len(threaded) > 4 * self.threads
-            ):
+            if process and len(process.batches) >= IN_FLIGHT:
                 break
-            while len(local) < AT_ONCE:
-                request = source()
-                if request is None:
-                    break
-                local.append(request)
+            local.extend(itertools.islice(iter(source, None), max(0, AT_ONCE - len(local))))
             if not local:
                 break
             batch = [local.popleft() for _ in range(min(AT_ONCE, len(local)))]
             self._process(False).send(batch, {})
-        while at_once and len(threaded) < 4 * self.threads:
-            request = source()
-            if request is None:
-                break
-            threaded.append(request)
         while threaded and len(self._process(True).batches) < 2 * self.threads:
             self._process(True).send([threaded.popleft()], {})
 
     def _process(self, is_threaded: bool) -> WorkerProcess:
-        process = self._processes.get(is_threaded)
-        if process is None:
-            process = WorkerProcess(self, self.threads if is_threaded else 1)
-            self._processes[is_threaded] = process
-        return process
+        if is_threaded not in self._processes:
+            threads = self.threads if is_threaded else 1
+            self._processes[is_threaded] = WorkerProcess(self, threads)
+        return self._processes[is_threaded]
 
     def _receive(self) -> Iterator[Tuple[Request, Answer]]:
         """Yield the answers that have come, or nothing after a while."""
-        readers = {process.frames.reader: process for process in self._processes.values()}
-        pause = min(0.25, self.view.stat_timeout / 16)
+        readers = {process.reader: process for process in self._processes.values()}
+        pause = min(0.25, self.stat_timeout / 16)
         for process in readers.values():
             pause = pause if process.push() else min(pause, 0.01)
-        ready = select.select(list(readers), [], [], pause)[0]
-        if not ready:
-            self.when_idle()
-        for reader in ready:
+        for reader in select.select(list(readers), [], [], pause)[0]:
             process = readers[reader]
             try:
-                for number, answers, sealed, good in process.frames.read():
+                for number, answers, sealed, good in read_frames(reader, process.buffer):
                     if number < 0:
                         raise RefresherrError(answers) if sealed else RuntimeError(answers)
                     self.good.update(good)
@@ -3007,7 +2965,8 @@ class WorkerPool:
                         else:
                             yield request, answer
             except EOFError:
-                raise RefresherrError(WORKER_ENDED) from None
+                why = "a worker process ended unexpectedly; run it again"
+                raise RefresherrError(why) from None
 
     def seal(
         self, point: str, state: str, reason: str, teller: Optional[WorkerProcess] = None
@@ -3020,16 +2979,15 @@ class WorkerPool:
 
     def _check_hangs(self) -> None:
         """Look at what each thread waits for; kill a worker that waits too long."""
-        limit, now = self.view.stat_timeout, time.monotonic()
+        limit, now = self.stat_timeout, time.monotonic()
         for is_threaded, process in list(self._processes.items()):
             waiting = process.slots.waiting()
-            oldest = max((now - since for _, since in waiting), default=0.0)
             for path, since in waiting:
                 # Does the mount still answer, or is it only this path that hangs?
                 if now - since > limit / 4 and (path, since) not in self._suspects:
                     self._suspects.add((path, since))
                     self._process(True).send([("alive", self._mount_of(path))], {})
-            if oldest >= limit:
+            if any(now - since >= limit for _, since in waiting):
                 del self._processes[is_threaded]
                 process.close()
                 requests = [r for batch in process.batches.values() for r in batch]
@@ -3045,7 +3003,7 @@ class WorkerPool:
         is_mount = self._alive.get(mount, 0.0) < since or self._stuck[mount] > STUCK_LIMIT
         point = mount if is_mount else path
         if find_ancestor(point, self.sealed) is None:
-            reason = f"{point} did not answer within {format_duration(self.view.stat_timeout)}"
+            reason = f"{point} did not answer within {format_duration(self.stat_timeout)}"
             self.seal(point, UNRESPONSIVE, reason)
 
     def _mount_of(self, path: str) -> str:
@@ -3082,8 +3040,7 @@ def _run_worker(pool: WorkerPool, slots: Slots, requests: int, answers: int) -> 
             os.dup2(null, descriptor)  # a stuck worker must not keep anybody's pipe open
         os.closerange(3, requests)  # nor the database, nor the lock
         os.closerange(requests + 1, answers)
-        view = dataclasses.replace(pool.view, sealed=pool.sealed)
-        _serve(Looker(view, slots, slots.count > 1), pool.answerers, requests, answers)
+        _serve(Looker(pool, slots), pool.answerers, requests, answers)
     except BaseException:
         pass
     finally:
@@ -3130,25 +3087,13 @@ def _serve(looker: Looker, answerers: Mapping[str, Answerer], requests: int, ans
 
     for slot in range(looker.slots.count):
         threading.Thread(target=work, args=(slot,), daemon=True).start()
-    frames = Frames(requests)
+    buffer = bytearray()
     while True:
-        for number, batch, sealed in frames.read():
+        for number, batch, sealed in read_frames(requests, buffer):
             for point, (state, reason) in sealed.items():
                 looker.seal(point, state, reason)
             if batch:
                 todo.put((number, batch))
-
-
-Answerer = Callable[..., Answer]
-ANSWERERS: Dict[str, Answerer] = {
-    "visit": Looker.visit,
-    "look": lambda looker, *asked: tuple(look_at(looker, *asked)),
-    "root": examine_root,
-    "mount": examine_mount,
-    "branches": list_branches,
-    "branch": examine_branch,
-    "alive": is_alive,
-}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3230,6 +3175,15 @@ class Ground:
     lost_titles: Dict[str, Set[str]] = dataclasses.field(default_factory=dict)
     # Some library directories with good links into each directory, and how these links put it.
     samples: Dict[str, List[Tuple[str, str]]] = dataclasses.field(default_factory=dict)
+
+    def add(self, directory: str, real: str, place: Ground) -> None:
+        """Count for a directory what is known of one beneath it."""
+        self.good[directory] += place.good[real]
+        self.fresh[directory] += place.fresh[real]
+        self.more_titles[directory] += place.more_titles[real]
+        self.titles.setdefault(directory, set()).update(place.titles.get(real, ()))
+        samples = self.samples.setdefault(directory, [])
+        samples += place.samples[real][: SAMPLES - len(samples)]
 
     def is_wide(self, directory: str) -> bool:
         """Tell whether links of two titles lead into a directory, good or lost."""
@@ -3469,9 +3423,9 @@ def guard_doubt(directory: str) -> Doubt:
 # ---------------------------------------------------------------------------------------------
 # The walk goes from directory to directory, from each root down.  One that is as the last scan left
 # it costs its row and nothing more; of the others every link is compared with its row.  What is
-# found is recorded at once; what cannot be found waits in a temporary table for the verdict.
+# found is recorded at once; what cannot be found waits for the verdict.
 
-BATCH = 4000  # rows in one transaction
+BATCH = 8000  # rows in one transaction
 ROWS_AT_ONCE = 100  # in one statement
 LOOKS = 4  # at what was gone, as long as mounts come and go
 DOUBTFUL = 50000  # links that are looked at again; more than that is the guard's business
@@ -3490,10 +3444,10 @@ class ScanJob:
     held by an earlier scan, are confirmed; with `full` every directory is read.
     """
 
-    roots: Tuple[str, ...]
+    roots: Sequence[str]
     settings: ScanSettings
-    all_roots: Tuple[str, ...] = ()
-    accept: Tuple[str, ...] = ()
+    all_roots: Sequence[str] = ()
+    accept: Sequence[str] = ()
     full: bool = False
 
 
@@ -3502,15 +3456,14 @@ def never_judged(known: Optional[KnownLink]) -> bool:
     return known is None or known.error.startswith(NEVER_JUDGED)
 
 
-@dataclasses.dataclass
-class WatchedMount:
+class WatchedMount(NamedTuple):
     """A mount whose health decides about what lies beneath: a 'check', or 'remembered'."""
 
+    state: str
+    reason: str
     point: str
+    fs_type: str
     role: str
-    fs_type: str = ""
-    state: str = HEALTHY
-    reason: str = ""
 
 
 class Watch:
@@ -3521,7 +3474,7 @@ class Watch:
         answerers: Optional[Mapping[str, Answerer]] = None,
     ) -> None:  # fmt: skip
         self.conn, self.settings, self.answerers = conn, settings, answerers
-        self.types = {"/": "unknown", **read_mounts()}
+        self.types = read_mounts()
         rows = conn.execute("SELECT mount_point, fs_type FROM mounts")
         self.remembered = {from_db(point): fs_type for point, fs_type in rows}
         self.mounts: List[WatchedMount] = []
@@ -3532,12 +3485,9 @@ class Watch:
         """End the workers."""
         self.pool.close()
 
-    def open_pool(self, sealed: Mapping[str, Tuple[str, str]]) -> WorkerPool:
-        settings = self.settings
-        points = {**self.types, **{p: t for p, t in self.remembered.items() if p not in self.types}}
-        ignore = Ignore(settings.ignore, settings.ignore_defaults)
-        view = View(points, sealed, settings.stat_timeout, ignore)
-        return WorkerPool(view, settings.workers, self.answerers)
+    def open_pool(self, sealed: Sealed) -> WorkerPool:
+        points = {**self.remembered, **self.types}
+        return WorkerPool(points, self.settings, sealed, self.answerers)
 
     def probe(self) -> None:
         """Ask all watched mounts at once how they are, and seal off what cannot be walked."""
@@ -3548,16 +3498,12 @@ class Watch:
             folder, name = os.path.split(check)
             is_file = check not in known and ("." in name or find_ancestor(folder, known) != "/")
             asked.append(("mount", check, "check", "", folder if is_file else check))
-        self.mounts = []
-        for request, answer in zip(asked, self.pool.ask_all(asked)):
-            state, reason, point, fs_type = answer
-            self.mounts.append(WatchedMount(point, request[2], fs_type, state, reason))
-            is_closed = state in (ABSENT, UNRESPONSIVE) or (
-                state == ERROR and request[2] == "check"
-            )
-            if is_closed or (state == EMPTY and request[2] == "check"):
+        answers = self.pool.ask_all(asked)
+        self.mounts = [WatchedMount(*answer) for answer in answers]
+        for state, reason, point, _, role in self.mounts:
+            if state in (ABSENT, UNRESPONSIVE) or (role == "check" and state != HEALTHY):
                 self.pool.seal(point, state, reason)
-        self.types = {"/": "unknown", **read_mounts()}  # autofs mounts what is asked for
+        self.types = read_mounts()  # autofs mounts what is asked for
 
     def restart(self) -> None:
         """Have everything looked at anew: the workers forget what they know."""
@@ -3565,11 +3511,6 @@ class Watch:
         stuck = {p: why for p, why in self.pool.sealed.items() if why[0] == UNRESPONSIVE}
         self.pool = self.open_pool(stuck)
         self.probe()
-
-    @property
-    def points(self) -> Set[str]:
-        """All mount points that are watched."""
-        return {mount.point for mount in self.mounts}
 
     def unwell(self) -> Dict[str, str]:
         """Return {point: reason} of all that is not healthy."""
@@ -3579,22 +3520,18 @@ class Watch:
 
     def failing(self) -> str:
         """Return why no loss on a file system made of others may be believed, '' if it may."""
-        for mount in self.mounts:
-            if mount.state != HEALTHY and (mount.role == "check" or self.is_used(mount.point)):
-                return mount.reason
-        return ""
+        reasons = (mount.reason for mount in self.mounts if mount.state != HEALTHY
+            and (mount.role == "check" or self.is_used(mount.point)))  # fmt: skip
+        return next(reasons, "")
 
     def is_used(self, point: str) -> bool:
         """Tell whether some known link leads beneath a mount point, or lies on it."""
         if any(is_under(point, real) or is_under(real, point) for real in self.library):
             return True
         condition, values = beneath(point, "last_target")
-        select = f"SELECT 1 FROM symlinks WHERE status <> 'missing' AND {condition} LIMIT 1"
-        if self.conn.execute(select, values).fetchone():
-            return True
-        select = "SELECT good_targets FROM mounts WHERE mount_point = ?"
-        row = self.conn.execute(select, (to_db(point),)).fetchone()
-        return bool(row and row[0])
+        select = f"""SELECT 1 FROM symlinks WHERE status <> 'missing' AND {condition}
+            UNION ALL SELECT 1 FROM mounts WHERE mount_point = ? AND good_targets LIMIT 1"""
+        return self.conn.execute(select, (*values, to_db(point))).fetchone() is not None
 
     def look(self, paths: Iterable[str], read: bool = False) -> Dict[str, Look]:
         """Look at links, and with `read` whether the files they lead to can be read."""
@@ -3602,17 +3539,14 @@ class Watch:
         source = functools.partial(next, requests, None)
         return {request[1]: Look(*look) for request, look in self.pool.run(source)}
 
-    def is_local(self, mount: str) -> bool:
-        """Tell whether nothing else has to be well for a file system to be."""
-        kind = self.types.get(mount, "unknown")
-        return not (is_network_type(kind) or kind in UNION_TYPES)
-
     def make_loss(self, look: Look, title: str, old: Optional[KnownLink], **known: Any) -> Loss:
         """Return what a look at a link that leads nowhere has found."""
         was_good = bool(old and not never_judged(old) and from_db(old.target) == look.target)
+        kind = self.types.get(look.mount, "unknown")
+        is_local = not (is_network_type(kind) or kind in UNION_TYPES)
         return Loss(
-            look.path, title, look.goal, look.missing, look.mount, self.is_local(look.mount),
-            bool(look.empty), look.is_listed, look.is_loop, was_good, old is None, **known,
+            look.path, title, look.goal, look.missing, look.mount, is_local, bool(look.empty),
+            look.is_listed, look.is_loop, was_good, old is None, **known,
         )  # fmt: skip
 
     def make_ground(self, mounts: Iterable[str]) -> Ground:
@@ -3625,35 +3559,47 @@ class Watch:
 
     def examine_unions(self, points: Iterable[str]) -> Dict[str, str]:
         """Return {union: problem} of those that have lost a branch; remember the branches."""
-        kinds = {point: self.types.get(point, "") for point in points}
-        unions = [p for p, kind in kinds.items() if kind in UNION_TYPES]
-        asked = [("branches", point, kinds[point]) for point in unions]
         problems: Dict[str, str] = {}
+        known: Dict[str, Dict[str, Tuple[str, str]]] = defaultdict(dict)
+        select = "SELECT union_point, path, mount_point, fs_type FROM branches"
+        for union, path, point, kind in self.conn.execute(select):
+            known[from_db(union)][from_db(path)] = from_db(point), kind
+        unions = [p for p in points if self.types.get(p, "") in UNION_TYPES]
+        asked = [("branches", p, self.types[p], tuple(known[p])) for p in unions]
         for union, branches in zip(unions, self.pool.ask_all(asked) if asked else ()):
-            select = "SELECT path, mount_point, fs_type FROM branches WHERE union_point = ?"
-            found = self.conn.execute(select, (to_db(union),))
-            known = {from_db(path): (from_db(point), kind) for path, point, kind in found}
-            if known and not branches:
+            old = known[union]
+            if old and not branches:
                 problems[union] = "it does not tell its branches any more; "
                 problems[union] += f"if that is meant, run scan --forget-mount {union}"
                 continue
             for path, point, kind, problem in branches or ():
-                if path in known and not problem and known[path] != (point, kind):
-                    problem = f"{path} was on {known[path][0]} ({known[path][1]}), not on {point}"
-                if problem and (path in known or problem.startswith("!")):
+                if path in old and not problem and old[path] != (point, kind):
+                    problem = f"{path} was on {old[path][0]} ({old[path][1]}), not on {point}"
+                if problem and (path in old or problem.startswith("!")):
                     problems.setdefault(union, "its branch " + problem.lstrip("!"))
                 elif not problem:
-                    known[path] = point, kind
+                    old[path] = point, kind
                     if kind in UNION_TYPES and point != union and point not in points:
                         within = self.examine_unions([*points, point])
                         problems.update({union: within[point]} if point in within else {})
-            listed = {branch[0] for branch in branches or ()}
-            rows = [(to_db(union), to_db(p), to_db(known[p][0]), known[p][1]) for p in known
-                if p in listed]  # fmt: skip
+            rows = [(to_db(union), to_db(path), to_db(old[path][0]), old[path][1])
+                for path, *_ in branches or () if path in old]  # fmt: skip
             with transaction(self.conn):
                 self.conn.execute("DELETE FROM branches WHERE union_point = ?", (to_db(union),))
                 self.conn.executemany("INSERT INTO branches VALUES (?, ?, ?, ?)", rows)
         return problems
+
+
+_NEW_GOOD = """INSERT OR IGNORE INTO symlinks
+    (path, last_target, status, last_status, first_seen_utc, last_seen_utc)
+    SELECT column1, column2, 'ok', 'ok', now, now FROM (SELECT ? AS now), (VALUES (?, ?)"""
+_WRITE_DIRECTORY = """INSERT INTO directories (path, mark, links, targets) VALUES (?, ?, ?, ?)
+    ON CONFLICT(path) DO UPDATE SET mark = excluded.mark, links = excluded.links,
+    targets = excluded.targets"""
+_CLEAR_DOUBT = "DELETE FROM doubts WHERE path = ?"
+_WRITE_DOUBT = "INSERT OR REPLACE INTO doubts VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+_WRITE_LOSS = """INSERT INTO losses (path, target, title, mount_point, lost_utc, gone_since_utc)
+    VALUES (?, ?, ?, ?, ?, ?)"""
 
 
 class LinkWriter:
@@ -3665,12 +3611,16 @@ class LinkWriter:
     def __init__(self, conn: sqlite3.Connection, now: str) -> None:
         self.conn, self.now = conn, now
         self.changes: Counter[str] = Counter()
-        self.links: List[Tuple[Any, ...]] = []
+        self.new_good: List[Union[str, bytes]] = []  # paths and targets in turn
         self.events: List[Event] = []
-        self.directories: List[Tuple[Any, ...]] = []
-        self.cleared: List[Tuple[Any, ...]] = []  # paths whose doubts have ended
-        self.doubts: List[Tuple[Any, ...]] = []
-        self.losses: List[Tuple[Any, ...]] = []
+        # In this order: a directory's row after its links, for a scan may be killed in between.
+        order = (_WRITE_LINK, _WRITE_DIRECTORY, _CLEAR_DOUBT, _WRITE_DOUBT, _WRITE_LOSS)
+        self.rows: Dict[str, List[Tuple[Any, ...]]] = {statement: [] for statement in order}
+
+    def write(self, statement: str, *values: Any) -> None:
+        """Have a statement executed with some values, names among them as text."""
+        row = tuple(to_db(value) if isinstance(value, str) else value for value in values)
+        self.rows[statement].append(row)
 
     def record(
         self, path: str, target: str, status: str, reason: str, old: Optional[KnownLink]
@@ -3679,53 +3629,26 @@ class LinkWriter:
         if status == UNREACHABLE and never_judged(old) and not reason.startswith(NEVER_JUDGED):
             reason = NEVER_JUDGED + reason
         change = classify_change(old, status)
-        if old is None:
-            self.changes["new"] += 1
+        self.changes["new"] += old is None
         if change:
             self.changes[change] += 1
             self.events.append(link_event(path, target, change, status))
-        self.links.append(link_row(path, target, status, reason, self.now, old))
-        if len(self.links) >= BATCH:
-            self.flush()
+        self.rows[_WRITE_LINK].append(link_row(path, target, status, reason, self.now, old))
 
-    def add_good(self, path: str, target: str) -> None:
-        """Note a new link that is good, and whose names need no care."""
-        self.changes["new"] += 1
-        self.links.append((path, target, OK, OK, self.now, self.now, None, None))
-        if len(self.links) >= BATCH:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what has been collected."""
+    def flush(self, at_least: int = 0) -> None:
+        """Write what has been collected, if that is so many rows."""
+        if len(self.new_good) // 2 + len(self.rows[_WRITE_LINK]) < at_least:
+            return
         with transaction(self.conn):
-            for start in range(0, len(self.links), ROWS_AT_ONCE):
-                rows = self.links[start : start + ROWS_AT_ONCE]
-                values = ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?)"] * len(rows))
-                statement = _WRITE_LINK.replace("(?, ?, ?, ?, ?, ?, ?, ?)", values)
-                self.conn.execute(statement, [value for row in rows for value in row])
+            for start in range(0, len(self.new_good), 2 * ROWS_AT_ONCE):
+                some = self.new_good[start : start + 2 * ROWS_AT_ONCE]
+                insert = f"{_NEW_GOOD}{', (?, ?)' * (len(some) // 2 - 1)})"
+                self.conn.execute(insert, [self.now, *some])
             _write_events(self.conn, self.events)
-            upsert = """INSERT INTO directories (path, mark, links, targets) VALUES (?, ?, ?, ?)
-                ON CONFLICT(path) DO UPDATE SET mark = excluded.mark, links = excluded.links,
-                targets = excluded.targets"""
-            self.conn.executemany(upsert, self.directories)
-            self.conn.executemany("DELETE FROM doubts WHERE path = ?", self.cleared)
-            insert = "INSERT OR REPLACE INTO doubts VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-            self.conn.executemany(insert, self.doubts)
-            insert = """INSERT INTO losses (path, target, title, mount_point, lost_utc,
-                gone_since_utc) VALUES (?, ?, ?, ?, ?, ?)"""
-            self.conn.executemany(insert, self.losses)
-        self.links, self.events, self.directories = [], [], []
-        self.cleared, self.doubts, self.losses = [], [], []
-
-
-def is_plain(*texts: Union[str, Sequence[str]]) -> bool:
-    """Tell whether SQLite holds all these names as they are."""
-    try:
-        for some in texts:
-            "".join(some).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+            for statement, rows_of in self.rows.items():
+                self.conn.executemany(statement, rows_of)
+                rows_of.clear()
+        self.new_good, self.events = [], []
 
 
 class Folder(NamedTuple):
@@ -3733,10 +3656,26 @@ class Folder(NamedTuple):
 
     path: str
     root: int
-    rowid: int = 0
-    mark: str = ""
-    packed: bytes = b""
-    is_noted: bool = False  # with a mark, whether that is to be trusted this time or not
+    rowid: int
+    mark: str  # '' where it is to be read in full
+    packed: bytes
+    is_noted: bool  # with a mark, whether that is to be trusted this time or not
+
+
+class LostLink(NamedTuple):
+    """A link that was not found, as the walk has put it aside."""
+
+    path: str
+    text: str
+    where: Tuple[str, str, str]  # the first missing name, the goal, the mount point
+    old: Optional[KnownLink]
+    root: int
+    is_flat: bool
+
+    @property
+    def title(self) -> str:
+        """The show's or movie's folder in the library, or what stands for it."""
+        return self.path if self.is_flat else title_of(self.path)
 
 
 class Walk:
@@ -3754,9 +3693,10 @@ class Walk:
         self.covered: Dict[str, int] = {}  # other roots within them, as the walk meets them
         self.ignored = 0
         self.unread: Dict[str, str] = {}
-        self.vanished: List[Tuple[int, str, str]] = []
-        self.new_targets: Dict[str, str] = {}  # {target: path} of links not known before
-        self.refusals: Dict[str, int] = {}  # reasons for which something was not judged
+        self.vanished: List[Tuple[int, str, str]] = []  # (rowid, path, target)
+        self.lost: List[LostLink] = []
+        self.new_targets: Set[str] = set()  # of links not known before
+        self.refusals: Counter[str] = Counter()  # links not judged, by the reason
         self.cleared: Set[str] = set()  # links whose doubts have ended
         self.blocked: Set[str] = set()  # sealed points that links lead to
         rows = conn.execute("SELECT path, defence, lot_id FROM doubts")
@@ -3772,8 +3712,6 @@ class Walk:
         self.asked: Dict[str, Folder] = {}
         self.odd: List[Tuple[Any, ...]] = []  # links that wait for `take_odd`
         conn.execute("PRAGMA wal_autocheckpoint=8000")  # 32 MB: fewer pages are written twice
-        conn.execute("DROP TABLE IF EXISTS temp.gone")
-        conn.execute("CREATE TEMP TABLE gone (link)")
 
     def _next_turn(self) -> int:
         """Count the scans; -1 where every directory is to be read."""
@@ -3790,41 +3728,33 @@ class Walk:
     def open_roots(self) -> None:
         """Look at every root, and put the good ones on the pile; what overlaps is walked once."""
         answers = self.watch.pool.ask_all([("root", root, False) for root in self.job.roots])
+        self.watch.library += [real for _, _, real in answers if real]
         for number, (state, reason, real) in enumerate(answers):
-            if real:
-                self.watch.library.append(real)
             if state == "scanned":
                 self.real[number] = real.rstrip("/")
                 continue
             self.roots[number].update(state=ERROR if state == "refused" else state, reason=reason)
-            log.error(
-                "root %s: %s; its known links stay as they were", self.job.roots[number], reason
-            )
+            root = self.job.roots[number]
+            log.error("root %s: %s; its known links stay as they were", root, reason)
             if state == "refused":
-                self.refuse(reason)
-        real = dict(self.real)
-        for number, path in real.items():
-            holding = [o for o, above in real.items() if is_under(path or "/", above or "/")]
-            outer = [o for o in holding if real[o] != path or o < number]
+                self.refusals[reason] += 0
+        real_paths = dict(self.real)
+        for number, path in real_paths.items():
+            holding = [o for o, above in real_paths.items() if is_under(path or "/", above or "/")]
+            outer = [o for o in holding if real_paths[o] != path or o < number]
             if not outer:
                 self.todo.append((self.job.roots[number].rstrip("/") or "/", number))
             for other in outer:
-                seen_as = self.job.roots[other].rstrip("/") + path[len(real[other]) :]
+                seen_as = self.job.roots[other].rstrip("/") + path[len(real_paths[other]) :]
                 self.covered[seen_as] = number
                 self.real.pop(number, None)
 
-    def refuse(self, reason: str, links: int = 0) -> None:
-        """Have the scan end as refused, and count the links for which that is the reason."""
-        self.refusals[reason] = self.refusals.get(reason, 0) + links
-
     def run(self, progress: Callable[[str], None]) -> None:
         """Visit all that is to be visited."""
-        self.watch.pool.when_idle = self.writer.flush
         for request, answer in self.watch.pool.run(self.next_request):
-            folder = self.asked.pop(request[1])
-            self.take(folder, answer)
-            examined = sum(root["examined"] for root in self.roots)
-            progress(f"{examined:,} links examined")
+            self.take(self.asked.pop(request[1]), Visit(*answer))
+            self.writer.flush(BATCH)
+            progress(f"{sum(root['examined'] for root in self.roots):,} links examined")
         self.take_odd()
         self.writer.flush()
 
@@ -3846,81 +3776,75 @@ class Walk:
         if self.last_folder and chosen:
             keys = [to_db(path) for path, _ in chosen]
             marks = ",".join("?" * len(keys))
-            select = f"SELECT path, rowid, mark, targets FROM directories WHERE path IN ({marks})"
-            known = {from_db(path): row for path, *row in self.conn.execute(select, keys)}
+            select = f"""SELECT path, rowid, mark, targets FROM directories
+                WHERE path IN ({marks}) AND rowid <= ?"""
+            rows = self.conn.execute(select, [*keys, self.last_folder])
+            known = {from_db(path): row for path, *row in rows}
         for path, root in chosen:
-            rowid, mark, packed = known.get(path, (0, "", b""))
-            if rowid > self.last_folder:
-                rowid = 0
+            rowid, mark, packed = known.get(path, (0, None, None))
             is_due = self.turn < 0 or rowid % FULL_READING == self.turn
             trusted = "" if is_due or not mark else mark
             self.ready.append(Folder(path, root, rowid, trusted, packed or b"", bool(mark)))
 
-    def take(self, folder: Folder, answer: Answer) -> None:
+    def take(self, folder: Folder, visit: Visit) -> None:
         """Record what a visit found."""
-        kind = answer[0]
-        if kind == "unread":
-            self.unread[folder.path] = answer[1]
-            log.warning("cannot read %s: %s; its links stay as they were", folder.path, answer[1])
-            return
-        if kind == "gone":
-            return  # its rows are found at the end, as of all that was not visited
+        if visit.kind == "unread":
+            self.unread[folder.path] = visit.reason
+            told = "cannot read %s: %s; its links stay as they were"
+            log.warning(told, folder.path, visit.reason)
+        if visit.kind in ("unread", "gone"):
+            return  # the rows of one that is gone are found at the end, like all unmet ones
         if folder.rowid:
             self.visited[folder.rowid // 8] |= 1 << folder.rowid % 8
         prefix = folder.path.rstrip("/") + "/"
-        if kind == "same":
-            _, folders, links, odd = answer
-            self.tally(folder.root, links, len(odd))
-            self.seen += links
+        if visit.kind == "same":
+            self.seen += visit.links
         else:
-            _, mark, packed, folders, names, texts, odd, ignored = answer
-            self.ignored += ignored
-            unsettled = len(self.vanished)
-            self.compare(folder, prefix, names, texts, {name for name, *_ in odd})
-            if len(self.vanished) > unsettled:
-                mark = ""  # it is read again, until what has vanished from it is recorded
-            row = (to_db(folder.path), mark or None, len(names), packed)
-            self.writer.directories.append(row)  # after its links: a scan may be killed in between
-            self.tally(folder.root, len(names), len(odd))
-        for name in reversed(folders):
+            self.ignored += visit.ignored
+            vanished = len(self.vanished)
+            self.compare(folder, prefix, visit)
+            # It is read again, until what has vanished from it is recorded.
+            mark = visit.mark if len(self.vanished) == vanished else ""
+            row = folder.path, mark or None, visit.links, visit.packed
+            self.writer.write(_WRITE_DIRECTORY, *row)
+        self.roots[folder.root]["examined"] += visit.links
+        self.roots[folder.root][OK] += visit.links - len(visit.odd)
+        for name in reversed(visit.folders):
             path = prefix + name
             self.todo.append((path, self.covered.get(path, folder.root)))
-        if odd:
-            is_flat = self.is_flat(folder, answer)
-            self.odd += [(prefix + name, folder.root, is_flat, *found) for name, *found in odd]
+        if visit.odd:
+            is_flat = is_flat_folder(folder.path, visit.heads, self.root_paths)
+            self.odd += [
+                (prefix + name, folder.root, is_flat, *found) for name, *found in visit.odd
+            ]
             if len(self.odd) >= _LOOKUP:
                 self.take_odd()
 
-    def tally(self, root: int, links: int, odd: int) -> None:
-        self.roots[root]["examined"] += links
-        self.roots[root][OK] += links - odd
-
-    def compare(
-        self, folder: Folder, prefix: str, names: List[str], texts: List[str], odd: Set[str]
-    ) -> None:
+    def compare(self, folder: Folder, prefix: str, visit: Visit) -> None:
         """Compare the links of a directory that was read with their rows; write the differences."""
-        paths = [prefix + name for name in names]
+        paths = [prefix + name for name in visit.names]
+        odd = {prefix + name for name, *_ in visit.odd}
         known = find_links(self.conn, paths) if self.last_link and paths else {}
-        self.seen += sum(row.rowid <= self.last_link and row.status != MISSING
-            for row in known.values())  # fmt: skip
-        plain = is_plain(prefix, names, texts)
-        for name, path, text in zip(names, paths, texts):
-            old = known.get(path)
-            if old is None and self.last_link:
-                self.new_targets[text] = path
-            if name in odd:
-                continue
-            if old is None and plain:
-                self.writer.add_good(path, text)
-                continue
-            if old and old.status == OK and old.target == text and not old.broken_since:
-                continue
-            self.writer.record(path, text, OK, "", old)
-            self.clear_doubt(path)
+        met = [row for row in known.values() if row.status != MISSING]
+        self.seen += sum(row.rowid <= self.last_link for row in met)
+        good = list(zip(paths, visit.texts))
+        if odd:
+            good = [link for link in good if link[0] not in odd]
+        if self.last_link:
+            new = [link for link in zip(paths, visit.texts) if link[0] not in known]
+            self.new_targets.update(text for _, text in new)
+            for path, text in good:
+                old = known.get(path)
+                if old and (old.status != OK or old.target != text or old.broken_since):
+                    self.writer.record(path, text, OK, "", old)
+                    self.clear_doubt(path)
+            good = [link for link in good if link[0] not in known]
+        names = itertools.chain.from_iterable(good)
+        self.writer.new_good += names if is_plain(prefix, visit) else map(to_db, names)
+        self.writer.changes["new"] += len(good)
         if folder.rowid:
             links = marshal.loads(folder.packed)[1] if folder.packed else 0
-            is_less = links > sum(row.status != MISSING for row in known.values())
-            if is_less or not folder.is_noted:  # somebody else may have written rows
+            if links > len(met) or not folder.is_noted:  # somebody else may have written rows
                 self.find_vanished(prefix, set(paths))
 
     def find_vanished(self, prefix: str, present: Set[str]) -> None:
@@ -3936,7 +3860,6 @@ class Walk:
     def take_odd(self) -> None:
         """Record the links that are not simply found; those that are gone wait for the verdict."""
         known = find_links(self.conn, [link[0] for link in self.odd])
-        gone = []
         for path, root, is_flat, text, finding, detail in self.odd:
             old = known.get(path)
             if old and from_db(old.target) != text and path in self.doubts:
@@ -3948,65 +3871,60 @@ class Walk:
                     self.writer.record(path, text, OK, "", old)
                 self.clear_doubt(path)
             elif finding == GONE:
-                title = path if is_flat else title_of(path)
-                link = (path, text, detail, old and tuple(old), root, title)
-                gone.append((marshal.dumps(link),))
+                self.lost.append(LostLink(path, text, tuple(detail), old, root, is_flat))
             else:
                 self.roots[root][UNREACHABLE] += 1
                 reason = self.explain_block(detail) if finding == BLOCKED else detail
                 self.writer.record(path, text, UNREACHABLE, reason, old)
         self.odd = []
-        with transaction(self.conn):
-            self.conn.executemany("INSERT INTO temp.gone VALUES (?)", gone)
 
     def explain_block(self, point: str) -> str:
         """Return why a link beneath a sealed point cannot be judged; a whole mount is a refusal."""
         self.blocked.add(point)
         reason = self.watch.pool.sealed[point][1]
-        if point in self.watch.pool.mounts or point in self.watch.points:
-            self.refuse(reason, 1)
+        if point in self.watch.pool.mounts or any(m.point == point for m in self.watch.mounts):
+            self.refusals[reason] += 1
         return reason
 
     def clear_doubt(self, path: str) -> None:
         """Note that a link is good: no defence holds it any more."""
         if path in self.doubts:
             self.cleared.add(path)
-            self.writer.cleared.append((to_db(path),))
+            self.writer.write(_CLEAR_DOUBT, path)
 
     def walked_roots(self) -> List[str]:
         return [self.job.roots[number] for number in self.real]
 
-    def count_rows(self, roots: Optional[Sequence[str]] = None, condition: str = "1") -> int:
-        """Count the rows beneath roots that stood there before this scan."""
+    def count_rows(self, roots: Sequence[str], is_missing: bool = False) -> int:
+        """Count the links beneath roots that stood there before this scan, or that are missing."""
         total = 0
-        for root in self.walked_roots() if roots is None else roots:
-            place, values = beneath(root)
-            query = f"SELECT count(*) FROM symlinks WHERE {condition} AND {place} AND rowid <= ?"
-            total += self.conn.execute(query, [*values, self.last_link]).fetchone()[0]
-        return total - (0 if condition != "1" else self.count_missing(roots))
-
-    def count_missing(self, roots: Optional[Sequence[str]] = None) -> int:
-        # So says the index.
-        return self.count_rows(roots, "status <> 'ok' AND status = 'missing'")
-
-    def is_flat(self, folder: Folder, answer: Answer) -> bool:
-        """Tell whether each link of a directory is a title by itself."""
-        if answer[0] == "same":
-            _, _, targets, unvouched = marshal.loads(folder.packed)
-            heads = {head for head, *_ in targets if head}
-            heads.update(text.rpartition("/")[0] for _, text, _ in unvouched)
-        else:
-            heads = {text.rpartition("/")[0] for text in answer[5]}
-        return is_flat_folder(folder.path, len(heads), self.root_paths)
+        for place, values in map(beneath, roots):
+            query = f"SELECT count(*) FROM symlinks WHERE {place} AND rowid <= ?"
+            missing = f"{query} AND status <> 'ok' AND status = 'missing'"  # so says the index
+            values.append(self.last_link)
+            count = self.conn.execute(missing, values).fetchone()[0]
+            if not is_missing:
+                count = self.conn.execute(query, values).fetchone()[0] - count
+            total += count
+        return total
 
 
-def is_flat_folder(path: str, target_folders: int, roots: Collection[str]) -> bool:
+def is_plain(prefix: str, visit: Visit) -> bool:
+    """Tell whether SQLite holds all the names of a directory as they are."""
+    try:
+        "".join((prefix, *visit.names, *visit.texts)).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_flat_folder(path: str, heads: int, roots: Collection[str]) -> bool:
     """Tell whether each link of a library directory is a title by itself: in a root, or where they
     lead into many directories; not in a season.
     """
     if parse_season_folder(path.rpartition("/")[2]) is not None:
         return False
-    return target_folders >= GUARD_TITLES or path in roots
+    return heads >= GUARD_TITLES or path in roots
 
 
 def title_of(path: str) -> str:
@@ -4025,17 +3943,6 @@ def title_of(path: str) -> str:
     return f"{folder}/{normalise_title(own.title)} ({own.year})"
 
 
-class Pending(NamedTuple):
-    """A link that was not found, as the walk has put it aside."""
-
-    path: str
-    text: str
-    where: Tuple[str, str, str]  # the first missing name, the goal, the mount point
-    old: Optional[KnownLink]
-    root: int
-    title: str
-
-
 class Judgement:
     """The end of a scan: what is gone is looked at again and judged, then what has vanished."""
 
@@ -4043,7 +3950,7 @@ class Judgement:
         self.walk, self.share, self.now = walk, share, walk.now
         self.conn, self.watch, self.writer = walk.conn, walk.watch, walk.writer
         self.mounted = read_mounts(identity=True)
-        self.good: Counter[str] = Counter()
+        self.good: Counter[str] = Counter()  # by mount point
         self.unwell: Dict[str, str] = {}
         self.loss_mounts: Set[str] = set()
         self.losses: List[Loss] = []
@@ -4052,14 +3959,20 @@ class Judgement:
         self.removed: List[Loss] = []  # the same, and the links are gone themselves
         self.units: List[JsonObject] = []
         self.told: Dict[str, str] = {}  # what is said of losses without a witness, by directory
+        self.unmet: List[Tuple[int]] = []  # rows of links that were not met and stay as they are
         accept = self.walk.job.accept
         real = self.watch.pool.ask_all([("root", path, False) for path in accept])
         self.accepted = [path for path in (*accept, *(answer[2] for answer in real)) if path]
 
     def run(self) -> None:
-        """Judge all that the walk has put aside."""
+        """Judge all that the walk has put aside, and record what has been seen or has vanished."""
         self.good.update(self.watch.pool.good)
-        pending, known_broken = self.load_pending()
+        pending, known_broken = {}, []
+        for link in self.walk.lost:
+            if link.old and link.old.broken_since and from_db(link.old.target) == link.text:
+                known_broken.append(link)
+            else:
+                pending[link.path] = link
         looks = self.look_again(pending)
         if not pending and any(root[UNREACHABLE] for root in self.walk.roots):
             self.watch.probe()  # is it a whole mount?
@@ -4068,29 +3981,16 @@ class Judgement:
         ground = self.survey(pending, looks)
         for link in known_broken:
             point = find_ancestor(link.where[1], self.unwell)
-            reason = self.unwell[point] if point else ""
-            self.settle(link, UNREACHABLE if point else BROKEN, reason, link.where[2])
             if point:
-                self.walk.refuse(reason, 1)
+                self.walk.refusals[self.unwell[point]] += 1
+            status, reason = (UNREACHABLE, self.unwell[point]) if point else (BROKEN, "")
+            self.settle(link, status, reason, link.where[2])
         self.judge(pending, looks, ground)
         self.writer.flush()
-        present = PresentLinks(self)
-        present.record_vanished()
-        present.record_seen()
+        self.record_vanished()
+        self.record_seen()
 
-    def load_pending(self) -> Tuple[Dict[str, Pending], List[Pending]]:
-        """Return the links that were not found: those to be judged, and those known as broken."""
-        pending, known_broken = {}, []
-        for (packed,) in self.conn.execute("SELECT link FROM temp.gone ORDER BY rowid"):
-            path, text, where, old, root, title = marshal.loads(packed)
-            link = Pending(path, text, where, KnownLink(*old) if old else None, root, title)
-            if link.old and link.old.broken_since and from_db(link.old.target) == text:
-                known_broken.append(link)
-            else:
-                pending[path] = link
-        return pending, known_broken
-
-    def look_again(self, pending: Mapping[str, Pending]) -> Dict[str, Look]:
+    def look_again(self, pending: Mapping[str, LostLink]) -> Dict[str, Look]:
         """Look once more, all anew: a mount may have been away for a moment.
 
         And again as long as anything is mounted or unmounted meanwhile.
@@ -4114,9 +4014,7 @@ class Judgement:
         points = {p for p in {*now, *self.mounted} if now.get(p) != self.mounted.get(p)}
         return {point: f"{point} was mounted or unmounted during the scan" for point in points}
 
-    # The ground of the verdict
-
-    def survey(self, pending: Mapping[str, Pending], looks: Mapping[str, Look]) -> Ground:
+    def survey(self, pending: Mapping[str, LostLink], looks: Mapping[str, Look]) -> Ground:
         """Gather what the verdict must know; only around the losses, if there are any."""
         ground = self.watch.make_ground({*self.good, *self.loss_mounts})
         ground.unwell = self.unwell
@@ -4129,10 +4027,9 @@ class Judgement:
         met = {loss.path for loss in self.losses} | self.walk.cleared
         rows = """SELECT path, title, goal, missing, mount_point, lot_id, s.status FROM doubts
             LEFT JOIN symlinks s USING (path) WHERE lot_id IS NOT NULL"""
-        for name, title, goal, missing, mount, lot, status in self.conn.execute(rows):
-            if from_db(name) not in met:
-                texts = [from_db(value) for value in (name, title, goal, missing, mount)]
-                loss = Loss(*texts)._replace(doubt=GUARD, lot=lot)  # type: ignore[arg-type]
+        for *texts, lot, status in self.conn.execute(rows):
+            loss = Loss(*map(from_db, texts))._replace(doubt=GUARD, lot=lot)  # type: ignore
+            if loss.path not in met:
                 (self.elsewhere if status == UNREACHABLE else self.removed).append(loss)
         if self.losses:
             wanted = {d for x in (*self.losses, *self.elsewhere) for d in directories_above(x)}
@@ -4141,41 +4038,36 @@ class Judgement:
             is_first = self.walk.last_folder == 0 < self.walk.last_link  # of this edition's
             newest = sys.maxsize if is_first else self.walk.last_folder
             unsettled = sum(bool(x.old and x.old.status == OK) for x in pending.values())
-            roots, types = self.walk.root_paths, self.watch.types
-            count_good(self.conn, ground, wanted, types, roots, newest, unsettled)
+            roots = self.walk.root_paths
+            count = functools.partial(
+                count_good, self.conn, wanted=wanted, mounts=self.watch.types, roots=roots,
+                newest=newest, unsettled=unsettled,
+            )  # fmt: skip
+            count(ground)
             walked = {root.rstrip("/") or "/" for root in self.walk.walked_roots()}
-            if self.has_other_folders(walked):
-                self.seen = dataclasses.replace(ground, **{
-                    name: type(getattr(ground, name))()
-                    for name in ("good", "fresh", "titles", "more_titles", "samples")
-                })  # fmt: skip
-                count_good(self.conn, self.seen, wanted, types, roots, newest, unsettled, walked)
+            folders = self.conn.execute("SELECT path FROM directories WHERE targets IS NOT NULL")
+            if any(find_ancestor(from_db(row[0]), walked) is None for row in folders):
+                self.seen = dataclasses.replace(
+                    ground, good=Counter(), fresh=Counter(), titles={}, more_titles=Counter(),
+                    samples={},
+                )  # fmt: skip
+                count(self.seen, within=walked)
             # Where no roots are configured, all that was ever scanned is the library.
-            known = roots if self.walk.job.all_roots else None
-            ground.unseen = find_unseen(self.losses, ground, known)
+            ground.unseen = find_unseen(
+                self.losses, ground, roots if self.walk.job.all_roots else None
+            )
         return ground
 
-    def has_other_folders(self, walked: Collection[str]) -> bool:
-        """Tell whether links are known that this scan has not looked at."""
-        rows = self.conn.execute("SELECT path FROM directories WHERE targets IS NOT NULL")
-        return any(find_ancestor(from_db(row[0]), walked) is None for row in rows)
-
     def judge(
-        self, pending: Mapping[str, Pending], looks: Mapping[str, Look], ground: Ground
+        self, pending: Mapping[str, LostLink], looks: Mapping[str, Look], ground: Ground
     ) -> None:
         """Judge what was looked at again, and record the verdicts."""
         rows = self.conn.execute("SELECT lot_id, directory, links, titles FROM lots")
         lots = [Lot(number, from_db(d), links, titles) for number, d, links, titles in rows]
         verdicts = judge_losses(
-            self.losses,
-            self.elsewhere,
-            self.removed,
-            ground,
-            lots,
-            self.share,
-            self.accepted,
+            self.losses, self.elsewhere, self.removed, ground, lots, self.share, self.accepted,
             self.seen,
-        )
+        )  # fmt: skip
         by_path = {loss.path: loss for loss in self.losses}
         numbers = self.write_lots(verdicts, lots)
         for path, look in looks.items():
@@ -4189,12 +4081,12 @@ class Judgement:
                 reason = look.blocked or look.detail
                 self.settle(link, UNREACHABLE, reason, look.mount)
                 if look.blocked and find_ancestor(look.goal, self.unwell):
-                    self.walk.refuse(reason, 1)
+                    self.walk.refusals[reason] += 1
             elif doubt:
                 self.settle(link, UNREACHABLE, doubt.reason, look.mount)
                 self.hold(loss, doubt, numbers.get(path, loss.lot))
             else:
-                self.settle(link, BROKEN, "", look.mount)
+                self.settle(link, BROKEN, "", look.mount, loss.title)
                 if loss.doubt == ACCEPTED or (loss.doubt and self.is_accepted(loss)):
                     self.hold(loss, Doubt(ACCEPTED, "", ""), loss.lot)
         self.tell_units(verdicts, ground, lots)
@@ -4203,55 +4095,50 @@ class Judgement:
         """Tell whether the user has confirmed the loss of a directory that it lies beneath."""
         return any(is_under(loss.goal, d) or is_under(loss.missing, d) for d in self.accepted)
 
-    def settle(self, link: Pending, status: str, reason: str, mount: str) -> None:
-        """Record a verdict on a link that was not found at first."""
+    def settle(self, link: LostLink, status: str, reason: str, mount: str, title: str = "") -> None:
+        """Record a verdict on a link that was not found at first; a new loss has a title."""
         self.walk.roots[link.root][status] += 1
-        is_moved = link.old is not None and from_db(link.old.target) != link.text
-        if status == BROKEN and not (link.old and link.old.broken_since):
-            values = map(to_db, (link.path, link.text, link.title, mount))
-            self.writer.losses.append((*values, self.now, self.now))
-        elif status == BROKEN and link.old and link.old.status == BROKEN and not is_moved:
+        old = link.old
+        if status == BROKEN and not (old and old.broken_since):
+            values = link.path, link.text, title, mount, self.now, self.now
+            self.writer.write(_WRITE_LOSS, *values)
+        elif old and status == BROKEN == old.status and from_db(old.target) == link.text:
             return  # it is as it was
         if status == OK:
             self.walk.clear_doubt(link.path)
-        self.writer.record(link.path, link.text, status, reason, link.old)
+        self.writer.record(link.path, link.text, status, reason, old)
 
     def hold(self, loss: Loss, doubt: Doubt, lot: Optional[int]) -> None:
         """Remember that a loss is in doubt, or that the doubt was ended by the user."""
-        keeps_lot = doubt.defence in (GUARD, ACCEPTED)  # what is accepted has not come back
         if doubt.defence == CONTRADICTION:
             return
         if doubt.defence == UNWELL:
-            self.walk.refuse(doubt.reason, 1)
+            self.walk.refusals[doubt.reason] += 1
             return
         if doubt.defence in (BARE, NO_WITNESS):
             advice = f". If it is gone for good: `scan --accept {shell_quote(doubt.directory)}`"
             reason = doubt.reason + (advice[1:] if doubt.reason.endswith("?") else advice)
-            self.walk.refuse(self.told.setdefault(doubt.directory, reason), 1)
-        values = (loss.path, doubt.defence, loss.title, loss.goal, loss.missing, loss.mount)
-        row = (*map(to_db, values), lot if keeps_lot else None, self.now)
-        self.writer.doubts.append(row)
+            self.walk.refusals[self.told.setdefault(doubt.directory, reason)] += 1
+        if doubt.defence not in (GUARD, ACCEPTED):  # what is accepted has not come back
+            lot = None
+        values = loss.path, doubt.defence, loss.title, loss.goal, loss.missing, loss.mount
+        self.writer.write(_WRITE_DOUBT, *values, lot, self.now)
 
     def write_lots(self, verdicts: Verdicts, lots: Sequence[Lot]) -> Dict[str, int]:
         """Write what is held anew; return the number of its lot for each loss."""
         known = {lot.directory: lot for lot in lots if lot.number not in verdicts.released}
+        held = [loss for loss in (*self.losses, *self.elsewhere) if loss.lot is not None]
         numbers: Dict[str, int] = {}
         with transaction(self.conn):
             for unit in verdicts.units:
-                held = [loss for loss in (*self.losses, *self.elsewhere) if loss.lot is not None]
                 gone = unit.losses + [x for x in held if is_under(x.goal, unit.directory)]
-                titles = len({loss.title for loss in gone})
-                lot = known.get(unit.directory)
-                if lot:
-                    number = lot.number
-                    update = "UPDATE lots SET links = ?, titles = ? WHERE lot_id = ?"
-                    size = max(lot.links, len(gone)), max(lot.titles, titles)
-                    self.conn.execute(update, (*size, number))
-                else:
-                    insert = """INSERT INTO lots (directory, links, titles, since_utc)
-                        VALUES (?, ?, ?, ?)"""
-                    row = (to_db(unit.directory), len(gone), titles, self.now)
-                    number = int(self.conn.execute(insert, row).lastrowid or 0)
+                lot = known.get(unit.directory) or Lot(0, unit.directory, 0, 0)
+                size = max(lot.links, len(gone)), max(lot.titles, count_titles(gone))
+                write = """INSERT INTO lots VALUES (?, ?, ?, ?, ?) ON CONFLICT(lot_id) DO UPDATE SET
+                    links = excluded.links, titles = excluded.titles"""
+                row = (lot.number or None, to_db(unit.directory), *size, self.now)
+                added = self.conn.execute(write, row).lastrowid
+                number = lot.number or int(added or 0)
                 numbers.update((loss.path, number) for loss in unit.losses)
         return numbers
 
@@ -4264,18 +4151,140 @@ class Judgement:
             if doubt and doubt.defence == GUARD:
                 groups[doubt.directory].append(loss)
         for directory, losses in sorted(groups.items()):
-            gone = len(losses)
-            self.add_unit(directory, gone, {x.title for x in losses},
-                gone + ground.good[directory], max(gone, sizes.get(directory, 0)))  # fmt: skip
+            of_links = len(losses) + ground.good[directory]
+            lot = max(len(losses), sizes.get(directory, 0))
+            self.add_unit(directory, len(losses), count_titles(losses), of_links, lot)
 
-    def add_unit(
-        self, directory: str, links: int, titles: Set[str], of_links: int, lot: int
-    ) -> None:
+    def add_unit(self, directory: str, links: int, titles: int, of_links: int, lot: int) -> None:
         accept = f"scan --accept {shell_quote(directory)}"
         self.units.append({
-            "directory": directory, "links": links, "titles": len(titles), "of_links": of_links,
+            "directory": directory, "links": links, "titles": titles, "of_links": of_links,
             "lot": lot, "accept": accept,
         })  # fmt: skip
+
+    # What was met of the links that are known, and what has vanished
+
+    def record_vanished(self) -> None:
+        """Mark as missing the links that a complete walk of their directories did not meet."""
+        walk, ignore = self.walk, self.watch.pool.ignore
+        walked = walk.walked_roots()
+        if walk.count_rows(walked) != walk.seen + len(walk.vanished):
+            walk.vanished += self.find_unmet(walked)
+        roots = {walk.job.roots[number].rstrip("/") or "/": number for number in walk.real}
+        gone: Dict[str, List[Tuple[int, str, str]]] = defaultdict(list)
+        ignored = []
+        for rowid, path, target in walk.vanished:
+            root = find_ancestor(path, roots) or "/"
+            real = walk.real[roots[root]] + path[len(root.rstrip("/")) :]
+            point = find_ancestor(real, self.unwell)
+            if find_ancestor(path, walk.unread) or point:
+                self.unmet.append((rowid,))
+                if point:
+                    walk.refusals[self.unwell[point]] += 1
+            elif ignore.active and ignore.matches_beneath(root, path):
+                ignored.append((rowid,))
+            else:
+                gone[root].append((rowid, path, target))
+        with transaction(self.conn):
+            self.conn.executemany("DELETE FROM symlinks WHERE rowid = ?", ignored)
+        expected = load_removed(self.conn) if gone else set()
+        for root, rows in gone.items():
+            self.judge_vanished(root, rows, expected)
+        self.writer.flush()
+
+    def judge_vanished(
+        self, root: str, rows: List[Tuple[int, str, str]], expected: Set[str]
+    ) -> None:
+        """Record the links that have vanished from a root, unless they are too many at once."""
+        targets = self.walk.new_targets
+
+        def is_accepted(path: str) -> bool:
+            is_held = self.walk.doubts.get(path, ("",))[0] == VANISHED
+            return is_held and any(is_under(path, directory) for directory in self.accepted)
+
+        moved = {path for _, path, target in rows if target in targets}
+        by_itself = [path for _, path, _ in rows
+            if path not in moved and path not in expected and not is_accepted(path)]  # fmt: skip
+        titles = len({path if os.path.dirname(path) == root else title_folder(path)
+            for path in by_itself})  # fmt: skip
+        present = self.walk.count_rows([root])
+        for path in moved:  # their doubts go on under their new names
+            self.writer.write(_CLEAR_DOUBT, path)
+        if titles >= GUARD_TITLES and len(by_itself) > self.share * present and self.share < 1.0:
+            self.unmet += [(row[0],) for row in rows]
+            self.add_unit(root, len(by_itself), titles, present, len(by_itself))
+            self.units[-1]["vanished"] = True
+            for path in by_itself:
+                self.writer.write(_WRITE_DOUBT, path, VANISHED, "", "", "", "", None, self.now)
+            return
+        self.writer.changes["vanished"] += len(rows)
+        # Not _WRITE_LINK: what is missing was not seen now.
+        update = "UPDATE symlinks SET status = 'missing', last_status = 'missing' WHERE rowid = ?"
+        with transaction(self.conn):
+            _write_events(self.conn, (link_event(p, t, "vanished", MISSING) for _, p, t in rows))
+            self.conn.executemany(update, [(row[0],) for row in rows])
+
+    def find_unmet(self, roots: Iterable[str]) -> List[Tuple[int, str, str]]:
+        """Return (rowid, path, target) of the links of directories that were not visited."""
+        walk, found = self.walk, []
+        known = {path for _, path, _ in walk.vanished}
+
+        def folder_of(name: Union[str, bytes]) -> Union[str, bytes]:
+            return to_db(os.path.dirname(from_db(name)))
+
+        self.conn.create_function("folder_of", 1, folder_of)
+        for place, values in (beneath(root, "s.path") for root in roots):
+            select = f"""SELECT s.rowid, s.path, s.last_target, coalesce(d.rowid, 0) FROM symlinks s
+                LEFT JOIN directories d ON d.path = folder_of(s.path)
+                WHERE {place} AND s.status IS NOT 'missing' AND s.rowid <= ?"""
+            for rowid, name, target, folder in self.conn.execute(select, [*values, walk.last_link]):
+                path, is_new = from_db(name), folder > walk.last_folder
+                is_met = is_new or walk.visited[folder // 8] >> folder % 8 & 1
+                if not is_met and path not in known:
+                    found.append((rowid, path, from_db(target)))
+        # Should they come back, their directories are to be read; nor do the good links of one that
+        # has gone speak for any place.
+        update = "UPDATE directories SET mark = NULL, targets = NULL WHERE path = ?"
+        folders = {folder_of(to_db(path)) for _, path, _ in found}
+        with transaction(self.conn):
+            self.conn.executemany(update, [(folder,) for folder in folders])
+        return found
+
+    def record_seen(self) -> None:
+        """Move on what tells of the links and mounts when they were last seen, and of the losses
+        whether they are still gone.
+        """
+        with transaction(self.conn):
+            self.conn.execute("CREATE TEMP TABLE IF NOT EXISTS unmet (id INTEGER PRIMARY KEY)")
+            self.conn.execute("DELETE FROM temp.unmet")
+            self.conn.executemany("INSERT OR IGNORE INTO temp.unmet VALUES (?)", self.unmet)
+            if self.walk.real:
+                within, values = beneath_any(self.walk.walked_roots())
+                update = f"""UPDATE symlinks SET last_seen_utc = ? WHERE rowid <= ? AND {within}
+                    AND status IS NOT 'missing'"""
+                if self.unmet:
+                    update += " AND rowid NOT IN (SELECT id FROM temp.unmet)"
+                self.conn.execute(update, [self.now, self.walk.last_link, *values])
+            self.remember_mounts()
+            for statement in _SETTLE_LOSSES:
+                self.conn.execute(statement, {"now": self.now})
+
+    def remember_mounts(self) -> None:
+        """Remember the mounts on which good targets, or the library itself, live."""
+        types = read_mounts()
+        points = {point for point in self.good if point in types}
+        for real in self.walk.real.values():
+            # Its links vanish with what the library itself lives on.
+            points |= {p for p in types if is_under(p, real) or is_under(real, p)}
+        rows = [
+            (to_db(point), types[point], self.good[point], self.now, self.now)
+            for point in points - {"/"}
+            if types[point] != "autofs" and point not in self.unwell
+        ]
+        insert = """INSERT INTO mounts VALUES (?, ?, ?, ?, ?) ON CONFLICT(mount_point) DO UPDATE
+            SET last_seen_utc = excluded.last_seen_utc,
+            good_targets = coalesce(nullif(excluded.good_targets, 0), good_targets)"""
+        self.conn.executemany(insert, rows)
 
     # The result
 
@@ -4283,14 +4292,18 @@ class Judgement:
         """Return how the mounts are that matter to this scan."""
         used = {*self.good, *self.loss_mounts, *self.walk.blocked}
         found: Dict[str, Tuple[str, str, str]] = {}
-        for mount in self.watch.mounts:
-            is_shown = mount.role == "check" or mount.point in used
-            is_shown = is_shown or (mount.state != HEALTHY and self.watch.is_used(mount.point))
-            if is_shown and found.get(mount.point, ("", HEALTHY))[1] == HEALTHY:
-                found[mount.point] = mount.fs_type, mount.state, mount.reason
+
+        def add(point: str, fs_type: str, state: str, reason: str) -> None:
+            if found.get(point, ("", HEALTHY))[1] == HEALTHY:
+                found[point] = fs_type, state, reason
+
+        for state, reason, point, fs_type, role in self.watch.mounts:
+            is_shown = role == "check" or point in used
+            if is_shown or (state != HEALTHY and self.watch.is_used(point)):
+                add(point, fs_type, state, reason)
         for point, (state, reason) in self.watch.pool.sealed.items():
-            if point in self.watch.types and found.get(point, ("", HEALTHY))[1] == HEALTHY:
-                found[point] = (self.watch.types[point], state, reason)
+            if point in self.watch.types:
+                add(point, self.watch.types[point], state, reason)
         for point in used & set(self.watch.types):
             found.setdefault(point, (self.watch.types[point], HEALTHY, ""))
         names = ("mount_point", "fs_type", "state", "reason")
@@ -4301,22 +4314,20 @@ class Judgement:
         walk, mounts = self.walk, self.list_mounts()
         for mount in mounts:
             if mount["state"] != HEALTHY:
-                walk.refuse(mount["reason"])
+                walk.refusals[mount["reason"]] += 0
         totals = {name: sum(root[name] for root in walk.roots) for name in _TALLIED}
         failed = [root for root in walk.roots if root["state"] != "scanned"]
         apart = [*walk.walked_roots(), *(root["path"] for root in failed)]
-        missing = walk.count_missing(apart)
         code = EXIT_PARTIAL if failed or totals[UNREACHABLE] or walk.unread else EXIT_OK
         if failed == walk.roots:
             code = EXIT_FAILED
         if walk.refusals or self.units:
             code = EXIT_REFUSED
         for reason, count in walk.refusals.items():
-            what = (
-                f"{plural(count, 'link')} not judged" if count else "nothing beneath it is judged"
-            )
-            log.warning("%s; %s", reason, what)
+            what = f"{plural(count, 'link')} not judged"
+            log.warning("%s; %s", reason, what if count else "nothing beneath it is judged")
         changes = ("new", "newly_broken", "recovered", "vanished")
+        missing = walk.count_rows(apart, is_missing=True)
         return {
             "roots": walk.roots,
             "totals": {**totals, "missing": missing, "ignored": walk.ignored},
@@ -4331,146 +4342,6 @@ class Judgement:
             "refusals": list(walk.refusals),
             "exit_code": code,
         }
-
-
-class PresentLinks:
-    """What was met of the links that are known, and what has vanished."""
-
-    def __init__(self, judgement: Judgement) -> None:
-        self.judgement, self.walk, self.unwell = judgement, judgement.walk, judgement.unwell
-        self.conn, self.writer, self.now = self.walk.conn, self.walk.writer, self.walk.now
-        self.unseen: List[Tuple[int]] = []  # rows of links that were not met
-
-    def record_vanished(self) -> None:
-        """Mark as missing the links that a complete walk of their directories did not meet."""
-        walk = self.walk
-        ignore = walk.watch.pool.view.ignore
-        if self.walk.count_rows() != walk.seen + len(walk.vanished):
-            walk.vanished += self.find_unmet()
-        gone: Dict[int, List[Tuple[int, str, str]]] = defaultdict(list)
-        ignored = []
-        for row in walk.vanished:
-            rowid, path, _ = row
-            number = self.root_of(path)
-            real = walk.real[number] + path[len(walk.job.roots[number].rstrip("/")) :]
-            point = find_ancestor(real, self.unwell)
-            if find_ancestor(path, walk.unread) or point:
-                self.unseen.append((rowid,))
-                if point:
-                    walk.refuse(self.unwell[point], 1)
-            elif ignore.active and ignore.matches_beneath(walk.job.roots[number], path):
-                ignored.append((rowid,))
-            else:
-                gone[number].append(row)
-        with transaction(self.conn):
-            self.conn.executemany("DELETE FROM symlinks WHERE rowid = ?", ignored)
-        expected = load_removed(self.conn) if gone else set()
-        for number, rows in gone.items():
-            self.judge_vanished(walk.job.roots[number], rows, expected)
-        self.writer.flush()
-
-    def judge_vanished(
-        self, root: str, rows: List[Tuple[int, str, str]], expected: Set[str]
-    ) -> None:
-        """Record the links that have vanished from a root, unless they are too many at once."""
-        doubts, targets = self.walk.doubts, self.walk.new_targets
-        by_itself = [
-            (rowid, path)
-            for rowid, path, target in rows
-            if path not in expected and target not in targets
-            and not (doubts.get(path, ("",))[0] == VANISHED
-                and any(is_under(path, directory) for directory in self.judgement.accepted))
-        ]  # fmt: skip
-        titles = {title_folder(path) if os.path.dirname(path) != root.rstrip("/") else path
-            for _, path in by_itself}  # fmt: skip
-        present = self.walk.count_rows([root])
-        is_mass = len(titles) >= GUARD_TITLES and len(by_itself) > self.judgement.share * present
-        moved = [(to_db(path),) for _, path, target in rows if target in targets]
-        self.writer.cleared += moved  # their doubts go on under their new names
-        if is_mass and self.judgement.share < 1.0:
-            self.unseen += [(row[0],) for row in rows]
-            self.judgement.add_unit(root, len(by_itself), titles, present, len(by_itself))
-            self.judgement.units[-1]["vanished"] = True
-            held = [(to_db(path), VANISHED, *[""] * 4, None, self.now) for _, path in by_itself]
-            self.writer.doubts += held
-            return
-        self.writer.changes["vanished"] += len(rows)
-        # Not _WRITE_LINK: what is missing was not seen now.
-        update = "UPDATE symlinks SET status = 'missing', last_status = 'missing' WHERE rowid = ?"
-        with transaction(self.conn):
-            _write_events(self.conn, (link_event(p, t, "vanished", MISSING) for _, p, t in rows))
-            self.conn.executemany(update, [(row[0],) for row in rows])
-
-    def root_of(self, path: str) -> int:
-        roots = {root.rstrip("/") or "/": n for n, root in enumerate(self.walk.job.roots)
-            if n in self.walk.real}  # fmt: skip
-        return roots[find_ancestor(path, roots) or "/"]
-
-    def find_unmet(self) -> List[Tuple[int, str, str]]:
-        """Return (rowid, path, target) of the links of directories that were not visited."""
-        walk, found = self.walk, []
-        known = {path for _, path, _ in walk.vanished}
-        self.conn.create_function(
-            "folder_of", 1, lambda name: to_db(os.path.dirname(from_db(name)))
-        )
-        for root in self.walk.walked_roots():
-            place, values = beneath(root, "s.path")
-            select = f"""SELECT s.rowid, s.path, s.last_target, coalesce(d.rowid, 0) FROM symlinks s
-                LEFT JOIN directories d ON d.path = folder_of(s.path)
-                WHERE {place} AND s.status IS NOT 'missing' AND s.rowid <= ?"""
-            for rowid, name, target, folder in self.conn.execute(select, [*values, walk.last_link]):
-                path = from_db(name)
-                is_new = folder > walk.last_folder
-                is_met = is_new or walk.visited[folder // 8] >> folder % 8 & 1
-                if not is_met and path not in known:
-                    found.append((rowid, path, from_db(target)))
-        # Should they come back, their directories are to be read.
-        folders = {(to_db(os.path.dirname(path)),) for _, path, _ in found}
-        with transaction(self.conn):
-            # Nor do the good links of one that has gone speak for any place.
-            update = "UPDATE directories SET mark = NULL, targets = NULL WHERE path = ?"
-            self.conn.executemany(update, folders)
-        return found
-
-    def record_seen(self) -> None:
-        """Move on what tells of the links and mounts when they were last seen, and of the losses
-        whether they are still gone.
-        """
-        ranges = [beneath(root, "+path") for root in self.walk.walked_roots()]
-        with transaction(self.conn):
-            self.conn.execute("CREATE TEMP TABLE IF NOT EXISTS unseen (id INTEGER PRIMARY KEY)")
-            self.conn.execute("DELETE FROM temp.unseen")
-            insert = "INSERT OR IGNORE INTO temp.unseen VALUES (?)"
-            self.conn.executemany(insert, self.unseen)
-            if ranges:
-                where = " OR ".join(condition for condition, _ in ranges)
-                values = [value for _, some in ranges for value in some]
-                update = f"""UPDATE symlinks SET last_seen_utc = ? WHERE rowid <= ? AND ({where})
-                    AND status IS NOT 'missing'"""
-                if self.unseen:
-                    update += " AND rowid NOT IN (SELECT id FROM temp.unseen)"
-                self.conn.execute(update, [self.now, self.walk.last_link, *values])
-            self.remember_mounts()
-            for statement in _SETTLE_LOSSES:
-                self.conn.execute(statement, {"now": self.now})
-
-    def remember_mounts(self) -> None:
-        """Remember the mounts on which good targets, or the library itself, live."""
-        types = read_mounts()
-        points = {point for point in self.judgement.good if point in types}
-        for real in self.walk.real.values():
-            # Its links vanish with what the library itself lives on.
-            points |= {p for p in types if is_under(p, real) or is_under(real, p)}
-        rows = [
-            (to_db(point), types[point], self.judgement.good[point], self.now, self.now)
-            for point in points - {"/"}
-            if types[point] != "autofs" and point not in self.unwell
-        ]
-        insert = """INSERT INTO mounts VALUES (?, ?, ?, ?, ?) ON CONFLICT(mount_point) DO UPDATE
-            SET last_seen_utc = excluded.last_seen_utc,
-            good_targets = CASE WHEN excluded.good_targets THEN excluded.good_targets
-                ELSE good_targets END"""
-        self.conn.executemany(insert, rows)
 
 
 def describe_unit(unit: JsonObject) -> str:
@@ -4534,52 +4405,44 @@ def count_good(
     Library directories with a rowid above `newest` were met for the first time; of the rows that
     say ok, `unsettled` wait for their verdict.  Only folders `within` some roots count, if given.
     """
-
-    @functools.lru_cache(4096)
-    def above(real: str) -> Tuple[str, ...]:
-        found = []
-        for directory in ancestors(real):
-            if wanted is None or directory in wanted:
-                found.append(directory)
-            if directory in mounts:
-                break
-        return tuple(found)
+    places: Dict[str, Ground] = defaultdict(Ground)  # by the directory that holds the files
 
     def count(folder: str, head: str, real: str, links: int, is_flat: bool, is_fresh: bool) -> None:
-        for directory in above(real):
-            ground.good[directory] += links
-            ground.fresh[directory] += links * is_fresh
-            if is_flat:
-                ground.more_titles[directory] += links
-            else:
-                ground.titles.setdefault(directory, set()).add(title_folder(folder + "/"))
-            samples = ground.samples.setdefault(directory, [])
-            if len(samples) < SAMPLES:
-                samples.append((folder, head))
+        if within is not None and find_ancestor(folder, within) is None:
+            return
+        place = places[real]
+        place.good[real] += links
+        place.fresh[real] += links * is_fresh
+        if is_flat:
+            place.more_titles[real] += links
+        else:
+            place.titles.setdefault(real, set()).add(title_folder(folder + "/"))
+        place.samples.setdefault(real, []).append((folder, head))
 
     covered = 0
     for rowid, name, packed in conn.execute("SELECT rowid, path, targets FROM directories"):
         targets = marshal.loads(packed)[2] if packed else ()
-        if targets:
-            folder = from_db(name)
-            is_flat = is_flat_folder(folder, len({target[0] for target in targets}), roots)
-            covered += sum(links for *_, links in targets)
-            is_within = within is None or find_ancestor(folder, within) is not None
-            for head, _, real, links in targets if is_within else ():
-                count(folder, head, real, links, is_flat, rowid > newest)
+        folder = from_db(name)
+        is_flat = bool(targets) and is_flat_folder(folder, len({t[0] for t in targets}), roots)
+        for head, _, real, links in targets:
+            covered += links
+            count(folder, head, real, links, is_flat, rowid > newest)
     # Rows that no scan of this edition has met: the container's, another root's before an upgrade.
     total = conn.execute("SELECT count(*) FROM symlinks WHERE status = 'ok'").fetchone()[0]
     if covered + unsettled < total:
         folders = {row[0] for row in conn.execute("SELECT path FROM directories")}
-        for name, text in conn.execute(
-            "SELECT path, last_target FROM symlinks WHERE status = 'ok'"
-        ):
+        rows = conn.execute("SELECT path, last_target FROM symlinks WHERE status = 'ok'")
+        for name, text in rows:
             folder = os.path.dirname(from_db(name))
-            is_within = within is None or find_ancestor(folder, within) is not None
-            if is_within and to_db(folder) not in folders:
-                goal = os.path.normpath(os.path.join(folder, from_db(text)))
-                real = os.path.dirname(goal)
+            if to_db(folder) not in folders:
+                real = os.path.dirname(os.path.normpath(os.path.join(folder, from_db(text))))
                 count(folder, real, real, 1, False, False)
+    for real, place in places.items():
+        for directory in ancestors(real):
+            if wanted is None or directory in wanted:
+                ground.add(directory, real, place)
+            if directory in mounts:
+                break
 
 
 def find_unseen(
@@ -4627,7 +4490,7 @@ def plan_scan(
 ) -> ScanJob:  # fmt: skip
     """Return the job for some roots, by default those of the settings."""
     chosen = tuple(dict.fromkeys(roots or settings.roots))
-    return ScanJob(chosen, settings, tuple(all_roots), tuple(accept), full)
+    return ScanJob(chosen, settings, all_roots, accept, full)
 
 
 def forget_mount(conn: sqlite3.Connection, point: str) -> bool:
@@ -4733,7 +4596,7 @@ def good_links_in(conn: sqlite3.Connection, folder: str, head: str) -> List[str]
 def load_ground(conn: sqlite3.Connection, scan: Optional[str]) -> Ground:
     """Return what the whole database says about all directories, as of the last scan."""
     ground = Ground()
-    count_good(conn, ground, None, {"/": "", **read_mounts()}, (), 0)
+    count_good(conn, ground, None, read_mounts(), (), 0)
     return ground
 
 

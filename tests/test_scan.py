@@ -714,8 +714,8 @@ def test_the_lock_dies_with_a_killed_scan(
 
 def pool_that(answer: Callable[..., Any]) -> program.WorkerPool:
     """Return a pool whose workers answer requests of the kind 'ask' so."""
-    view = program.View({"/": "ext4"}, {}, 30.0, program.Ignore((), False))
-    return program.WorkerPool(view, answerers={"ask": answer})
+    settings = program.ScanSettings(ignore_defaults=False)
+    return program.WorkerPool({"/": "ext4"}, settings, {}, {"ask": answer})
 
 
 def test_a_worker_that_dies_is_missed() -> None:
