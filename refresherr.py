@@ -2210,9 +2210,7 @@ SLOW_SECONDS = 0.002  # a look-up that takes longer does not come from a local d
 SLOW_STREAK = 8  # so many in a row: the whole mount is slow, and listings are cheaper
 STUCK_LIMIT = 3  # paths that hang on a mount that answers, before it counts as unresponsive
 SLOW_DENIAL = 0.5  # seconds: an ENOENT that takes longer is a failure of the mount, too
-_SLOT = struct.Struct("=dq")  # since when a thread waits, and the length of the path behind it
-_TIME = struct.Struct("=d")
-SLOT_SIZE = _SLOT.size + 4096
+_SLOT = struct.Struct("=d4096s")  # since when a thread waits, and for which path
 
 HEALTHY, ABSENT, EMPTY, UNRESPONSIVE, ERROR = "healthy", "absent", "empty", "unresponsive", "error"
 
@@ -2313,39 +2311,31 @@ class Slots:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._memory = mmap.mmap(-1, count * SLOT_SIZE)
+        self._memory = mmap.mmap(-1, count * _SLOT.size)
         self._own = threading.local()
 
     def claim(self, number: int) -> None:
         """Make slot `number` that of the thread that calls."""
-        self._own.start = number * SLOT_SIZE
+        self._own.start = number * _SLOT.size
 
     def touch(self, path: Optional[str]) -> float:
         """Note what the thread is about to wait for: '' nothing, None the same as before.
 
         Returns the time.
         """
-        start, now = self._own.start, time.monotonic()
+        now = time.monotonic()
         if path is None:
-            self._memory[start : start + 8] = _TIME.pack(now)
-            return now
-        name = os.fsencode(path)[: SLOT_SIZE - _SLOT.size]
-        _SLOT.pack_into(self._memory, start, 0.0, 0)  # nobody is to read one with another's time
-        begin = start + _SLOT.size
-        self._memory[begin : begin + len(name)] = name
-        _SLOT.pack_into(self._memory, start, now if path else 0.0, len(name))
+            struct.pack_into("=d", self._memory, self._own.start, now)
+        else:
+            name = os.fsencode(path)
+            _SLOT.pack_into(self._memory, self._own.start, now if path else 0.0, name)
         return now
 
     def waiting(self) -> List[Tuple[str, float]]:
         """Return (path, since when) of all threads that wait for something."""
-        found = []
-        for start in range(0, self.count * SLOT_SIZE, SLOT_SIZE):
-            since, length = _SLOT.unpack_from(self._memory, start)
-            begin = start + _SLOT.size
-            name = self._memory[begin : begin + length]
-            if since and (since, length) == _SLOT.unpack_from(self._memory, start):
-                found.append((os.fsdecode(name), since))
-        return found
+        slots = [_SLOT.unpack(self._memory[start : start + _SLOT.size])
+            for start in range(0, self.count * _SLOT.size, _SLOT.size)]  # fmt: skip
+        return [(os.fsdecode(name.rstrip(b"\0")), since) for since, name in slots if since]
 
 
 class Looker:
@@ -3176,14 +3166,15 @@ class Ground:
     # Some library directories with good links into each directory, and how these links put it.
     samples: Dict[str, List[Tuple[str, str]]] = dataclasses.field(default_factory=dict)
 
-    def add(self, directory: str, real: str, place: Ground) -> None:
-        """Count for a directory what is known of one beneath it."""
-        self.good[directory] += place.good[real]
-        self.fresh[directory] += place.fresh[real]
-        self.more_titles[directory] += place.more_titles[real]
-        self.titles.setdefault(directory, set()).update(place.titles.get(real, ()))
+    def add(self, directory: str, place: str, places: Ground) -> None:
+        """Count for a directory what is known of a place beneath it."""
+        for mine, its in ((self.good, places.good), (self.fresh, places.fresh),
+            (self.more_titles, places.more_titles)):  # fmt: skip
+            if place in its:
+                mine[directory] += its[place]
+        self.titles.setdefault(directory, set()).update(places.titles.get(place, ()))
         samples = self.samples.setdefault(directory, [])
-        samples += place.samples[real][: SAMPLES - len(samples)]
+        samples += places.samples[place][: SAMPLES - len(samples)]
 
     def is_wide(self, directory: str) -> bool:
         """Tell whether links of two titles lead into a directory, good or lost."""
@@ -3428,7 +3419,6 @@ def guard_doubt(directory: str) -> Doubt:
 BATCH = 8000  # rows in one transaction
 ROWS_AT_ONCE = 100  # in one statement
 LOOKS = 4  # at what was gone, as long as mounts come and go
-DOUBTFUL = 50000  # links that are looked at again; more than that is the guard's business
 FULL_READING = 64  # scans in which every directory is read in full once
 SAMPLE = 100  # directories that `doctor` looks at
 SAMPLES, WITNESSES = 3, 4  # library directories, and good links of each, that speak for a place
@@ -3444,8 +3434,8 @@ class ScanJob:
     held by an earlier scan, are confirmed; with `full` every directory is read.
     """
 
-    roots: Sequence[str]
     settings: ScanSettings
+    roots: Sequence[str]
     all_roots: Sequence[str] = ()
     accept: Sequence[str] = ()
     full: bool = False
@@ -3750,13 +3740,15 @@ class Walk:
                 self.real.pop(number, None)
 
     def run(self, progress: Callable[[str], None]) -> None:
-        """Visit all that is to be visited."""
-        for request, answer in self.watch.pool.run(self.next_request):
-            self.take(self.asked.pop(request[1]), Visit(*answer))
-            self.writer.flush(BATCH)
-            progress(f"{sum(root['examined'] for root in self.roots):,} links examined")
-        self.take_odd()
-        self.writer.flush()
+        """Visit all that is to be visited; one that is interrupted keeps what it has seen."""
+        try:
+            for request, answer in self.watch.pool.run(self.next_request):
+                self.take(self.asked.pop(request[1]), Visit(*answer))
+                self.writer.flush(BATCH)
+                progress(f"{sum(root['examined'] for root in self.roots):,} links examined")
+            self.take_odd()
+        finally:
+            self.writer.flush()
 
     def next_request(self) -> Optional[Request]:
         """Return what is to be visited next, None if that is nothing for now."""
@@ -3999,13 +3991,10 @@ class Judgement:
         for _ in range(LOOKS if pending else 0):
             has_changed = watch_mounts()
             self.watch.restart()
-            looks = self.watch.look(itertools.islice(pending, DOUBTFUL))
+            looks = self.watch.look(pending)
             self.watch.probe()  # a mount may have gone while its targets were looked for
             if not has_changed():
                 break
-        for path, link in itertools.islice(pending.items(), DOUBTFUL, None):
-            missing, goal, mount = link.where
-            looks[path] = Look(path, GONE, missing=missing, goal=goal, mount=mount)
         return looks
 
     def find_remounted(self) -> Dict[str, str]:
@@ -4045,8 +4034,9 @@ class Judgement:
             )  # fmt: skip
             count(ground)
             walked = {root.rstrip("/") or "/" for root in self.walk.walked_roots()}
-            folders = self.conn.execute("SELECT path FROM directories WHERE targets IS NOT NULL")
-            if any(find_ancestor(from_db(row[0]), walked) is None for row in folders):
+            within, values = beneath_any(sorted(walked))
+            select = f"SELECT path FROM directories WHERE targets IS NOT NULL AND NOT {within}"
+            if any(from_db(row[0]) not in walked for row in self.conn.execute(select, values)):
                 self.seen = dataclasses.replace(
                     ground, good=Counter(), fresh=Counter(), titles={}, more_titles=Counter(),
                     samples={},
@@ -4405,19 +4395,19 @@ def count_good(
     Library directories with a rowid above `newest` were met for the first time; of the rows that
     say ok, `unsettled` wait for their verdict.  Only folders `within` some roots count, if given.
     """
-    places: Dict[str, Ground] = defaultdict(Ground)  # by the directory that holds the files
+    places = Ground()  # by the very directory that holds the files
 
     def count(folder: str, head: str, real: str, links: int, is_flat: bool, is_fresh: bool) -> None:
         if within is not None and find_ancestor(folder, within) is None:
             return
-        place = places[real]
-        place.good[real] += links
-        place.fresh[real] += links * is_fresh
+        places.good[real] += links
+        if is_fresh:
+            places.fresh[real] += links
         if is_flat:
-            place.more_titles[real] += links
+            places.more_titles[real] += links
         else:
-            place.titles.setdefault(real, set()).add(title_folder(folder + "/"))
-        place.samples.setdefault(real, []).append((folder, head))
+            places.titles.setdefault(real, set()).add(title_folder(folder + "/"))
+        places.samples.setdefault(real, []).append((folder, head))
 
     covered = 0
     for rowid, name, packed in conn.execute("SELECT rowid, path, targets FROM directories"):
@@ -4437,10 +4427,10 @@ def count_good(
             if to_db(folder) not in folders:
                 real = os.path.dirname(os.path.normpath(os.path.join(folder, from_db(text))))
                 count(folder, real, real, 1, False, False)
-    for real, place in places.items():
+    for real in places.good:
         for directory in ancestors(real):
             if wanted is None or directory in wanted:
-                ground.add(directory, real, place)
+                ground.add(directory, real, places)
             if directory in mounts:
                 break
 
@@ -4482,15 +4472,6 @@ def scan_library(
         if collecting:
             gc.enable()
     return {**result, "duration_seconds": round(time.monotonic() - started, 3)}
-
-
-def plan_scan(
-    settings: ScanSettings, roots: Sequence[str] = (), accept: Sequence[str] = (),
-    full: bool = False, all_roots: Sequence[str] = (),
-) -> ScanJob:  # fmt: skip
-    """Return the job for some roots, by default those of the settings."""
-    chosen = tuple(dict.fromkeys(roots or settings.roots))
-    return ScanJob(chosen, settings, all_roots, accept, full)
 
 
 def forget_mount(conn: sqlite3.Connection, point: str) -> bool:
@@ -9773,9 +9754,9 @@ def run_scan(context: Context) -> JsonObject:
         for point in args.forget_mount:
             if not forget_mount(conn, os.path.abspath(point)):
                 raise UsageError(f"{point} is not a remembered mount point")
-        accept = ["/"] if args.accept_breakage else map(os.path.abspath, args.accept)
-        job = plan_scan(settings, accept=list(accept), full=args.full,
-            all_roots=context.config.all_roots)  # fmt: skip
+        accept = ["/"] if args.accept_breakage else list(map(os.path.abspath, args.accept))
+        roots = tuple(dict.fromkeys(settings.roots))
+        job = ScanJob(settings, roots, context.config.all_roots, accept, args.full)
         result = scan_library(conn, job, context.progress)
         if args.exit_code and result["exit_code"] == EXIT_OK and result["totals"]["broken"]:
             result["exit_code"] = EXIT_BROKEN
