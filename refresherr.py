@@ -3951,7 +3951,6 @@ class Judgement:
         self.removed: List[Loss] = []  # the same, and the links are gone themselves
         self.units: List[JsonObject] = []
         self.told: Dict[str, str] = {}  # what is said of losses without a witness, by directory
-        self.unmet: List[Tuple[int]] = []  # rows of links that were not met and stay as they are
         accept = self.walk.job.accept
         real = self.watch.pool.ask_all([("root", path, False) for path in accept])
         self.accepted = [path for path in (*accept, *(answer[2] for answer in real)) if path]
@@ -3979,8 +3978,9 @@ class Judgement:
             self.settle(link, status, reason, link.where[2])
         self.judge(pending, looks, ground)
         self.writer.flush()
-        self.record_vanished()
-        self.record_seen()
+        present = PresentLinks(self)
+        present.record_vanished()
+        present.record_seen()
 
     def look_again(self, pending: Mapping[str, LostLink]) -> Dict[str, Look]:
         """Look once more, all anew: a mount may have been away for a moment.
@@ -4152,11 +4152,74 @@ class Judgement:
             "lot": lot, "accept": accept,
         })  # fmt: skip
 
-    # What was met of the links that are known, and what has vanished
+    def list_mounts(self) -> List[JsonObject]:
+        """Return how the mounts are that matter to this scan."""
+        used = {*self.good, *self.loss_mounts, *self.walk.blocked}
+        found: Dict[str, Tuple[str, str, str]] = {}
+
+        def add(point: str, fs_type: str, state: str, reason: str) -> None:
+            if found.get(point, ("", HEALTHY))[1] == HEALTHY:
+                found[point] = fs_type, state, reason
+
+        for state, reason, point, fs_type, role in self.watch.mounts:
+            is_shown = role == "check" or point in used
+            if is_shown or (state != HEALTHY and self.watch.is_used(point)):
+                add(point, fs_type, state, reason)
+        for point, (state, reason) in self.watch.pool.sealed.items():
+            if point in self.watch.types:
+                add(point, self.watch.types[point], state, reason)
+        for point in used & set(self.watch.types):
+            found.setdefault(point, (self.watch.types[point], HEALTHY, ""))
+        names = ("mount_point", "fs_type", "state", "reason")
+        return [dict(zip(names, (point, *found[point]))) for point in sorted(found)]
+
+    def to_json(self) -> JsonObject:
+        """Return the scan's result as the commands show it, with its exit code."""
+        walk, mounts = self.walk, self.list_mounts()
+        for mount in mounts:
+            if mount["state"] != HEALTHY:
+                walk.refusals[mount["reason"]] += 0
+        totals = {name: sum(root[name] for root in walk.roots) for name in _TALLIED}
+        failed = [root for root in walk.roots if root["state"] != "scanned"]
+        apart = [*walk.walked_roots(), *(root["path"] for root in failed)]
+        code = EXIT_PARTIAL if failed or totals[UNREACHABLE] or walk.unread else EXIT_OK
+        if failed == walk.roots:
+            code = EXIT_FAILED
+        if walk.refusals or self.units:
+            code = EXIT_REFUSED
+        for reason, count in walk.refusals.items():
+            what = f"{plural(count, 'link')} not judged"
+            log.warning("%s; %s", reason, what if count else "nothing beneath it is judged")
+        changes = ("new", "newly_broken", "recovered", "vanished")
+        missing = walk.count_rows(apart, is_missing=True)
+        return {
+            "roots": walk.roots,
+            "totals": {**totals, "missing": missing, "ignored": walk.ignored},
+            "changes": {name: self.writer.changes[name] for name in changes},
+            "mounts": mounts,
+            "guard": {
+                "tripped": bool(self.units),
+                "held_back": sum(unit["links"] for unit in self.units),
+                "reason": "; ".join(map(describe_unit, self.units)),
+                "units": self.units,
+            },
+            "refusals": list(walk.refusals),
+            "exit_code": code,
+        }
+
+
+class PresentLinks:
+    """What was met of the links that are known, and what has vanished."""
+
+    def __init__(self, judgement: Judgement) -> None:
+        self.judgement, self.walk, self.unwell = judgement, judgement.walk, judgement.unwell
+        self.share, self.accepted = judgement.share, judgement.accepted
+        self.conn, self.writer, self.now = self.walk.conn, self.walk.writer, self.walk.now
+        self.unmet: List[Tuple[int]] = []  # rows of links that were not met and stay as they are
 
     def record_vanished(self) -> None:
         """Mark as missing the links that a complete walk of their directories did not meet."""
-        walk, ignore = self.walk, self.watch.pool.ignore
+        walk, ignore = self.walk, self.walk.watch.pool.ignore
         walked = walk.walked_roots()
         if walk.count_rows(walked) != walk.seen + len(walk.vanished):
             walk.vanished += self.find_unmet(walked)
@@ -4202,8 +4265,8 @@ class Judgement:
             self.writer.write(_CLEAR_DOUBT, path)
         if titles >= GUARD_TITLES and len(by_itself) > self.share * present and self.share < 1.0:
             self.unmet += [(row[0],) for row in rows]
-            self.add_unit(root, len(by_itself), titles, present, len(by_itself))
-            self.units[-1]["vanished"] = True
+            self.judgement.add_unit(root, len(by_itself), titles, present, len(by_itself))
+            self.judgement.units[-1]["vanished"] = True
             for path in by_itself:
                 self.writer.write(_WRITE_DOUBT, path, VANISHED, "", "", "", "", None, self.now)
             return
@@ -4262,12 +4325,12 @@ class Judgement:
     def remember_mounts(self) -> None:
         """Remember the mounts on which good targets, or the library itself, live."""
         types = read_mounts()
-        points = {point for point in self.good if point in types}
+        points = {point for point in self.judgement.good if point in types}
         for real in self.walk.real.values():
             # Its links vanish with what the library itself lives on.
             points |= {p for p in types if is_under(p, real) or is_under(real, p)}
         rows = [
-            (to_db(point), types[point], self.good[point], self.now, self.now)
+            (to_db(point), types[point], self.judgement.good[point], self.now, self.now)
             for point in points - {"/"}
             if types[point] != "autofs" and point not in self.unwell
         ]
@@ -4275,63 +4338,6 @@ class Judgement:
             SET last_seen_utc = excluded.last_seen_utc,
             good_targets = coalesce(nullif(excluded.good_targets, 0), good_targets)"""
         self.conn.executemany(insert, rows)
-
-    # The result
-
-    def list_mounts(self) -> List[JsonObject]:
-        """Return how the mounts are that matter to this scan."""
-        used = {*self.good, *self.loss_mounts, *self.walk.blocked}
-        found: Dict[str, Tuple[str, str, str]] = {}
-
-        def add(point: str, fs_type: str, state: str, reason: str) -> None:
-            if found.get(point, ("", HEALTHY))[1] == HEALTHY:
-                found[point] = fs_type, state, reason
-
-        for state, reason, point, fs_type, role in self.watch.mounts:
-            is_shown = role == "check" or point in used
-            if is_shown or (state != HEALTHY and self.watch.is_used(point)):
-                add(point, fs_type, state, reason)
-        for point, (state, reason) in self.watch.pool.sealed.items():
-            if point in self.watch.types:
-                add(point, self.watch.types[point], state, reason)
-        for point in used & set(self.watch.types):
-            found.setdefault(point, (self.watch.types[point], HEALTHY, ""))
-        names = ("mount_point", "fs_type", "state", "reason")
-        return [dict(zip(names, (point, *found[point]))) for point in sorted(found)]
-
-    def to_json(self) -> JsonObject:
-        """Return the scan's result as the commands show it, with its exit code."""
-        walk, mounts = self.walk, self.list_mounts()
-        for mount in mounts:
-            if mount["state"] != HEALTHY:
-                walk.refusals[mount["reason"]] += 0
-        totals = {name: sum(root[name] for root in walk.roots) for name in _TALLIED}
-        failed = [root for root in walk.roots if root["state"] != "scanned"]
-        apart = [*walk.walked_roots(), *(root["path"] for root in failed)]
-        code = EXIT_PARTIAL if failed or totals[UNREACHABLE] or walk.unread else EXIT_OK
-        if failed == walk.roots:
-            code = EXIT_FAILED
-        if walk.refusals or self.units:
-            code = EXIT_REFUSED
-        for reason, count in walk.refusals.items():
-            what = f"{plural(count, 'link')} not judged"
-            log.warning("%s; %s", reason, what if count else "nothing beneath it is judged")
-        changes = ("new", "newly_broken", "recovered", "vanished")
-        missing = walk.count_rows(apart, is_missing=True)
-        return {
-            "roots": walk.roots,
-            "totals": {**totals, "missing": missing, "ignored": walk.ignored},
-            "changes": {name: self.writer.changes[name] for name in changes},
-            "mounts": mounts,
-            "guard": {
-                "tripped": bool(self.units),
-                "held_back": sum(unit["links"] for unit in self.units),
-                "reason": "; ".join(map(describe_unit, self.units)),
-                "units": self.units,
-            },
-            "refusals": list(walk.refusals),
-            "exit_code": code,
-        }
 
 
 def describe_unit(unit: JsonObject) -> str:

@@ -160,6 +160,32 @@ def test_a_branch_of_a_union_within_a_union(
             subprocess.run(["umount", "-l", str(point)], check=False)
 
 
+@needs_mergerfs
+def test_a_branch_of_a_union_of_which_only_a_directory_is_mounted(
+    mount: Path, tmp_path: Path, refresherr: Refresherr
+) -> None:
+    """A container is often given a directory of the union, in which there is no `.mergerfs`."""
+    media, disk, union, inside = (tmp_path / n for n in ("media", "disk", "union", "inside"))
+    for folder in (disk, union, inside):
+        folder.mkdir()
+    for number in range(200):
+        name, branch = f"shows/S{number}/e.mkv", mount if number < 8 else disk
+        link(media / f"Show {number}/e.mkv", branch / name)
+        (media / f"Show {number}/e.mkv").unlink()
+        (media / f"Show {number}/e.mkv").symlink_to(inside / name[len("shows/") :])
+    options = "cache.attr=0,cache.entry=0,cache.negative_entry=0"
+    try:
+        subprocess.run(["mergerfs", "-o", options, f"{mount}:{disk}", str(union)], check=True)
+        subprocess.run(["mount", "--bind", str(union / "shows"), str(inside)], check=True)
+        assert refresherr("scan", media).code == 0
+        subprocess.run(["umount", "-l", str(mount)], check=True)
+        assert refresherr("scan", media).code == 4
+        assert counts(refresherr)["broken"] == 0
+    finally:
+        for point in (inside, union):
+            subprocess.run(["umount", "-l", str(point)], check=False)
+
+
 def test_a_known_loss_is_not_repaired_while_its_whole_folder_is_away(
     mount: Path, tmp_path: Path, refresherr: Refresherr
 ) -> None:
