@@ -2903,8 +2903,9 @@ class WorkerPool:
         """
         while True:
             self._send(source, at_once)
-            if not any(process.batches for process in self._processes.values()):
-                return
+            batches = (b for process in self._processes.values() for b in process.batches.values())
+            if all(batch[0][0] == "alive" for batch in batches):
+                return  # nobody waits for what only tells whether a mount answers
             yield from self._receive()
             self._check_hangs()
 
