@@ -3099,6 +3099,7 @@ MANY_TITLES = 10  # so many, and a quarter of the share is enough
 FEW_OF_PLACE = 0.05  # less than this of a place's titles is no provider's folder
 FRESH_SHARE = 0.5  # the guard's share while most links were never judged before
 DEEP = 3  # a directory missing so many levels above the file needs to have been seen once
+SAMPLES, WITNESSES = 3, 4  # library directories, and good links of each, that speak for a place
 CONTRADICTION, UNWELL, BARE, NO_WITNESS, GUARD, VANISHED, ACCEPTED = (
     "contradiction", "mount", "empty", "witness", "guard", "vanished", "accepted")  # fmt: skip
 
@@ -3422,7 +3423,6 @@ ROWS_AT_ONCE = 100  # in one statement
 LOOKS = 4  # at what was gone, as long as mounts come and go
 FULL_READING = 64  # scans in which every directory is read in full once
 SAMPLE = 100  # directories that `doctor` looks at
-SAMPLES, WITNESSES = 3, 4  # library directories, and good links of each, that speak for a place
 NEVER_JUDGED = "never judged: "  # `symlinks.error` begins so where no scan has seen the link good
 _TALLIED = ("examined", OK, BROKEN, UNREACHABLE)
 

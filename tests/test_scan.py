@@ -69,13 +69,6 @@ def eventually(condition: Callable[[], Any]) -> None:
         time.sleep(0.01)
 
 
-def row_count(refresherr: Refresherr) -> int:
-    try:
-        return int(refresherr.query("SELECT count(*) FROM symlinks")[0][0])
-    except sqlite3.OperationalError:
-        return 0  # not made yet
-
-
 # Every shape of link
 
 
