@@ -2205,6 +2205,7 @@ CACHE_SIZE = 20000  # directories that a worker remembers
 YOUNG_NS = 2 * 10**9  # a directory changed so lately may change again within the same time stamp
 WORTH_LISTING = 3  # so many names in a directory: one listing costs less than asking for each
 EVERYTHING = 1 << 40  # names that are wanted of a directory, where all are
+NO_MARK = "-"  # in the database, of a directory that nothing vouches for
 UNVOUCHED = 100  # links of a directory that are looked at by themselves in each scan
 SLOW_SECONDS = 0.002  # a look-up that takes longer does not come from a local disk's cache
 SLOW_STREAK = 8  # so many in a row: the whole mount is slow, and listings are cheaper
@@ -2493,7 +2494,7 @@ class Looker:
 
     def read(self, path: str, place: Location) -> Visit:
         """Return what is found in a directory that is read in full."""
-        mark = place.mark or ""
+        mark = NO_MARK if place.mark is None else place.mark
         folders, names, ignored = self.ask(self.list_library, path, place.mount)
         prefix = path.rstrip("/") + "/"
         texts: List[str] = []
@@ -2511,7 +2512,7 @@ class Looker:
         unvouched = [(names[n], texts[n], n not in odd or odd[n][0] == FOUND_BY_CHAIN)
             for n in sorted(loose.union(odd))]  # fmt: skip
         if len(unvouched) > UNVOUCHED:
-            mark, unvouched = "", []
+            mark, unvouched = NO_MARK, []
         packed = marshal.dumps((folders, len(names), targets, unvouched), 2)
         rows = [(names[n], texts[n], *finding) for n, finding in odd.items()]
         # What a title is depends on them, where something is lost.
