@@ -45,6 +45,7 @@ of the schema document (``get_connection``, ``record_symlink``, ``enqueue_action
 from __future__ import annotations
 
 import argparse
+import binascii
 import codecs
 import configparser
 import contextlib
@@ -78,7 +79,6 @@ import traceback
 import unicodedata
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
-from concurrent.futures import Future
 
 # isort: off
 # fmt: off
@@ -5948,7 +5948,7 @@ MAX_BODY = 8 << 20  # bytes of an answer
 MAX_LIST = 4 << 30  # bytes of the list of all that a server has
 MAX_ELEMENT = 1 << 20  # bytes of one series or movie in it
 MAX_ERROR = 300  # characters of a server's own words
-KEPT_ALIVE = 10.0  # seconds for which an unused connection, with its thread, waits for work
+KEPT_ALIVE = 10.0  # seconds for which an unused connection is good for another request
 RETRY_STATUSES = (408, 425, 429)
 DENIED = (401, 403)  # by the server, or by a proxy before it
 
@@ -5978,46 +5978,6 @@ class Call(NamedTuple):
 HttpAnswer = Tuple[int, str, Any]  # status, content type, the whole body as a file
 
 
-class _Line(threading.Thread):
-    """A connection that is kept alive, with a thread that sends one request after the other.
-
-    Only because of the thread the look-up of a name, or a byte a second, has an end for the caller.
-    """
-
-    def __init__(self, client: Client) -> None:
-        super().__init__(daemon=True)
-        self.client, self.connection = client, None  # type: Client, Any
-        self.jobs: queue.SimpleQueue[Tuple[Future[HttpAnswer], Tuple[Any, ...]]] = (
-            queue.SimpleQueue()
-        )
-        self.start()
-
-    def run(self) -> None:
-        while True:
-            try:
-                future, job = self.jobs.get(timeout=KEPT_ALIVE)
-            except queue.Empty:
-                with contextlib.suppress(ValueError):  # it is wanted this very moment
-                    self.client.idle.remove(self)
-                    self.close()
-                    return
-                continue
-            result: Any = None
-            try:
-                result = self.client.send_over(self, *job)
-            except BaseException as exc:
-                self.close()
-                result = exc
-            self.client.idle.append(self)  # first: who waits may have the next request
-            is_error = isinstance(result, BaseException)
-            (future.set_exception if is_error else future.set_result)(result)
-
-    def close(self) -> None:
-        if self.connection:
-            self.connection.close()
-        self.connection = None
-
-
 class Client:
     """Talks to one configured address, named `name` in messages, and to no other.
 
@@ -6028,23 +5988,13 @@ class Client:
     """
 
     def __init__(
-        self,
-        name: str,
-        url: str,
-        timeout: float,
-        headers: Mapping[str, str],
-        token: str = "",
-        hidden: bool = False,
-        ca_file: str = "",
-        list_timeout: float = 120.0,
-    ) -> None:
-        import base64
-
-        userinfo = re.match(r"(?i)https?://([^/]*)@", url)
+        self, name: str, url: str, timeout: float, headers: Mapping[str, str], token: str = "",
+        hidden: bool = False, ca_file: str = "", list_timeout: float = 120.0,
+    ) -> None:  # fmt: skip
         self.name, self.timeout, self.list_timeout = name, timeout, list_timeout
         self.url = self._address = strip_secrets(url)  # the first is for messages
         self._query, self._ca_file, self._tls = "", ca_file, None  # type: str, str, Any
-        self.idle: List[_Line] = []
+        self._idle: queue.SimpleQueue[Tuple[float, Any]] = queue.SimpleQueue()
         secrets = [token]
         for value in headers.values():
             secrets += [value, *(part for part in re.split(r"[\s;=,]+", value) if len(part) > 7)]
@@ -6055,11 +6005,11 @@ class Client:
             self.url = f"{scheme}//{host}/***"
             secrets += parts
         self._headers = {"User-Agent": f"Refresherr/{__version__}", "Accept": "application/json"}
+        userinfo = re.match(r"(?i)https?://([^/]*)@", url)
         if userinfo:
-            login = base64.b64encode(unquote(userinfo.group(1)).encode()).decode()
+            login = binascii.b2a_base64(unquote(userinfo[1]).encode(), newline=False).decode()
             self._headers["Authorization"] = f"Basic {login}"
-            password = userinfo.group(1).partition(":")[2]
-            secrets += [login, password, unquote(password)]
+            secrets += [login, userinfo[1].partition(":")[2]]
         self._headers.update(headers)
         forms = {form(text) for text in secrets for form in (str, unquote, quote, quote_plus)}
         longest_first = sorted(filter(None, forms), key=len, reverse=True)
@@ -6071,13 +6021,9 @@ class Client:
         Raises HttpError, also where GET and POST are answered with something else than JSON.
         """
         status, kind, stream = self.start(Call(method, path, query, body))()
-        content = stream.read()
-        if "json" not in kind and (method in ("GET", "POST") or content.strip()):
-            raise self._not_json(path, kind)
-        try:
-            result = json.loads(content) if content.strip() else None
-        except (ValueError, RecursionError):
-            raise HttpError(f"{self.name}: the JSON of {path} is damaged", retry=True) from None
+        content = stream.read().strip()
+        with self._expect_json(path, kind if content or method in ("GET", "POST") else "json"):
+            result = json.loads(content) if content else None
         if method == "POST" and status != 201:
             raise HttpError(f"{self.name}: {path} answered {status} and not 201, created", status)
         return result
@@ -6089,21 +6035,8 @@ class Client:
         wait = self.start(Call("GET", path, query), is_list=True)
 
         def elements(kind: str, stream: Any) -> Iterator[Any]:
-            if "json" not in kind:
-                raise self._not_json(path, kind)
-            stream.seek(0, os.SEEK_END)
-            size = stream.tell()
-            stream.seek(0)
-            try:
-                if size > MAX_ELEMENT:
-                    yield from iterate_json(stream)
-                    return
-                elements = json.loads(stream.read())
-                if not isinstance(elements, list):
-                    raise ValueError
-                yield from elements
-            except (ValueError, RecursionError):
-                raise HttpError(f"{self.name}: the JSON of {path} is damaged", retry=True) from None
+            with self._expect_json(path, kind):
+                yield from iterate_json(stream)
 
         return lambda: elements(*wait()[1:])
 
@@ -6115,36 +6048,48 @@ class Client:
             return status, json.loads(content)
         return status, content.decode("utf-8", "replace")
 
-    def _not_json(self, path: str, kind: str) -> HttpError:
-        kind = self.quote(kind.partition(";")[0]) or "nothing"
-        text = f"{self.name}: {self.url}{path} answered with {kind}, not with JSON"
-        return HttpError(f"{text}; is its url right, with the URL base if one is set?", retry=True)
+    @contextlib.contextmanager
+    def _expect_json(self, path: str, kind: str) -> Iterator[None]:
+        if "json" not in kind:
+            said = self.quote(kind.partition(";")[0]) or "nothing"
+            text = f"{self.name}: {self.url}{path} answered with {said}, not with JSON"
+            advice = "is its url right, with the URL base if one is set?"
+            raise HttpError(f"{text}; {advice}", retry=True)
+        try:
+            yield
+        except (ValueError, RecursionError):
+            raise HttpError(f"{self.name}: the JSON of {path} is damaged", retry=True) from None
 
     def start(self, call: Call, is_list: bool = False) -> Callable[[], HttpAnswer]:
-        """Send a request; return a function that waits for the answer, and raises HttpError."""
-        wait, whole = self.timeout, self.timeout
-        if is_list:
-            wait, whole = self.list_timeout, 3 * self.list_timeout
-        end = time.monotonic() + whole
-        future: Future[HttpAnswer] = Future()
-        try:
-            line = self.idle.pop()
-        except IndexError:
-            line = _Line(self)
-        line.jobs.put((future, (call, MAX_LIST if is_list else MAX_BODY, wait, end)))
+        """Send a request; return a function that waits for the answer, and raises HttpError.
+
+        Only because of the thread the look-up of a name, or a byte a second, has an end.
+        """
+        wait = self.list_timeout if is_list else self.timeout
+        end = time.monotonic() + wait * (3 if is_list else 1)
+        box: queue.SimpleQueue[Union[HttpAnswer, BaseException]] = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                box.put(self._send(call, MAX_LIST if is_list else MAX_BODY, wait, end))
+            except BaseException as exc:
+                box.put(self._explain(exc, is_list))
 
         def answer() -> HttpAnswer:
             try:
-                return future.result(max(0.0, end - time.monotonic()) + 0.1)
-            except Exception as exc:
-                error = self._explain(exc, is_list)
-                raise error from (None if isinstance(error, HttpError) else exc)
+                result = box.get(timeout=max(0.0, end - time.monotonic()) + 0.1)
+            except queue.Empty:
+                result = self._explain(TimeoutError(), is_list)
+            if isinstance(result, BaseException):
+                raise result
+            return result
 
+        threading.Thread(target=work, daemon=True).start()
         return answer
 
-    def send_over(self, line: _Line, call: Call, limit: int, wait: float, end: float) -> HttpAnswer:
-        """Send a request over a connection, a new one where it changes something: one that was
-        kept may be closed by now, and who knows then what has arrived?
+    def _send(self, call: Call, *limits: float) -> HttpAnswer:
+        """Send a request, over a new connection where it changes something: one that was kept may
+        be closed by now, and who knows then what has arrived?
         """
         # A name that is not UTF-8 goes into a query as its bytes; JSON can only hold a ? for it.
         query = urlencode(call.query, doseq=True, errors="surrogateescape", quote_via=quote)
@@ -6158,14 +6103,14 @@ class Client:
             headers["Content-Type"] = "application/json"
             data = json.dumps(data, ensure_ascii=False).encode("utf-8", "replace")
         request = (call.method, target, data, headers)
-        if line.connection and call.method == "GET":
-            with contextlib.suppress(ConnectionError):
-                return self._receive(line, call.path, request, limit, wait, end)
-        line.close()
-        line.connection = self._connection(parts)
-        return self._receive(line, call.path, request, limit, wait, end)
+        with contextlib.suppress(queue.Empty, ConnectionError):
+            since, connection = self._idle.get_nowait()
+            if call.method == "GET" and time.monotonic() - since < KEPT_ALIVE:
+                return self._receive(connection, call.path, request, *limits)
+            connection.close()
+        return self._receive(self._connect(parts), call.path, request, *limits)
 
-    def _connection(self, parts: Any) -> Any:
+    def _connect(self, parts: Any) -> Any:
         import http.client
 
         if parts.scheme == "http":
@@ -6175,50 +6120,52 @@ class Client:
         import ssl
 
         if self._tls is None:
-            self._tls = ssl.create_default_context()
+            tls = ssl.create_default_context()
             if self._ca_file:
                 # Authorities made at home rarely have all that Python 3.13 began to demand.
-                self._tls.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
+                tls.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
                 try:
-                    self._tls.load_verify_locations(self._ca_file)
+                    tls.load_verify_locations(self._ca_file)
                 except OSError as exc:
-                    self._tls, words = None, exc.strerror or "no certificate in it"
-                    text = f"cannot use its ca_file {self._ca_file}: {words}"
-                    raise HttpError(f"{self.name}: {text}") from exc
+                    text = f"cannot use its ca_file {self._ca_file}"
+                    words = exc.strerror or "no certificate in it"
+                    raise HttpError(f"{self.name}: {text}: {words}") from exc
+            self._tls = tls
         return http.client.HTTPSConnection(parts.hostname, parts.port, context=self._tls)
 
     def _receive(
-        self, line: _Line, path: str, request: Tuple[Any, ...], limit: int, wait: float, end: float
+        self, connection: Any, path: str, request: Any, limit: float, wait: float, end: float
     ) -> HttpAnswer:
-        connection = line.connection
-        connection.timeout = wait
-        if connection.sock:
-            connection.sock.settimeout(wait)
-        connection.request(*request)
-        with connection.getresponse() as answer:
-            status, kind = answer.status, (answer.headers.get("Content-Type") or "").lower()
-            if 200 <= status < 300:
-                return status, kind, self._read(answer, limit, end)
-            content = b""
-            with contextlib.suppress(Exception):
-                content = self._read(answer, 1 << 16, end).read()
-            line.close()
-            raise self._refusal(status, answer.headers, content, path)
+        try:
+            connection.timeout = wait
+            if connection.sock:
+                connection.sock.settimeout(wait)
+            connection.request(*request)
+            with connection.getresponse() as answer:
+                status, kind = answer.status, (answer.headers.get("Content-Type") or "").lower()
+                if not 200 <= status < 300:
+                    content = b""
+                    with contextlib.suppress(Exception):
+                        content = self._read(answer, 1 << 16, end).read()
+                    raise self._refusal(status, answer.headers, content, path)
+                stream = self._read(answer, limit, end)
+        except BaseException:
+            connection.close()
+            raise
+        self._idle.put((time.monotonic(), connection))
+        return status, kind, stream
 
-    def _read(self, answer: Any, limit: int, end: float) -> Any:
+    def _read(self, answer: Any, limit: float, end: float) -> Any:
         import http.client
         import tempfile
 
         stream = tempfile.SpooledTemporaryFile(max_size=1 << 20)  # noqa: SIM115
-        while True:
-            chunk = answer.read1(1 << 16)
-            if not chunk:
-                break
+        for chunk in iter(lambda: answer.read1(1 << 16), b""):
             stream.write(chunk)
             if time.monotonic() > end:
                 raise TimeoutError
             if stream.tell() > limit:
-                text = f"{self.name}: the answer is longer than {limit >> 20} MiB"
+                text = f"{self.name}: the answer is longer than {int(limit) >> 20} MiB"
                 raise HttpError(text, retry=True)
         if answer.length:  # read1 does not tell
             raise http.client.IncompleteRead(b"", answer.length)
@@ -6246,20 +6193,18 @@ class Client:
             said = f": {self.url}{path} is unknown there; is its url right, with the URL base?"
         retry = status >= 500 or status in RETRY_STATUSES
         exact = re.search(rb'"retry_after": *([\d.]+)', content)  # Discord's, with a fraction
-        asked = exact.group(1).decode() if exact else headers.get("Retry-After") or ""
+        asked = exact[1].decode() if exact else headers.get("Retry-After") or ""
         after = parse_retry_after(asked, time.time())
         return HttpError(f"{self.name}: answered {status}{said}", status, retry, after)
 
-    def _explain(self, reason: Exception, is_list: bool) -> Exception:
+    def _explain(self, reason: BaseException, is_list: bool) -> BaseException:
         """Return the HttpError for whatever socket, ssl or http.client raised."""
-        import concurrent.futures
         import http.client
-        import socket
 
-        text, retry = "", True
         if isinstance(reason, HttpError):
             return reason
-        if isinstance(reason, (socket.timeout, TimeoutError, concurrent.futures.TimeoutError)):
+        retry = True
+        if type(reason).__name__ in ("timeout", "TimeoutError"):  # the socket's is its own on 3.8
             name = "list_timeout" if is_list else "timeout"
             waited = format_duration(getattr(self, name))
             text = f"no whole answer within {waited}; [repair] {name} allows for more"
@@ -6268,7 +6213,7 @@ class Client:
             retry = False
         elif "WRONG_VERSION_NUMBER" in str(reason):
             text, retry = "speaks no https there; write http:// in its url", False
-        elif isinstance(reason, ConnectionError) and not getattr(reason, "strerror", None):
+        elif isinstance(reason, ConnectionError) and not reason.strerror:
             text = "closed the connection without an answer"
         elif isinstance(reason, http.client.IncompleteRead):
             text = "broke off in the middle of its answer"
@@ -6291,46 +6236,40 @@ class Client:
         return redact(text)[:MAX_ERROR]
 
 
-# What may follow in a JSON array: (what was read last, the next character) -> what that is.
-_ARRAY_STEPS = {
-    ("nothing", "["): "bracket", ("bracket", "]"): "end", ("element", "]"): "end",
-    ("element", ","): "comma",
-}  # fmt: skip
+# What may stand before an element of a JSON array, or end it; an element has to follow.
+_ARRAY_BEGIN = re.compile(r"\s*\[\s*(?:(\])|(?=[^\s\]]))")
+_ARRAY_NEXT = re.compile(r"\s*(?:(\])|,\s*(?=\S))")
+_HALF_NUMBER = re.compile(r"[-+.eE\d]*\Z")
 
 
 def iterate_json(stream: Any) -> Iterator[Any]:
     """Yield the elements of a JSON array from a binary file.  ValueError if it is damaged."""
     decode = json.JSONDecoder().raw_decode
     utf8 = codecs.getincrementaldecoder("utf-8")()
-    gap = re.compile(r"[ \t\r\n]*")
-    text, last, ended = "", "nothing", False
-    while not ended:
+    text, data, before, ended = "", b"?", _ARRAY_BEGIN, False
+    while data and len(text) <= MAX_ELEMENT:
         data = stream.read(max(1 << 16, len(text)))  # doubling: none is parsed often
-        ended = not data
-        text += utf8.decode(data, ended)
+        text += utf8.decode(data, not data)
         at = 0
-        while True:
-            start = at + len(gap.match(text, at)[0])  # type: ignore[index]
-            step = _ARRAY_STEPS.get((last, text[start : start + 1]))
-            if step:
-                last, at = step, start + 1
-            elif start == len(text):
+        while not ended:
+            gap = before.match(text, at)
+            if not gap:
                 break
-            elif last not in ("bracket", "comma"):
-                raise ValueError("not an array, or not only that")
-            else:
-                try:
-                    element, end = decode(text, start)
-                except json.JSONDecodeError:
-                    break  # it goes on in the next piece
-                if not ended and not text[end:].strip("+-.eE0123456789"):
-                    break  # a number may
-                last, at = "element", end
-                yield element
+            if gap[1]:
+                ended, at = True, gap.end()
+                break
+            try:
+                element, end = decode(text, gap.end())
+            except json.JSONDecodeError:
+                break  # it goes on in the next piece
+            if data and _HALF_NUMBER.match(text, end):
+                break  # so may a number
+            before, at = _ARRAY_NEXT, end
+            yield element
         text = text[at:]
-        if len(text) > MAX_ELEMENT:
-            break
-    if last != "end":
+        if ended and text.strip():
+            raise ValueError("more than an array")
+    if not ended:
         raise ValueError("the array does not end")
 
 
@@ -6344,16 +6283,15 @@ def read_error(content: bytes) -> str:
         error = json.loads(content)
     except (ValueError, RecursionError):
         return ""
+    names = ("message", "errorMessage", "error", "detail", "msg", "title")
     parts = []
     for item in error if isinstance(error, list) else [error]:
-        if not isinstance(item, dict):
-            continue
-        names = ("message", "errorMessage", "error", "detail", "msg", "title")
-        parts.append(next((str(item[name]) for name in names if item.get(name)), ""))
-        if item.get("propertyName"):
-            parts[-1] = f"{item['propertyName']}: {parts[-1]}"
-        if isinstance(item.get("errors"), dict):
-            parts += [f"{field}: {text}" for field, text in item["errors"].items()]
+        if isinstance(item, dict):
+            said = next((str(item[name]) for name in names if item.get(name)), "")
+            prefix = f"{item['propertyName']}: " if item.get("propertyName") else ""
+            parts.append(prefix + said)
+            if isinstance(item.get("errors"), dict):
+                parts += [f"{field}: {text}" for field, text in item["errors"].items()]
     return "; ".join(parts)
 
 
@@ -6361,12 +6299,13 @@ def parse_retry_after(text: str, now: float) -> float:
     """Return the seconds that a Retry-After header asks for: a number, or a date.  0 if neither."""
     import email.utils
 
+    seconds = 0.0
     with contextlib.suppress(ValueError, TypeError, OverflowError):
         if re.fullmatch(r"\s*[\d.]+\s*", text, re.ASCII):
-            return min(86400.0, float(text))
-        then = email.utils.parsedate_to_datetime(text).timestamp()
-        return min(86400.0, max(0.0, then - now))
-    return 0.0
+            seconds = float(text)
+        else:
+            seconds = email.utils.parsedate_to_datetime(text).timestamp() - now
+    return min(86400.0, max(0.0, seconds))
 
 
 # ---------------------------------------------------------------------------------------------
