@@ -47,7 +47,6 @@ from __future__ import annotations
 import argparse
 import binascii
 import codecs
-import configparser
 import contextlib
 import dataclasses
 import datetime
@@ -83,8 +82,8 @@ from collections import Counter, OrderedDict, defaultdict, deque
 # isort: off
 # fmt: off
 from typing import (
-    Any, Callable, Collection, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple,
-    Optional, Sequence, Set, TextIO, Tuple, Type, Union)
+    Any, Callable, Collection, ContextManager, Deque, Dict, Iterable, Iterator, List, Mapping,
+    NamedTuple, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
 from urllib.parse import (
     parse_qs, quote, quote_plus, unquote, unquote_to_bytes, urlencode, urlsplit)
 # fmt: on
@@ -97,17 +96,12 @@ from urllib.parse import (
 __version__ = "1.0.0"
 SCHEMA_VERSION = 4
 
-# fmt: off
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_PARTIAL, EXIT_REFUSED, EXIT_LOCKED = range(6)
 EXIT_BROKEN, EXIT_INTERRUPTED = 10, 130
-EXIT_WORDS = {
-    EXIT_OK: "ok", EXIT_FAILED: "error", EXIT_USAGE: "error", EXIT_PARTIAL: "partial",
-    EXIT_REFUSED: "refused", EXIT_LOCKED: "locked", EXIT_BROKEN: "ok",
-    EXIT_INTERRUPTED: "interrupted"}
-# fmt: on
+EXIT_WORDS = dict(enumerate(("ok", "error", "error", "partial", "refused", "locked")))
+EXIT_WORDS.update({EXIT_BROKEN: "ok", EXIT_INTERRUPTED: "interrupted"})
 
-OK, BROKEN, UNREACHABLE, MISSING = "ok", "broken", "unreachable", "missing"
-STATUSES = (OK, BROKEN, UNREACHABLE, MISSING)
+OK, BROKEN, UNREACHABLE, MISSING = STATUSES = ("ok", "broken", "unreachable", "missing")
 
 JsonObject = Dict[str, Any]
 
@@ -119,13 +113,9 @@ class RefresherrError(Exception):
 
 
 class UsageError(RefresherrError):
-    """The command line asks for something that cannot be."""
+    """The command line, or the configuration, asks for something that cannot be."""
 
     exit_code = EXIT_USAGE
-
-
-class ConfigError(UsageError):
-    """The configuration is wrong; the message names the file, the section and the key."""
 
 
 class DatabaseError(RefresherrError):
@@ -159,7 +149,6 @@ class TimeUpError(RefresherrError):
 _SECRET_QUERY = re.compile(r"(?i)([?&;](?:[a-z_-]*token|api_?key|access_key)=)[^&#\s'\"]*")
 _USERINFO = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^/\s]+@")
 _TOKEN_PARAMETER = re.compile(r"(?i)([?&])(?:token|api_?key)=[^&#]*(&?)")
-_DURATION_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 def escape(text: str) -> str:
@@ -181,25 +170,22 @@ def redact(text: str) -> str:
     return _USERINFO.sub(r"\1***@", _SECRET_QUERY.sub(r"\1***", text))
 
 
+def escape_message(text: str) -> str:
+    """Return a message fit for the terminal and the log: one line, escaped, no secret in it."""
+    return escape(redact(text))
+
+
 def strip_secrets(url: str) -> str:
     """Return `url` without its token or key parameter and without user and password."""
     bare = _USERINFO.sub(r"\1", url)
     while _TOKEN_PARAMETER.search(bare):
-        bare = _TOKEN_PARAMETER.sub(lambda match: match.group(1) if match.group(2) else "", bare)
+        bare = _TOKEN_PARAMETER.sub(lambda match: match[1] if match[2] else "", bare)
     return bare
 
 
 def plural(count: int, noun: str) -> str:
     """Return '1 link', '12,345 links'."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def parse_duration(text: str) -> float:
-    """Return seconds: '90', '15m', '6h', '2d'.  ValueError otherwise."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)\s*([smhdw]?)", text.strip().lower())
-    if not match:
-        raise ValueError("write a duration such as 90, 30s, 15m, 6h or 2d")
-    return float(match.group(1)) * _DURATION_UNITS[match.group(2)]
 
 
 def format_duration(seconds: float) -> str:
@@ -210,30 +196,6 @@ def format_duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     parts = {"d": hours // 24, "h": hours % 24, "m": minutes, "s": secs}
     return " ".join([f"{count}{unit}" for unit, count in parts.items() if count][:2])
-
-
-def parse_interval(text: str) -> float:
-    """Return seconds, more than 0.  ValueError otherwise."""
-    seconds = parse_duration(text)
-    if not seconds:
-        raise ValueError("must be more than 0")
-    return seconds
-
-
-def parse_percent(text: str) -> float:
-    """Return a share between 0 and 1 from '20%' or '20'.  ValueError otherwise."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", text.strip())
-    if not match or float(match.group(1)) > 100 or (not match.group(2) and "." in text):
-        raise ValueError("write a percentage between 0% and 100%, such as 20%")
-    return float(match.group(1)) / 100
-
-
-def parse_bool(text: str) -> bool:
-    """Return the truth of yes/no, true/false, on/off, 1/0.  ValueError otherwise."""
-    truth = configparser.ConfigParser.BOOLEAN_STATES.get(text.strip().lower())
-    if truth is None:
-        raise ValueError("write yes or no")
-    return truth
 
 
 def utc_now() -> str:
@@ -254,8 +216,7 @@ def parse_time(value: Union[str, int, float, None]) -> Optional[float]:
     with contextlib.suppress(ValueError):
         text = re.sub(r"(\.\d{6})\d+", r"\1", text.replace("Z", "+00:00"))  # .NET's ticks
         moment = datetime.datetime.fromisoformat(text)
-        utc = datetime.timezone.utc
-        return (moment if moment.tzinfo else moment.replace(tzinfo=utc)).timestamp()
+        return moment.replace(tzinfo=moment.tzinfo or datetime.timezone.utc).timestamp()
     return None
 
 
@@ -283,11 +244,6 @@ def shell_quote(path: str) -> str:
     return path if re.fullmatch(r"[\w@%+=:,./-]+", path) else "'" + path.replace("'", "'\\''") + "'"
 
 
-def escape_message(text: str) -> str:
-    """Return a message fit for the terminal and the log: one line, escaped, no secret in it."""
-    return escape(redact(text))
-
-
 # ---------------------------------------------------------------------------------------------
 # Terminal
 # ---------------------------------------------------------------------------------------------
@@ -311,8 +267,7 @@ class Terminal:
         self.out, self.err = out, err
         self.colour = colour and out.isatty()
         self._progress = progress and err.isatty()
-        self._drawn = 0
-        self._next_draw = 0.0
+        self._drawn, self._next_draw = 0, 0.0
 
     def paint(self, text: str, *styles: str) -> str:
         """Return `text` in colour where colour is wanted."""
@@ -332,20 +287,18 @@ class Terminal:
 
     def progress(self, text: str, clock: Callable[[], float] = time.monotonic) -> None:
         """Draw a line that replaces itself, ten times a second at the most."""
-        if not self._progress or clock() < self._next_draw:
-            return
-        self._next_draw = clock() + 0.1
-        text = escape(text)[: max(20, shutil.get_terminal_size().columns - 1)]
-        self.err.write("\r" + text.ljust(self._drawn))
-        self.err.flush()
-        self._drawn = len(text)
+        if self._progress and clock() >= self._next_draw:
+            self._next_draw = clock() + 0.1
+            self._draw(escape(text)[: max(20, shutil.get_terminal_size().columns - 1)])
 
     def clear(self) -> None:
         """Wipe the progress line."""
         if self._drawn:
-            self.err.write("\r" + " " * self._drawn + "\r")
-            self.err.flush()
-            self._drawn = 0
+            self._draw("", "\r")
+
+    def _draw(self, text: str, end: str = "") -> None:
+        print("\r" + text.ljust(self._drawn), end=end, file=self.err, flush=True)
+        self._drawn = len(text)
 
 
 class TerminalHandler(logging.Handler):
@@ -361,13 +314,14 @@ class TerminalHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self._terminal.clear()
         text = escape_message(record.getMessage())
+        labelled = f"{record.levelname.lower()}: {text}"
         with contextlib.suppress(OSError, ValueError):
-            print(utc_now(), f"{record.levelname.lower()}: {text}", file=self.file or io.StringIO())
+            print(utc_now(), labelled, file=self.file or io.StringIO())
         if record.levelno >= logging.WARNING:
             self.said.append(text)
             if mask_numbers(text) in self.told:
                 return
-            text = f"{record.levelname.lower()}: {text}"
+            text = labelled
         with contextlib.suppress(OSError, ValueError):  # stderr is gone: nobody is left to be told
             print(f"refresherr: {text}", file=self._terminal.err)
             if record.exc_info and self._tracebacks:
@@ -382,63 +336,62 @@ class TerminalHandler(logging.Handler):
 # tables come the defaults, the checks, the environment names and `config sample`.
 
 
-def parse_path(text: str) -> str:
-    """Return an absolute path, ~ expanded, not resolved."""
-    if not text.strip():
-        raise ValueError("must not be empty")
-    # POSIX lets // stand at the beginning.
-    return "/" + os.path.abspath(os.path.expanduser(text.strip())).lstrip("/")
+def parser_of(pattern: str, advice: str, convert: Callable[..., Any] = str) -> Callable[[str], Any]:
+    """Return a parser of settings: what matches becomes `convert(*groups)`, else a ValueError."""
+
+    def parse(text: str) -> Any:
+        match = re.fullmatch(pattern, text.strip(), re.IGNORECASE | re.ASCII)
+        if not match:
+            raise ValueError(f"write {advice}")
+        return convert(*match.groups())
+
+    return parse
 
 
-def parse_url(text: str) -> str:
-    """Return an http or https URL without a trailing slash."""
-    url = text.strip().rstrip("/")
-    if not re.match(r"(?i)https?://[^/\s]+", url) or re.search(r"\s", url):
-        raise ValueError("write a URL that begins with http:// or https://")
-    if not (urlsplit(url).port or 1):
-        raise ValueError("the port must not be 0")
-    return url
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
-def parse_key(text: str) -> str:
-    """Return a key or token: it has to fit into one line of a header."""
-    if not re.fullmatch(r"[!-~]+", text.strip()):
-        raise ValueError("must be one line of plain characters without spaces")
-    return text.strip()
+def _to_seconds(number: str, unit: str) -> float:
+    return float(number) * _UNITS[unit.lower()]
+
+
+_DURATION = r"(\d{1,9}(?:\.\d+)?)\s*([smhdw]?)"
+parse_duration = parser_of(_DURATION, "a duration such as 90, 30s, 15m, 6h or 2d", _to_seconds)
+_LONGER = "a duration of more than 0, such as 30s or 15m"
+parse_interval = parser_of(f"(?=.*[1-9]){_DURATION}", _LONGER, _to_seconds)
+parse_percent = parser_of(
+    r"(100|\d{1,2}|\d{1,2}\.\d+(?=\s*%))\s*%?", "a percentage between 0% and 100%, such as 20%",
+    lambda number: float(number) / 100,
+)  # fmt: skip
+parse_bool = parser_of("(yes|true|on|1)|no|false|off|0", "yes or no", bool)
+parse_count = parser_of(r"(\d+)", "a whole number", int)
+parse_size = parser_of(
+    r"(?=.*[1-9])(\d{1,12})\s*([kmg]?)(?:i?b)?", "a size such as 65536, 512K or 1M",
+    lambda number, unit: int(number) << 10 * "bkmg".index(unit.lower() or "b"),
+)  # fmt: skip
+parse_workers = parser_of(  # 0 stands for auto
+    r"auto|([1-9]\d?|1\d\d|2[0-4]\d|25[0-6])", "auto or a number from 1 to 256",
+    lambda number: int(number or 0),
+)  # fmt: skip
+parse_key = parser_of(r"([!-~]+)", "one line of plain characters without spaces")
+parse_url = parser_of(
+    r"(https?://(?!\S*:0+(?:/|$))[^/\s](?:\S*[^/\s])?)/*",
+    "a URL that begins with http:// or https://",
+)
+parse_header = parser_of(
+    r"([\w-]+): *([ -~]*[!-~])", "lines of plain characters: 'Name: value'", lambda *pair: pair
+)
+
+
+def parse_choice(*choices: str) -> Callable[[str], str]:
+    """Return a parser that accepts one of `choices`."""
+    advice = f"{', '.join(choices[:-1])} or {choices[-1]}"
+    return parser_of(f"({'|'.join(choices)})", advice, str.lower)
 
 
 def parse_headers(text: str) -> Tuple[Tuple[str, str], ...]:
     """Return (name, value) pairs from lines of 'Name: value'."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not all(re.fullmatch(r"[\w-]+: *[ -~]*[!-~]", line, re.ASCII) for line in lines):
-        raise ValueError("write lines of plain characters: 'Name: value'")
-    pairs = (line.partition(":") for line in lines)
-    return tuple((name, value.strip()) for name, _, value in pairs)
-
-
-def parse_count(text: str) -> int:
-    """Return a whole number from 0."""
-    if not re.fullmatch(r"\d+", text.strip()):
-        raise ValueError("write a whole number")
-    return int(text)
-
-
-def parse_size(text: str) -> int:
-    """Return bytes, at least 1: '4096', '512K', '1M', '1 MiB'.  ValueError otherwise."""
-    match = re.fullmatch(r"(\d{1,12})\s*([kmg]?)(?:i?b)?", text.strip().lower())
-    if not match or not int(match[1]):
-        raise ValueError("write a size such as 65536, 512K or 1M")
-    return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[match[2]]
-
-
-def parse_workers(text: str) -> int:
-    """Return a number of workers; 0 stands for auto."""
-    if text.strip().lower() == "auto":
-        return 0
-    count = parse_count(text)
-    if not 1 <= count <= 256:
-        raise ValueError("write auto or a number from 1 to 256")
-    return count
+    return tuple(parse_header(line) for line in text.splitlines() if line.strip())
 
 
 def parse_list(text: str) -> Tuple[str, ...]:
@@ -447,15 +400,35 @@ def parse_list(text: str) -> Tuple[str, ...]:
     return tuple(part.strip() for part in parts if part.strip())
 
 
+def parse_path(text: str) -> str:
+    """Return an absolute path, ~ expanded, not resolved."""
+    if not text.strip():
+        raise ValueError("must not be empty")
+    # POSIX lets // stand at the beginning.
+    return "/" + os.path.abspath(os.path.expanduser(text.strip())).lstrip("/")
+
+
 def _split_paths(text: str) -> List[str]:
     # A comma separates only where another path begins: folders are called 'Movies, HD'.
     parts = [part.strip(" ,") for part in re.split(r"\n|,\s*(?=[/~])", text)]
     return [part for part in parts if part.strip()]
 
 
+def parse_own_path(text: str) -> str:
+    """Do as `parse_path` does, but refuse what a person writes into a file by mistake."""
+    if text.strip()[:1] in ('"', "'"):
+        raise ValueError("write it without quotes")
+    if text.strip()[:1] not in ("/", "~"):
+        raise ValueError("write the whole path, from / on")
+    if re.search(r"\s[;#]", text) and not os.path.lexists(text.strip()):
+        what = "the comment is taken for a part of the path"
+        raise ValueError(f"{what}; give it a line of its own")
+    return parse_path(text)
+
+
 def parse_paths(text: str) -> Tuple[str, ...]:
     """Return absolute paths, one a line or comma-separated."""
-    return tuple(map(parse_path, _split_paths(text)))
+    return tuple(map(parse_own_path, _split_paths(text)))
 
 
 def parse_map(text: str) -> Tuple[Tuple[str, str], ...]:
@@ -465,34 +438,26 @@ def parse_map(text: str) -> Tuple[Tuple[str, str], ...]:
         left, _, right = part.partition("=>" if "=>" in part else "=")
         if not left.strip() or not right.strip():
             raise ValueError(f"write 'prefix => value', not {part!r}")
-        pairs.append((parse_path(left), right.strip().rstrip("/") or "/"))
+        pairs.append((parse_own_path(left), right.strip().rstrip("/") or "/"))
     return tuple(pairs)
 
 
-def parse_choice(*choices: str) -> Callable[[str], str]:
-    """Return a parser that accepts one of `choices`."""
-
-    def parse(text: str) -> str:
-        if text.strip().lower() in choices:
-            return text.strip().lower()
-        raise ValueError("write " + ", ".join(choices[:-1]) + f" or {choices[-1]}")
-
-    return parse
-
-
 def setting(
-    default: Any, parse: Callable[[str], Any], doc: str, sample: str, env: str = "", **more: bool
-) -> Any:
+    parse: Callable[[str], Any], doc: str, default: str = "", sample: str = "", env: str = "",
+    secret: bool = False,
+) -> Any:  # fmt: skip
     """Describe one setting: a dataclass field with what the tables need in its metadata.
 
-    `env` is the container edition's name.  A secret may also come from the file that the key with
-    `_file` behind it names, and is never shown.
+    `default` is as in the file, and the sample where there is no other; `env` is the container
+    edition's name.  A secret may also come from the file that KEY_file names, and is never shown.
     """
-    metadata = {"parse": parse, "doc": doc, "sample": sample, "env": env, "secret": False, **more}
-    return dataclasses.field(default=default, metadata=metadata)
+    metadata = {"parse": parse, "doc": doc, "default": default, "sample": sample or default}
+    is_list = parse in (parse_list, parse_paths, parse_map, parse_headers)
+    value = parse(default) if default or is_list else ""
+    return dataclasses.field(default=value, metadata={**metadata, "env": env, "secret": secret})
 
 
-secret = functools.partial(setting, "", secret=True)
+secret = functools.partial(setting, secret=True)
 Paths = Tuple[str, ...]
 PathMap = Tuple[Tuple[str, str], ...]
 _MAP_DOC = "A path here => the same path as the server sees it."
@@ -502,147 +467,134 @@ _MAP_DOC = "A path here => the same path as the server sees it."
 @dataclasses.dataclass(frozen=True)
 class MainSettings:
     """Where Refresherr keeps its own things, and whether it may change others'."""
-    data_dir: str = setting("/data", parse_path, "Where the database lives.", "/data", "DATA_DIR")
-    apply: bool = setting(False, parse_bool, "Change links and servers without --apply.", "no")
-    log_level: str = setting("info", parse_choice("debug", "info", "warning", "error"),
-        "How much is said on stderr.", "info", "LOG_LEVEL")
-
+    data_dir: str = setting(parse_own_path, "Where the database lives.", "/data", env="DATA_DIR")
+    apply: bool = setting(parse_bool, "Change links and servers without --apply.", "no")
+    log_level: str = setting(parse_choice("debug", "info", "warning", "error"),
+        "How much is said on stderr.", "info", env="LOG_LEVEL")
 
 @dataclasses.dataclass(frozen=True)
 class ScanSettings:
     """What is walked, and what protects it from an outage."""
-    roots: Paths = setting((), parse_paths, "The library directories, one a line.",
-        "\n/opt/media/tv\n/opt/media/movies", "SCAN_ROOTS")
-    mount_checks: Paths = setting((), parse_paths,
-        "Mount points that must be mounted and not empty, or files that must be readable.",
-        "\n/mnt/remote/realdebrid")
-    ignore: Tuple[str, ...] = setting((), parse_list,
-        "Skip paths that contain this; with *, ? or [ it is a glob on the name.",
-        "\ncinesync\n*.partial", "IGNORE_SUBSTR")
-    ignore_defaults: bool = setting(True, parse_bool,
+    roots: Paths = setting(parse_paths, "The library directories, one a line.",
+        sample="\n/opt/media/tv\n/opt/media/movies", env="SCAN_ROOTS")
+    mount_checks: Paths = setting(parse_paths, "Mount points that must be mounted and not empty, "
+        "or files that must be readable.", sample="\n/mnt/remote/realdebrid")
+    ignore: Paths = setting(parse_list, "Skip paths that contain this; with *, ? or [ it is a glob "
+        "on the name.", sample="\ncinesync\n*.partial", env="IGNORE_SUBSTR")
+    ignore_defaults: bool = setting(parse_bool,
         "Skip what a NAS or a file system keeps for itself, such as @eaDir and #recycle.", "yes")
-    workers: int = setting(0, parse_workers, "Look-ups at once on a slow mount.", "auto")
-    stat_timeout: float = setting(30.0, parse_interval,
+    workers: int = setting(parse_workers, "Look-ups at once on a slow mount.", "auto")
+    stat_timeout: float = setting(parse_interval,
         "A target that has not answered by then is unreachable.", "30s")
-    max_new_broken: float = setting(0.20, parse_percent,
+    max_new_broken: float = setting(parse_percent,
         "More of a mount's good links than this gone at once is taken for an outage.", "20%")
-
 
 @dataclasses.dataclass(frozen=True)
 class InstanceSettings:
     """One Sonarr or Radarr."""
-    url: str = setting("", parse_url, "With the URL base, if one is set.", "http://{kind}:{port}")
-    api_key: str = secret(parse_key, "Settings > General > API key.", "0123456789abcdef")
-    roots: Paths = setting((), parse_paths, "The directories of links that this server owns.",
-        "/opt/media/{folder}")
-    path_map: PathMap = setting((), parse_map, _MAP_DOC, "/opt/media/{folder} => /{folder}")
-    skip_tags: Tuple[str, ...] = setting((), parse_list,
-        "Leave alone what carries one of these tags there.", "keep, archive")
-    ca_file: str = setting("", parse_path, "The certificate authority of a server with its own.",
-        "/etc/ssl/my-ca.pem")
-    headers: Any = secret(parse_headers, "Lines of 'Name: value' for a proxy before it.",
-        "CF-Access-Client-Id: ...")
-
+    url: str = setting(parse_url, "With the URL base, if one is set.",
+        sample="http://{kind}:{port}")
+    api_key: str = secret(parse_key, "Settings > General > API key.", sample="0123456789abcdef")
+    roots: Paths = setting(parse_paths, "The directories of links that this server owns.",
+        sample="/opt/media/{folder}")
+    path_map: PathMap = setting(parse_map, _MAP_DOC, sample="/opt/media/{folder} => /{folder}")
+    skip_tags: Paths = setting(parse_list, "Leave alone what carries one of these tags there.",
+        sample="keep, archive")
+    ca_file: str = setting(parse_own_path, "The certificate authority of a server with its own.",
+        sample="/etc/ssl/my-ca.pem")
+    headers: PathMap = secret(parse_headers, "Lines of 'Name: value' for a proxy before it.",
+        sample="CF-Access-Client-Id: ...")
 
 @dataclasses.dataclass(frozen=True)
 class RelaySettings:
     """The relay URL of the container edition."""
-    base: str = setting("", parse_url, "Its address.", "http://research-relay:5050", "RELAY_BASE")
-    token: str = secret(parse_key, "Its token.", "...", "RELAY_TOKEN")
-    routes: PathMap = setting((), parse_map, "A path prefix => the relay's name for the instance.",
-        "\n/opt/media/doc => radarr_doc", "ROUTE_MAP")
-
+    base: str = setting(parse_url, "Its address.", sample="http://research-relay:5050",
+        env="RELAY_BASE")
+    token: str = secret(parse_key, "Its token.", sample="...", env="RELAY_TOKEN")
+    routes: PathMap = setting(parse_map, "A path prefix => the relay's name for the instance.",
+        sample="\n/opt/media/doc => radarr_doc", env="ROUTE_MAP")
 
 @dataclasses.dataclass(frozen=True)
 class RepairSettings:
     """When a broken link is repaired, and how often."""
-    min_age: float = setting(3600.0, parse_duration, "Broken for at least this long.", "1h")
-    patience: float = setting(172800.0, parse_duration,
+    min_age: float = setting(parse_duration, "Broken for at least this long.", "1h")
+    patience: float = setting(parse_duration,
         "After a loss of many titles at once, wait at most so long whether they come back.", "48h")
-    cooldown: float = setting(21600.0, parse_duration, "Between two attempts.", "6h")
-    max_attempts: int = setting(3, parse_count, "Then the link needs attention.", "3")
-    season_threshold: int = setting(2, parse_count,
-        "So many broken episodes of a season become one season search (relay).", "2",
-        "SEASON_SEARCH_THRESHOLD")
-    limit: int = setting(25, parse_count, "Actions queued in one run.", "25", "QUEUE_LIMIT")
-    max: int = setting(25, parse_count, "Actions sent in one run.", "25", "ACTIONS_MAX")
-    timeout: float = setting(20.0, parse_duration, "For one request.", "20s", "ACTIONS_TIMEOUT")
-    list_timeout: float = setting(120.0, parse_interval, "For the first byte of a long list.", "2m")
-    per_day: int = setting(200, parse_count,
-        "Searches sent to one server in 24 hours; 0 is no limit.", "200")
-    blocklist: bool = setting(False, parse_bool,
+    cooldown: float = setting(parse_duration, "Between two attempts.", "6h")
+    max_attempts: int = setting(parse_count, "Then the link needs attention.", "3")
+    season_threshold: int = setting(parse_count, "So many broken episodes of a season become one "
+        "season search (relay).", "2", env="SEASON_SEARCH_THRESHOLD")
+    limit: int = setting(parse_count, "Actions queued in one run.", "25", env="QUEUE_LIMIT")
+    max: int = setting(parse_count, "Actions sent in one run.", "25", env="ACTIONS_MAX")
+    timeout: float = setting(parse_duration, "For one request.", "20s", env="ACTIONS_TIMEOUT")
+    list_timeout: float = setting(parse_interval, "For the first byte of a long list.", "2m")
+    per_day: int = setting(parse_count, "Searches sent to one server a day; 0: no limit.", "200")
+    blocklist: bool = setting(parse_bool,
         "Have the server take the dead release for a failed one, before the search.", "no")
-    unmonitored: bool = setting(True, parse_bool, "Repair the unmonitored, too.", "yes")
-
+    unmonitored: bool = setting(parse_bool, "Repair the unmonitored, too.", "yes")
 
 @dataclasses.dataclass(frozen=True)
 class CinesyncSettings:
     """Relinking to CineSync's copies."""
-    base: str = setting("", parse_path, "CineSync's own tree of links.",
-        "/opt/media/cinesync/CineSync", "CINESYNC_BASE")
-    roots: Paths = setting((), parse_paths, "Where broken links may be replaced.",
-        "/opt/media/tv, /opt/media/movies", "CINESYNC_REPAIR_ROOTS")
-    allowed_targets: Paths = setting((), parse_paths, "A new target must lie below one of these.",
-        "/mnt/remote", "CINESYNC_ALLOWED_TARGET_PREFIXES")
-    limit: int = setting(200, parse_count, "Links tried in one run.", "200", "CINESYNC_LIMIT")
-
+    base: str = setting(parse_own_path, "CineSync's own tree of links.",
+        sample="/opt/media/cinesync/CineSync", env="CINESYNC_BASE")
+    roots: Paths = setting(parse_paths, "Where broken links may be replaced.",
+        sample="/opt/media/tv, /opt/media/movies", env="CINESYNC_REPAIR_ROOTS")
+    allowed_targets: Paths = setting(parse_paths, "A new target must lie below one of these.",
+        sample="/mnt/remote", env="CINESYNC_ALLOWED_TARGET_PREFIXES")
+    limit: int = setting(parse_count, "Links tried in one run.", "200", env="CINESYNC_LIMIT")
 
 @dataclasses.dataclass(frozen=True)
 class VerifySettings:
     """Reading a little of the files behind good links."""
-    files: int = setting(0, parse_count, "So many files in each run; 0 reads none.", "200")
-    repair: bool = setting(False, parse_bool,
+    files: int = setting(parse_count, "So many files in each run; 0 reads none.", "0", "200")
+    repair: bool = setting(parse_bool,
         "Kept for later: nothing is repaired yet because it cannot be read.", "no")
-
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
     """What `run` does of itself."""
-    ingest_every: float = setting(86400.0, parse_duration, "Read the servers when the last reading "
-        "is older than this.", "1d")
-    report: str = setting("", parse_path, "Every run writes the report there anew.",
-        "/volume1/web/refresherr.html")
-    time_limit: float = setting(0.0, parse_duration,
-        "A run begins nothing more after this long; 0 is no limit.", "2h")
-
+    ingest_every: float = setting(parse_duration,
+        "Read the servers when the last reading is older than this.", "1d")
+    report: str = setting(parse_own_path, "Every run writes the report there anew.",
+        sample="/volume1/web/refresherr.html")
+    time_limit: float = setting(parse_duration,
+        "A run begins nothing more after this long; 0 is no limit.", "0", "2h")
 
 @dataclasses.dataclass(frozen=True)
 class NotifySettings:
     """Who is told about a run."""
-    discord: str = secret(parse_url, "Webhook.", "https://...", "DISCORD_WEBHOOK")
-    ntfy: str = secret(parse_url, "Topic.", "https://ntfy.sh/topic")
-    ntfy_token: str = secret(parse_key, "Access token, where the topic needs one.", "...")
+    discord: str = secret(parse_url, "Webhook.", sample="https://...", env="DISCORD_WEBHOOK")
+    ntfy: str = secret(parse_url, "Topic.", sample="https://ntfy.sh/topic")
+    ntfy_token: str = secret(parse_key, "Access token, where the topic needs one.", sample="...")
     apprise: str = secret(parse_url, "Apprise API, with the key of its configuration.",
-        "http://apprise:8000/notify/KEY")
-    webhook: str = secret(parse_url, "Gets the run's result as JSON.", "https://...")
+        sample="http://apprise:8000/notify/KEY")
+    webhook: str = secret(parse_url, "Gets the run's result as JSON.", sample="https://...")
     healthchecks: str = secret(parse_url, "Hears of the start and the end of every applied run.",
-        "https://hc-ping.com/UUID")
+        sample="https://hc-ping.com/UUID")
     uptime_kuma: str = secret(parse_url, "Push URL; hears of the end of every applied run.",
-        "https://kuma.example/api/push/TOKEN")
-    when: str = setting("changes", parse_choice("changes", "failures", "always"),
+        sample="https://kuma.example/api/push/TOKEN")
+    when: str = setting(parse_choice("changes", "failures", "always"),
         "changes: a run that changed something, failed or was refused; failures; or always.",
         "changes")
-
 
 @dataclasses.dataclass(frozen=True)
 class PlexSettings:
     """Plex is told about the directories that changed."""
-    url: str = setting("", parse_url, "Its address.", "http://plex:32400")
-    token: str = secret(parse_key, "X-Plex-Token, from 'View XML' of any item.", "...")
-    path_map: PathMap = setting((), parse_map, _MAP_DOC, "/opt/media => /data")
-
+    url: str = setting(parse_url, "Its address.", sample="http://plex:32400")
+    token: str = secret(parse_key, "X-Plex-Token, from 'View XML' of any item.", sample="...")
+    path_map: PathMap = setting(parse_map, _MAP_DOC, sample="/opt/media => /data")
 
 @dataclasses.dataclass(frozen=True)
 class JellyfinSettings:
     """Jellyfin or Emby, likewise."""
-    url: str = setting("", parse_url, "With the base URL, if one is set.", "http://{kind}:8096")
-    api_key: str = secret(parse_key, "Dashboard > API Keys.", "...")
-    path_map: PathMap = setting((), parse_map, _MAP_DOC, "/opt/media => /data")
+    url: str = setting(parse_url, "With its base, if one is set.", sample="http://{kind}:8096")
+    api_key: str = secret(parse_key, "Dashboard > API Keys.", sample="...")
+    path_map: PathMap = setting(parse_map, _MAP_DOC, sample="/opt/media => /data")
 # fmt: on
 
 
-@dataclasses.dataclass(frozen=True)
-class Instance:
+class Instance(NamedTuple):
     """A configured Sonarr or Radarr; `name` is 'sonarr_tv' for the section [sonarr tv]."""
 
     kind: str
@@ -677,8 +629,7 @@ SECTIONS: Dict[str, Type[Any]] = {
     if dataclasses.is_dataclass(field.default)
 }
 INSTANCE_KINDS = ("sonarr", "radarr")
-_INSTANCE_ENV = re.compile(r"(SONARR|RADARR)_(.+)_(URL|API)")
-Values = Dict[str, Dict[str, str]]
+Values = Dict[str, Dict[str, str]]  # {section: {key: text}}
 
 
 def find_config_file(
@@ -699,13 +650,13 @@ def load_config(
 ) -> Config:
     """Build the Config: flags win over the environment, that over the file, that over defaults.
 
-    `flags` maps (section, key) to a parsed value.  Raises ConfigError, one line.
+    `flags` maps (section, key) to a parsed value.  Raises UsageError, one line.
     """
     values, warnings = _read_config_file(file) if file else ({}, [])
     warnings += _merge_environment(values, environ)
     parsed = {section: _parse_section(section, texts) for section, texts in sorted(values.items())}
     instances = tuple(
-        Instance(section.split()[0], "_".join(section.split()), parsed.pop(section))
+        Instance(section.split()[0], section.replace(" ", "_"), parsed.pop(section))
         for section in [*parsed]
         if section not in SECTIONS
     )
@@ -720,86 +671,65 @@ def load_config(
 
 
 def _read_config_file(file: str) -> Tuple[Values, List[str]]:
-    # Comments are taken out by us: here, an item of a list may begin as one does.
-    parser = configparser.RawConfigParser(default_section="\0", comment_prefixes=())
     try:
         with open(file, encoding="utf-8-sig") as stream:
-            mode = os.fstat(stream.fileno()).st_mode
-            parser.read_file(_without_comments(stream), file)
+            is_open = os.fstat(stream.fileno()).st_mode & 0o077
+            values = _parse_ini(file, stream)
     except OSError as exc:
-        raise ConfigError(f"cannot read the config file {file}: {exc.strerror}") from exc
+        raise UsageError(f"cannot read the config file {file}: {exc.strerror}") from exc
     except UnicodeDecodeError as exc:
-        raise ConfigError(f"{file} is not UTF-8 text; save it as UTF-8") from exc
-    except configparser.Error as exc:
-        # Not its own words: they quote the line, and that may be a key.
-        what = "is no 'key = value' below a [section]"
-        if isinstance(exc, (configparser.DuplicateSectionError, configparser.DuplicateOptionError)):
-            what = f"has [{exc.section}] {getattr(exc, 'option', '')} a second time"
-        errors = getattr(exc, "errors", None) or [(getattr(exc, "lineno", "?"), "")]
-        raise ConfigError(f"{file}: line {errors[0][0]} {what}") from None
-    values: Values = {}
-    exposed = False
-    for title in parser.sections():
-        section = _section_name(title, file)
-        if section in values:
-            raise ConfigError(f"{file}: the section [{title}] stands twice")
-        values[section] = dict(parser[title])
-        secrets = {field.name: field.metadata["secret"] for field in _fields(section)}
-        parsers = {field.name: field.metadata["parse"] for field in _fields(section)}
-        known = [*secrets, *(f"{name}_file" for name in secrets if secrets[name])]
-        for key, text in values[section].items():
-            if key not in known:
-                hint = _nearest(key, known)
-                raise ConfigError(f"{file}: [{title}] has no setting {key!r}{hint}")
-            exposed = exposed or bool(text and secrets.get(key))
-            _refuse_odd_paths(f"{file}: [{title}] {key}", parsers.get(key), text)
+        raise UsageError(f"{file} is not UTF-8 text; save it as UTF-8") from exc
+    fields = ((texts, field) for section, texts in values.items() for field in _fields(section))
+    exposed = any(field.metadata["secret"] and texts.get(field.name) for texts, field in fields)
     advice = f"others can read the secrets in {file}; run: chmod 600 {file}"
-    return values, [advice] if exposed and mode & 0o077 else []
+    return values, [advice] if exposed and is_open else []
 
 
-def _refuse_odd_paths(what: str, parse: Any, text: str) -> None:
-    """Raise ConfigError for what a person writes by mistake where paths are expected."""
-    for part in _split_paths(text) if parse in (parse_path, parse_paths, parse_map) else ():
-        advice = ""
-        if part[0] in "\"'":
-            advice = "write it without quotes"
-        elif part[0] not in "/~#;":
-            advice = "write the whole path, from / on"
-        elif re.search(r"\s[;#]", part) and not os.path.lexists(part):
-            advice = "the comment is taken for a part of the path; give it a line of its own"
-        if advice:
-            raise ConfigError(f"{what} ({part!r}): {advice}")
-
-
-def find_keyless(config: Config) -> List[str]:
-    """Return what is to be said of servers without a key."""
-    names = (i.name.replace("_", " ", 1) for i in config.instances if not i.settings.api_key)
-    return [f"[{name}] has no api_key: the server will refuse every request" for name in names]
-
-
-def _without_comments(lines: Iterable[str]) -> Iterator[str]:
-    """Yield the lines of a config file, comments as empty ones.  What begins like a comment, but
-    is indented more than the setting above it, belongs to that setting's value.
+def _parse_ini(file: str, lines: Iterable[str]) -> Values:
+    """Read as configparser does, but what begins like a comment and is indented more than the
+    setting above it is a part of that setting's value.  Errors quote no line: it may be a key.
     """
-    level = math.inf  # the indentation of the setting whose value may go on
-    for line in lines:
+    values: Values = {}
+    section, key, level = "", "", math.inf
+    for number, line in enumerate(lines, 1):
         text, indent = line.strip(), len(line) - len(line.lstrip())
-        if text.startswith(("#", ";")) and indent <= level:
-            yield "\n"
+        title, pair = re.match(r"\[(.+)\]", text), re.match(r"([^=:]+?)\s*[=:]\s*(.*)", text)
+        where = f"{file}: line {number}"
+        if text and indent > level:
+            values[section][key] += f"\n{text}"
+        elif not text or text[0] in "#;":
             continue
-        if text and indent <= level:
-            level = math.inf if text.startswith("[") else indent
-        yield line
+        elif title:
+            section, level = _section_name(title[1], where), math.inf
+            if section in values:
+                raise UsageError(f"{where} has [{section}] a second time")
+            values[section] = {}
+        elif pair and section:
+            key, level = pair[1].lower(), indent
+            if key in values[section]:
+                raise UsageError(f"{where} has [{section}] {key} a second time")
+            _check_key(section, key, where)
+            values[section][key] = pair[2]
+        else:
+            raise UsageError(f"{where} is no 'key = value' below a [section]")
+    return values
 
 
-def _section_name(title: str, file: str) -> str:
+def _section_name(title: str, where: str) -> str:
     kind, *names = title.lower().split() or [""]
     if (kind in SECTIONS and not names) or (kind in INSTANCE_KINDS and len(names) == 1):
         return " ".join([kind, *names])
     if kind in INSTANCE_KINDS:
-        raise ConfigError(f"{file}: give the server a one-word name, such as [{kind} main]")
+        raise UsageError(f"{where}: give the server a one-word name, such as [{kind} main]")
     hint = _nearest(kind, [*SECTIONS, *INSTANCE_KINDS])
-    raise ConfigError(f"{file}: unknown section [{title}]{hint}")
+    raise UsageError(f"{where}: unknown section [{title}]{hint}")
+
+
+def _check_key(section: str, key: str, where: str) -> None:
+    fields = _fields(section)
+    known = [f.name for f in fields] + [f"{f.name}_file" for f in fields if f.metadata["secret"]]
+    if key not in known:
+        raise UsageError(f"{where}: [{section}] has no setting {key!r}{_nearest(key, known)}")
 
 
 def _fields(section: str) -> Tuple[Any, ...]:
@@ -821,10 +751,8 @@ def _merge_environment(values: Values, environ: Mapping[str, str]) -> List[str]:
     known = ["REFRESHERR_CONFIG"]
     for section in SECTIONS:
         for field in _fields(section):
-            prefix = section if section == "refresherr" else f"refresherr_{section}"
-            known.append(f"{prefix}_{field.name}".upper())
-            text = environ.get(known[-1])
-            text = text or environ.get(field.metadata["env"])
+            known.append(f"refresherr_{section}_{field.name}".replace("_refresherr", "").upper())
+            text = environ.get(known[-1]) or environ.get(field.metadata["env"])
             if text:
                 values.setdefault(section, {})[field.name] = text
                 values[section].pop(f"{field.name}_file", None)
@@ -832,16 +760,15 @@ def _merge_environment(values: Values, environ: Mapping[str, str]) -> List[str]:
         try:
             dry_run = parse_bool(environ["DRYRUN"])
         except ValueError as exc:
-            raise ConfigError(f"environment: DRYRUN: {exc}") from exc
+            raise UsageError(f"environment: DRYRUN: {exc}") from exc
         # A dry run that anybody asked for outranks an apply that anybody asked for.
         if dry_run or not environ.get("REFRESHERR_APPLY"):
             values.setdefault("refresherr", {})["apply"] = "no" if dry_run else "yes"
     for name, text in sorted(environ.items()):
-        match = _INSTANCE_ENV.fullmatch(name)
+        match = re.fullmatch(r"((?:SONARR|RADARR)_.+)_(URL|API)", name)
         if match and text:
-            kind, instance, key = match.groups()
-            server = values.setdefault(f"{kind} {instance}".lower(), {})
-            server["url" if key == "URL" else "api_key"] = text
+            server = values.setdefault(match[1].lower().replace("_", " ", 1), {})
+            server["url" if match[2] == "URL" else "api_key"] = text
     odd = sorted(n for n in environ if n.startswith("REFRESHERR_") and n not in known)
     return [
         f"environment: {n} is no setting{_nearest(n, known).partition('; known')[0]}" for n in odd
@@ -861,7 +788,7 @@ def _parse_section(section: str, texts: Mapping[str, str]) -> Any:
                 parsed[field.name] = parse(text)
         except ValueError as exc:
             shown = "" if field.metadata["secret"] else f" ({redact(text.strip())!r})"
-            raise ConfigError(f"config: [{section}] {field.name}{shown}: {exc}") from exc
+            raise UsageError(f"config: [{section}] {field.name}{shown}: {exc}") from exc
     return SECTIONS.get(section, InstanceSettings)(**parsed)
 
 
@@ -870,28 +797,34 @@ def _read_secret(section: str, key: str, file: str) -> str:
         with open(os.path.expanduser(file.strip()), encoding="utf-8") as stream:
             return stream.read().strip()
     except (OSError, UnicodeDecodeError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else "not UTF-8 text"
-        raise ConfigError(f"config: [{section}] {key}: cannot read {file}: {reason}") from exc
+        reason = getattr(exc, "strerror", "not UTF-8 text")
+        raise UsageError(f"config: [{section}] {key}: cannot read {file}: {reason}") from exc
 
 
 def _check_config(config: Config) -> None:
     for instance in config.instances:
         if not instance.settings.url:
-            raise ConfigError(f"config: {instance.name} has no url")
+            raise UsageError(f"config: {instance.name} has no url")
     for section, key in (("plex", "token"), ("jellyfin", "api_key"), ("emby", "api_key")):
         server = getattr(config, section)
         if bool(server.url) != bool(getattr(server, key)):
-            raise ConfigError(f"config: [{section}] needs both url and {key}, or neither")
+            raise UsageError(f"config: [{section}] needs both url and {key}, or neither")
     if config.notify.ntfy_token and not config.notify.ntfy:
-        raise ConfigError("config: [notify] has an ntfy_token but no ntfy")
+        raise UsageError("config: [notify] has an ntfy_token but no ntfy")
     for root in config.cinesync.roots if config.cinesync.base else ():
         refuse_base(config.cinesync.base, root)
 
 
+def find_keyless(config: Config) -> List[str]:
+    """Return what is to be said of servers without a key."""
+    names = (i.name.replace("_", " ", 1) for i in config.instances if not i.settings.api_key)
+    return [f"[{name}] has no api_key: the server will refuse every request" for name in names]
+
+
 def refuse_base(base: str, root: str) -> None:
-    """Raise ConfigError if CineSync's base lies inside a repair root."""
+    """Raise UsageError if CineSync's base lies inside a repair root."""
     if is_under(base, root):
-        raise ConfigError(
+        raise UsageError(
             f"config: [cinesync] base {base} lies inside the repair root {root}; "
             "Refresherr would repair CineSync's own links"
         )
@@ -923,11 +856,11 @@ def format_setting(parse: Callable[[str], Any], value: Any) -> str:
     if parse is parse_percent:
         return f"{value * 100:g}%"
     if parse in (parse_duration, parse_interval):
-        units = [(86400, "d"), (3600, "h"), (60, "m"), (1, "s")]
-        size, unit = next((pair for pair in units if value and value % pair[0] == 0), (1, "s"))
-        return f"{value / size:g}{unit}"
+        units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+        unit = next((unit for unit in units if value and value % units[unit] == 0), "s")
+        return f"{value / units[unit]:g}{unit}"
     if isinstance(value, dict):
-        return ", ".join(f"{left} => {right}" for left, right in value.items())
+        value = [f"{left} => {right}" for left, right in value.items()]
     if isinstance(value, (tuple, list)):
         return ", ".join(value)
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
@@ -946,14 +879,12 @@ def format_sample_config() -> str:
     titles = list(SECTIONS)
     titles[2:2] = ["sonarr tv", "radarr movies"]
     for title in titles:
-        table = SECTIONS.get(title, InstanceSettings)
         kind, _, folder = title.partition(" ")
         words = {"kind": kind, "folder": folder, "port": 8989 if kind == "sonarr" else 7878}
-        lines += [f"; {table.__doc__}", f"#[{title}]"]
-        for field in dataclasses.fields(table):
-            if field.metadata["doc"]:
-                lines.append(f"; {field.metadata['doc']}")
+        lines += [f"; {SECTIONS.get(title, InstanceSettings).__doc__}", f"#[{title}]"]
+        for field in _fields(title):
             sample = field.metadata["sample"].format(**words).replace("\n", "\n#    ")
+            lines.append(f"; {field.metadata['doc']}")
             lines.append(f"#{field.name} = {sample}".replace("= \n", "=\n"))
         lines.append("")
     return "\n".join(lines)
@@ -1008,7 +939,6 @@ class Ignore:
 # WAL needs shared memory between all processes of one host (sqlite.org/wal.html); these are, or
 # may be, shared with another host, and trying WAL does not tell.
 _NETWORK_TYPES = r"nfs\d*|cifs|smb\w*|9p|fuse\..*|afs|ceph|lustre|gfs2?|ocfs2|davfs|glusterfs"
-_OCTAL_ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
 def is_network_type(fs_type: str) -> bool:
@@ -1023,32 +953,29 @@ def parse_mountinfo(text: str, identity: bool = False) -> Dict[str, str]:
     the values are mount and device numbers, which differ after a remount.
     """
     mounts = {}
-    for line in text.splitlines():
-        left, _, right = line.partition(" - ")
-        fields = left.split(" ")
-        if len(fields) >= 5 and right:
-            point = _OCTAL_ESCAPE.sub(lambda match: chr(int(match.group(1), 8)), fields[4])
-            mounts[point] = f"{fields[0]} {fields[2]}" if identity else right.split(" ")[0]
+    for line in re.finditer(r"(?m)^(\S+ \S+ \S+) \S+ (\S+) .*?- (\S+) ", text):
+        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), line[2])
+        mounts[point] = line[1] if identity else line[3]
     return mounts
+
+
+def _read_mountinfo() -> str:
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as stream:
+        return os.fsdecode(stream.read())
+    return ""
 
 
 def read_mounts(identity: bool = False) -> Dict[str, str]:
     """Return `parse_mountinfo` of this process; {'/': 'unknown'} without procfs."""
-    mounts: Dict[str, str] = {}
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as stream:
-        mounts = parse_mountinfo(os.fsdecode(stream.read()), identity)
-    return {"/": "unknown", **mounts}  # a chroot whose root is no mount point has no line for it
+    # A chroot whose root is no mount point has no line for it.
+    return {"/": "unknown", **parse_mountinfo(_read_mountinfo(), identity)}
 
 
 def read_overlay_branches(point: str) -> List[str]:
     """Return the directories that an overlay is made of, as far as mountinfo names them."""
-    found: List[str] = []
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as stream:
-        for line in os.fsdecode(stream.read()).splitlines():
-            if parse_mountinfo(line) == {point: "overlay"}:
-                options = dict(re.findall(r"(lowerdir|upperdir)=([^,]*)", line))
-                found = [*options.get("lowerdir", "").split(":"), options.get("upperdir", "")]
-    return [path for path in found if path.startswith("/")]
+    lines = [x for x in _read_mountinfo().splitlines() if parse_mountinfo(x) == {point: "overlay"}]
+    found = ":".join(re.findall(r"(?:lowerdir|upperdir)=([^,]*)", lines[-1] if lines else ""))
+    return [path for path in found.split(":") if path.startswith("/")]
 
 
 _CURES = {  # what a reason says: what to do about it
@@ -1391,9 +1318,7 @@ BUSY_TIMEOUT = 60.0  # seconds a writer waits for another before "database is lo
 _LOOKUP = 500  # paths in one SELECT; SQLite before 3.32 binds 999 parameters at the most
 
 _START_ANEW = "restore a backup, or start anew with `db nuke --yes`"
-
-_write_lock = threading.Lock()
-_create_lock = threading.Lock()
+_write_lock, _create_lock = threading.Lock(), threading.Lock()
 
 _V1_TABLES = """
 CREATE TABLE schema_version (id INTEGER PRIMARY KEY, version INTEGER, applied_utc TEXT);
@@ -1435,7 +1360,12 @@ CREATE TABLE cinesync_runs (run_id INTEGER PRIMARY KEY, started_utc INTEGER, fin
 # runs.summary is the JSON of the command's result; finished_utc and exit_code stay NULL while it
 # runs, and for ever if it was killed.  link_changes is the journal: a row stands there, 'planned',
 # before a link is touched; then 'done', 'removed' or 'failed', later perhaps 'undone'.
-_V3_TABLES = """
+_V3_CHANGES = """
+ALTER TABLE symlinks ADD COLUMN broken_since_utc TEXT;
+ALTER TABLE symlinks ADD COLUMN error TEXT;
+ALTER TABLE actions ADD COLUMN attempts INTEGER DEFAULT 0;
+ALTER TABLE actions ADD COLUMN next_attempt_utc TEXT;
+ALTER TABLE actions ADD COLUMN progress TEXT;
 CREATE TABLE runs (run_id INTEGER PRIMARY KEY, command TEXT NOT NULL, started_utc TEXT NOT NULL,
     finished_utc TEXT, exit_code INTEGER, summary TEXT);
 CREATE TABLE mounts (mount_point TEXT PRIMARY KEY, fs_type TEXT NOT NULL,
@@ -1445,14 +1375,8 @@ CREATE TABLE link_changes (change_id INTEGER PRIMARY KEY, run_id INTEGER NOT NUL
     changed_utc TEXT NOT NULL, reason TEXT);
 CREATE INDEX ix_link_changes_run ON link_changes(run_id);
 CREATE INDEX ix_symlinks_not_ok ON symlinks(status, path) WHERE status <> 'ok';
-CREATE INDEX ix_events_ts ON events(ts);
-CREATE INDEX ix_movie_files_path ON movie_files(original_path, instance);
-CREATE INDEX ix_episode_files_path ON episode_files(original_path, instance)
+CREATE INDEX ix_events_ts ON events(ts)
 """
-_V3_COLUMNS = {
-    "symlinks": ("broken_since_utc TEXT", "error TEXT"),
-    "actions": ("attempts INTEGER DEFAULT 0", "next_attempt_utc TEXT", "progress TEXT"),
-}
 
 # directories: what a scan knows of each library directory, to tell without reading it that nothing
 #   has changed (`targets` is packed by the scan, which alone reads it; no mark asks for a look).
@@ -1463,7 +1387,12 @@ _V3_COLUMNS = {
 # losses: every link that was judged broken, and when it came back; `gone_since_utc` starts anew
 #   when a scan could not tell.  Patience is judged from it.
 # notes: single facts that outlive a run, by name.
-_V4_TABLES = """
+_V4_CHANGES = """
+ALTER TABLE symlinks ADD COLUMN read_utc TEXT;
+ALTER TABLE symlinks ADD COLUMN read_error TEXT;
+ALTER TABLE series ADD COLUMN year INTEGER;
+ALTER TABLE series ADD COLUMN tags TEXT;
+ALTER TABLE movies ADD COLUMN tags TEXT;
 CREATE TABLE directories (path TEXT PRIMARY KEY, mark TEXT, links INTEGER NOT NULL, targets BLOB);
 CREATE TABLE doubts (path TEXT PRIMARY KEY, defence TEXT NOT NULL, title TEXT NOT NULL,
     goal TEXT NOT NULL, missing TEXT NOT NULL, mount_point TEXT NOT NULL, lot_id INTEGER,
@@ -1480,12 +1409,7 @@ CREATE INDEX ix_losses_mount ON losses(mount_point, lost_utc);
 CREATE TABLE notes (name TEXT PRIMARY KEY, value TEXT);
 CREATE INDEX ix_movie_files_path ON movie_files(original_path, instance);
 CREATE INDEX ix_episode_files_path ON episode_files(original_path, instance)
-"""  # the last two once more: early databases of version 3 lack them
-_V4_COLUMNS = {
-    "symlinks": ("read_utc TEXT", "read_error TEXT"),
-    "series": ("year INTEGER", "tags TEXT"),
-    "movies": ("tags TEXT",),
-}
+"""
 
 
 def default_db_path() -> str:
@@ -1572,7 +1496,7 @@ def open_database(db_path: Optional[str] = None, upgrade: bool = True) -> sqlite
         conn = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None)
         on_failure.callback(conn.close)
         conn.row_factory = sqlite3.Row
-        _known_version(conn)  # before the journal mode: a newer one stays untouched
+        schema_version(conn)  # before the journal mode: a newer one stays untouched
         _set_journal_mode(conn, path)
         if upgrade:
             initialize_schema(conn)
@@ -1603,10 +1527,9 @@ def _make_database_file(path: str) -> None:
 
 def _set_journal_mode(conn: sqlite3.Connection, path: str) -> None:
     mounts = read_mounts()
-    fs_type = mounts.get(find_ancestor(os.path.realpath(path), mounts) or "/", "unknown")
-    mode, synchronous = "wal", "NORMAL"
-    if is_network_type(fs_type):
-        mode, synchronous = "delete", "FULL"
+    fs_type = mounts[find_ancestor(os.path.realpath(path), mounts) or "/"]
+    mode, synchronous = ("delete", "FULL") if is_network_type(fs_type) else ("wal", "NORMAL")
+    if mode == "delete":
         log.debug("no WAL: %s is on a network file system (%s)", path, fs_type)
     deadline = time.monotonic() + BUSY_TIMEOUT
     while True:
@@ -1647,9 +1570,7 @@ def _writing() -> Iterator[sqlite3.Connection]:
         yield conn
 
 
-def _own(
-    conn: Optional[sqlite3.Connection],
-) -> contextlib.AbstractContextManager[sqlite3.Connection]:
+def _own(conn: Optional[sqlite3.Connection]) -> ContextManager[sqlite3.Connection]:
     """Return a block with `conn`, or with a connection of its own to the default database."""
     return contextlib.nullcontext(conn) if conn else contextlib.closing(get_connection())
 
@@ -1660,48 +1581,34 @@ def database_path(conn: sqlite3.Connection) -> str:
 
 
 def schema_version(conn: sqlite3.Connection) -> int:
-    """Return the version the database stands at, 0 for an empty one."""
-    if not _columns(conn, "schema_version"):
+    """Return the version the database stands at, 0 for an empty one.
+
+    DatabaseError if it is newer than this program.
+    """
+    if not conn.execute("SELECT 1 FROM sqlite_master WHERE name = 'schema_version'").fetchone():
         return 0
-    return conn.execute("SELECT max(version) FROM schema_version").fetchone()[0] or 0
-
-
-def _known_version(conn: sqlite3.Connection) -> int:
-    """Return `schema_version`.  DatabaseError if it is newer than this program."""
-    version = schema_version(conn)
+    version = conn.execute("SELECT max(version) FROM schema_version").fetchone()[0] or 0
     if version > SCHEMA_VERSION:
         what = f"database {database_path(conn)} has schema version {version}"
         advice = f"this program knows {SCHEMA_VERSION}; use a newer Refresherr"
         raise DatabaseError(f"{what}, {advice}")
-    return version
+    return int(version)
 
 
-def _columns(conn: sqlite3.Connection, table: str) -> List[str]:
-    # Before 3.32 the PRAGMA answers from what the connection once read; a SELECT reads it anew.
-    conn.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
-    return [row[1] for row in conn.execute(f"PRAGMA table_info({table})")]
-
-
-def _create_all(conn: sqlite3.Connection, script: str) -> None:
-    """Create the tables and indexes of a script, as far as they do not exist."""
+def _apply(conn: sqlite3.Connection, script: str) -> None:
+    """Make the tables, indexes and columns of a script, as far as they do not exist."""
     # Not executescript: that commits the transaction under way first.
     for statement in script.split(";\n"):
-        conn.execute(re.sub(r"(TABLE|INDEX)", r"\1 IF NOT EXISTS", statement, count=1))
-
-
-def _add_columns(conn: sqlite3.Connection, added: Mapping[str, Sequence[str]]) -> None:
-    """Add the columns that a table does not have yet."""
-    for table, columns in added.items():
-        old = _columns(conn, table)
-        for column in columns:
-            if column.split()[0] not in old:
-                conn.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
+        try:
+            conn.execute(statement)
+        except sqlite3.OperationalError as exc:
+            if not re.search("already exists|duplicate column", str(exc)):
+                raise
 
 
 def _migrate_to_v3(conn: sqlite3.Connection) -> None:
-    _create_all(conn, _V1_TABLES)  # the container edition makes some tables only when needed
-    _add_columns(conn, _V3_COLUMNS)
-    _create_all(conn, _V3_TABLES)
+    _apply(conn, _V1_TABLES)  # the container edition makes some tables only when needed
+    _apply(conn, _V3_CHANGES)
     update = """UPDATE symlinks SET broken_since_utc = coalesce(last_seen_utc, first_seen_utc, ?)
         WHERE coalesce(status, last_status) IN ('broken', 'repairing')"""
     conn.execute(update, (utc_now(),))
@@ -1714,33 +1621,33 @@ _HELD_IN_V3 = "held back by the mass-breakage guard: "  # then the directory: `s
 
 
 def _migrate_to_v4(conn: sqlite3.Connection) -> None:
-    _add_columns(conn, _V4_COLUMNS)
-    _create_all(conn, _V4_TABLES)
-    # What version 3 held remains held: each of its units becomes a lot.
-    held: Dict[str, Dict[str, str]] = {}
-    select = "SELECT path, last_target, error FROM symlinks WHERE status = 'unreachable'"
-    for path, target, error in conn.execute(select):
-        if (error or "").startswith(_HELD_IN_V3):
-            goal = os.path.join(os.path.dirname(from_db(path)), from_db(target))
-            goals = held.setdefault(error[len(_HELD_IN_V3) :], {})
-            goals[from_db(path)] = os.path.normpath(goal)
-    for name, goals in held.items():
-        # The reason has the directory's name escaped, the targets have it as it is.
-        steps = itertools.chain.from_iterable(map(ancestors, goals.values()))
-        directory = next((step for step in steps if escape(step) == name), name)
-        # Rather too many titles than too few, which would be let go.
-        titles = {(title_folder(path), os.path.dirname(goals[path])) for path in goals}
-        values = (to_db(directory), len(goals), len(titles), utc_now())
-        insert = "INSERT INTO lots (directory, links, titles, since_utc) VALUES (?, ?, ?, ?)"
-        lot = conn.execute(insert, values).lastrowid
-        for path, goal in goals.items():
-            texts = map(to_db, (path, "guard", title_folder(path), goal, goal))
-            insert = "INSERT INTO doubts VALUES (?, ?, ?, ?, ?, '/', ?, ?)"
-            conn.execute(insert, (*texts, lot, utc_now()))
+    """What version 3 held remains held: each of its directories becomes a lot."""
+    _apply(conn, _V4_CHANGES)
+
+    def directory(error: str) -> Union[str, bytes]:  # the error has its name escaped
+        name = error[len(_HELD_IN_V3) :]
+        return to_db(re.sub(r"\\x([89a-f].)", lambda byte: chr(0xDC00 + int(byte[1], 16)), name))
+
+    def goal(path: Any, target: Any) -> Union[str, bytes]:
+        folder = os.path.dirname(from_db(path))
+        return to_db(os.path.normpath(os.path.join(folder, from_db(target))))
+
+    conn.create_function("directory", 1, directory)
+    conn.create_function("goal", 2, goal)
+    conn.create_function("title", 1, lambda path: to_db(title_folder(from_db(path))))
+    held, now = f"status = 'unreachable' AND error LIKE '{_HELD_IN_V3}%'", utc_now()
+    # Rather too many titles than too few, which would be let go.
+    insert = f"""INSERT INTO lots (directory, links, titles, since_utc)
+        SELECT directory(error), count(*), count(*), ? FROM symlinks WHERE {held} GROUP BY error"""
+    conn.execute(insert, (now,))
+    insert = f"""INSERT INTO doubts SELECT path, 'guard', title(path), goal(path, last_target),
+        goal(path, last_target), '/', lot_id, ?
+        FROM symlinks JOIN lots ON directory = directory(error) WHERE {held}"""
+    conn.execute(insert, (now,))
 
 
 MIGRATIONS: Dict[int, Callable[[sqlite3.Connection], None]] = {
-    1: lambda conn: _create_all(conn, _V1_TABLES),
+    1: lambda conn: _apply(conn, _V1_TABLES),
     2: lambda conn: None,  # the container edition's: its own tables are none of our business
     3: _migrate_to_v3,
     4: _migrate_to_v4,
@@ -1770,7 +1677,7 @@ def initialize_schema(conn: Optional[sqlite3.Connection] = None) -> None:
         # What is overwritten may be a token: leave no copy of it in a freed page.
         conn.execute("PRAGMA secure_delete=ON")
         with transaction(conn):  # alone: another thread or process may have been at it, too
-            version = _known_version(conn)
+            version = schema_version(conn)
             was_used = version < SCHEMA_VERSION and _back_up_before_migration(conn, version)
             _migrate(conn, version)
         if was_used:
@@ -1887,8 +1794,6 @@ class KnownLink(NamedTuple):
 
 _KNOWN_COLUMNS = """rowid, last_target, status, coalesce(last_seen_utc, ''), broken_since_utc,
     coalesce(error, '')"""
-_SEE_LINK = """UPDATE symlinks SET last_seen_utc = ?
-WHERE path = ? AND last_target = ? AND status = 'ok' AND last_status = 'ok'"""
 _WRITE_LINK = """
 INSERT INTO symlinks (path, last_target, status, last_status, first_seen_utc, last_seen_utc,
                       broken_since_utc, error)
@@ -2109,33 +2014,27 @@ def process_lock(db_path: str, wait: float, command: str = "refresherr") -> Iter
     with _writable_place(f"lock file {file}", db_path):
         os.makedirs(os.path.dirname(file), mode=0o700, exist_ok=True)
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    deadline = time.monotonic() + wait
-    try:
-        while not _try_lock(descriptor, file):
-            if time.monotonic() >= deadline:
-                holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip()
-                advice = "wait for it to end, or use --lock-wait SECONDS"
-                who = f": {holder}" if holder else ""
-                raise LockedError(f"another run holds the lock {file}{who}; {advice}")
-            time.sleep(0.1)
-        holder = (
-            f"`{command}` (process {os.getpid()}, since {utc_now()[:16].replace('T', ' ')} UTC)"
-        )
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{holder}\n".encode(), 0)
+    with open(descriptor, "r+", encoding="utf-8", errors="replace") as stream:
+        _wait_for_lock(stream, file, time.monotonic() + wait)
+        since = utc_now()[:16].replace("T", " ")
+        stream.truncate(0)
+        stream.write(f"`{command}` (process {os.getpid()}, since {since} UTC)\n")
+        stream.flush()
         yield
-    finally:
-        os.close(descriptor)
 
 
-def _try_lock(descriptor: int, file: str) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as exc:
-        log.warning("no lock on this file system (%s): %s", exc.strerror, file)
-    return True
+def _wait_for_lock(stream: TextIO, file: str, deadline: float) -> None:
+    while True:
+        try:
+            return fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                who = stream.read(200).strip() or "it has not said its name"
+                advice = "wait for it to end, or use --lock-wait SECONDS"
+                raise LockedError(f"another run holds the lock {file}: {who}; {advice}") from None
+            time.sleep(0.1)
+        except OSError as exc:
+            return log.warning("no lock on this file system (%s): %s", exc.strerror, file)
 
 
 @contextlib.contextmanager
@@ -10981,9 +10880,7 @@ def explain_option(names: Sequence[str], details: Mapping[str, Any]) -> str:
     """Return the help of an option, with the default of the setting that it stands for."""
     section, _, key = details.get("dest", names[0]).split(" ")[0].partition(".")
     text, known = details.get("help", ""), {f.name: f for f in _fields(section)} if key else {}
-    value = format_setting(known[key].metadata["parse"], known[key].default) if key else ""
-    if key == "workers":
-        value = "auto"
+    value = known[key].metadata["default"] if key else ""
     return f"{text}; default: {value}".replace("%", "%%") if value else text.replace("%", "%%")
 
 
@@ -11065,7 +10962,7 @@ def load_context(
     try:
         file = find_config_file(args.config, environ, sys.argv[0] or ".")
         config = load_config(file, environ, flags)
-    except ConfigError as exc:
+    except UsageError as exc:
         if args.command not in BY_ITSELF and getattr(args, "action", "") != "sample":
             raise
         error = str(exc)

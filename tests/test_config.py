@@ -268,7 +268,7 @@ def test_the_example_of_the_specification(config: Config, tmp_path: Path) -> Non
         "path_map": {"/opt/media/tv": "/tv"},
         "skip_tags": [],
         "ca_file": "",
-        "headers": "",
+        "headers": [],
     }
     assert shown["radarr_4k"]["roots"] == ["/opt/media/4k"]
     assert shown["radarr_4k"]["api_key"] == "***"
