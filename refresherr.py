@@ -443,21 +443,26 @@ def parse_map(text: str) -> Tuple[Tuple[str, str], ...]:
 
 
 def setting(
-    parse: Callable[[str], Any], doc: str, default: str = "", sample: str = "", env: str = "",
+    parse: Callable[[str], Any], doc: str, default: str, env: str = "", sample: str = "",
     secret: bool = False,
 ) -> Any:  # fmt: skip
-    """Describe one setting: a dataclass field with what the tables need in its metadata.
-
-    `default` is as in the file, and the sample where there is no other; `env` is the container
-    edition's name.  A secret may also come from the file that KEY_file names, and is never shown.
+    """Describe one setting: `default` is as in the file, and the sample where there is no other;
+    `env` is the container edition's name; a secret is never shown, KEY_file may name its file.
     """
-    metadata = {"parse": parse, "doc": doc, "default": default, "sample": sample or default}
     is_list = parse in (parse_list, parse_paths, parse_map, parse_headers)
     value = parse(default) if default or is_list else ""
-    return dataclasses.field(default=value, metadata={**metadata, "env": env, "secret": secret})
+    metadata = {"parse": parse, "doc": doc, "default": default, "env": env, "secret": secret}
+    return dataclasses.field(default=value, metadata={**metadata, "sample": sample or default})
 
 
-secret = functools.partial(setting, secret=True)
+def optional(
+    parse: Callable[[str], Any], doc: str, sample: str, env: str = "", secret: bool = False
+) -> Any:
+    """Describe a setting that has no default."""
+    return setting(parse, doc, "", env, sample, secret)
+
+
+secret = functools.partial(optional, secret=True)
 Paths = Tuple[str, ...]
 PathMap = Tuple[Tuple[str, str], ...]
 _MAP_DOC = "A path here => the same path as the server sees it."
@@ -467,52 +472,45 @@ _MAP_DOC = "A path here => the same path as the server sees it."
 @dataclasses.dataclass(frozen=True)
 class MainSettings:
     """Where Refresherr keeps its own things, and whether it may change others'."""
-    data_dir: str = setting(parse_own_path, "Where the database lives.", "/data", env="DATA_DIR")
+    data_dir: str = setting(parse_own_path, "Where the database lives.", "/data", "DATA_DIR")
     apply: bool = setting(parse_bool, "Change links and servers without --apply.", "no")
     log_level: str = setting(parse_choice("debug", "info", "warning", "error"),
-        "How much is said on stderr.", "info", env="LOG_LEVEL")
+        "How much is said on stderr.", "info", "LOG_LEVEL")
 
 @dataclasses.dataclass(frozen=True)
 class ScanSettings:
     """What is walked, and what protects it from an outage."""
-    roots: Paths = setting(parse_paths, "The library directories, one a line.",
-        sample="\n/opt/media/tv\n/opt/media/movies", env="SCAN_ROOTS")
-    mount_checks: Paths = setting(parse_paths, "Mount points that must be mounted and not empty, "
-        "or files that must be readable.", sample="\n/mnt/remote/realdebrid")
-    ignore: Paths = setting(parse_list, "Skip paths that contain this; with *, ? or [ it is a glob "
-        "on the name.", sample="\ncinesync\n*.partial", env="IGNORE_SUBSTR")
-    ignore_defaults: bool = setting(parse_bool,
-        "Skip what a NAS or a file system keeps for itself, such as @eaDir and #recycle.", "yes")
+    roots: Paths = optional(parse_paths, "The library directories, one a line.",
+        "\n/opt/media/tv\n/opt/media/movies", "SCAN_ROOTS")
+    mount_checks: Paths = optional(parse_paths, "Mount points that must be mounted and not empty, "
+        "or files that must be readable.", "\n/mnt/remote/realdebrid")
+    ignore: Paths = optional(parse_list, "Skip paths that contain this; with *, ? or [ it is a "
+        "glob on the name.", "\ncinesync\n*.partial", "IGNORE_SUBSTR")
+    ignore_defaults: bool = setting(parse_bool, "Skip what a NAS keeps, such as @eaDir.", "yes")
     workers: int = setting(parse_workers, "Look-ups at once on a slow mount.", "auto")
-    stat_timeout: float = setting(parse_interval,
-        "A target that has not answered by then is unreachable.", "30s")
+    stat_timeout: float = setting(parse_interval, "What answers later is unreachable.", "30s")
     max_new_broken: float = setting(parse_percent,
         "More of a mount's good links than this gone at once is taken for an outage.", "20%")
 
 @dataclasses.dataclass(frozen=True)
 class InstanceSettings:
     """One Sonarr or Radarr."""
-    url: str = setting(parse_url, "With the URL base, if one is set.",
-        sample="http://{kind}:{port}")
-    api_key: str = secret(parse_key, "Settings > General > API key.", sample="0123456789abcdef")
-    roots: Paths = setting(parse_paths, "The directories of links that this server owns.",
-        sample="/opt/media/{folder}")
-    path_map: PathMap = setting(parse_map, _MAP_DOC, sample="/opt/media/{folder} => /{folder}")
-    skip_tags: Paths = setting(parse_list, "Leave alone what carries one of these tags there.",
-        sample="keep, archive")
-    ca_file: str = setting(parse_own_path, "The certificate authority of a server with its own.",
-        sample="/etc/ssl/my-ca.pem")
+    url: str = optional(parse_url, "With the URL base, if one is set.", "http://{kind}:{port}")
+    api_key: str = secret(parse_key, "Settings > General > API key.", "0123456789abcdef")
+    roots: Paths = optional(parse_paths, "Where the links are that it owns.", "/opt/media/{folder}")
+    path_map: PathMap = optional(parse_map, _MAP_DOC, "/opt/media/{folder} => /{folder}")
+    skip_tags: Paths = optional(parse_list, "Leave alone what carries such a tag.", "keep, archive")
+    ca_file: str = optional(parse_own_path, "A certificate authority of its own.", "/etc/my-ca.pem")
     headers: PathMap = secret(parse_headers, "Lines of 'Name: value' for a proxy before it.",
-        sample="CF-Access-Client-Id: ...")
+        "CF-Access-Client-Id: ...")
 
 @dataclasses.dataclass(frozen=True)
 class RelaySettings:
     """The relay URL of the container edition."""
-    base: str = setting(parse_url, "Its address.", sample="http://research-relay:5050",
-        env="RELAY_BASE")
-    token: str = secret(parse_key, "Its token.", sample="...", env="RELAY_TOKEN")
-    routes: PathMap = setting(parse_map, "A path prefix => the relay's name for the instance.",
-        sample="\n/opt/media/doc => radarr_doc", env="ROUTE_MAP")
+    base: str = optional(parse_url, "Its address.", "http://research-relay:5050", "RELAY_BASE")
+    token: str = secret(parse_key, "Its token.", "...", "RELAY_TOKEN")
+    routes: PathMap = optional(parse_map, "A path prefix => the relay's name for the instance.",
+        "\n/opt/media/doc => radarr_doc", "ROUTE_MAP")
 
 @dataclasses.dataclass(frozen=True)
 class RepairSettings:
@@ -523,10 +521,10 @@ class RepairSettings:
     cooldown: float = setting(parse_duration, "Between two attempts.", "6h")
     max_attempts: int = setting(parse_count, "Then the link needs attention.", "3")
     season_threshold: int = setting(parse_count, "So many broken episodes of a season become one "
-        "season search (relay).", "2", env="SEASON_SEARCH_THRESHOLD")
-    limit: int = setting(parse_count, "Actions queued in one run.", "25", env="QUEUE_LIMIT")
-    max: int = setting(parse_count, "Actions sent in one run.", "25", env="ACTIONS_MAX")
-    timeout: float = setting(parse_duration, "For one request.", "20s", env="ACTIONS_TIMEOUT")
+        "season search (relay).", "2", "SEASON_SEARCH_THRESHOLD")
+    limit: int = setting(parse_count, "Actions queued in one run.", "25", "QUEUE_LIMIT")
+    max: int = setting(parse_count, "Actions sent in one run.", "25", "ACTIONS_MAX")
+    timeout: float = setting(parse_duration, "For one request.", "20s", "ACTIONS_TIMEOUT")
     list_timeout: float = setting(parse_interval, "For the first byte of a long list.", "2m")
     per_day: int = setting(parse_count, "Searches sent to one server a day; 0: no limit.", "200")
     blocklist: bool = setting(parse_bool,
@@ -536,44 +534,42 @@ class RepairSettings:
 @dataclasses.dataclass(frozen=True)
 class CinesyncSettings:
     """Relinking to CineSync's copies."""
-    base: str = setting(parse_own_path, "CineSync's own tree of links.",
-        sample="/opt/media/cinesync/CineSync", env="CINESYNC_BASE")
-    roots: Paths = setting(parse_paths, "Where broken links may be replaced.",
-        sample="/opt/media/tv, /opt/media/movies", env="CINESYNC_REPAIR_ROOTS")
-    allowed_targets: Paths = setting(parse_paths, "A new target must lie below one of these.",
-        sample="/mnt/remote", env="CINESYNC_ALLOWED_TARGET_PREFIXES")
-    limit: int = setting(parse_count, "Links tried in one run.", "200", env="CINESYNC_LIMIT")
+    base: str = optional(parse_own_path, "CineSync's own tree of links.",
+        "/opt/media/cinesync/CineSync", "CINESYNC_BASE")
+    roots: Paths = optional(parse_paths, "Where broken links may be replaced.",
+        "/opt/media/tv, /opt/media/movies", "CINESYNC_REPAIR_ROOTS")
+    allowed_targets: Paths = optional(parse_paths, "A new target must lie below one of these.",
+        "/mnt/remote", "CINESYNC_ALLOWED_TARGET_PREFIXES")
+    limit: int = setting(parse_count, "Links tried in one run.", "200", "CINESYNC_LIMIT")
 
 @dataclasses.dataclass(frozen=True)
 class VerifySettings:
     """Reading a little of the files behind good links."""
-    files: int = setting(parse_count, "So many files in each run; 0 reads none.", "0", "200")
+    files: int = setting(parse_count, "So many files in each run; 0: none.", "0", sample="200")
     repair: bool = setting(parse_bool,
         "Kept for later: nothing is repaired yet because it cannot be read.", "no")
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
     """What `run` does of itself."""
-    ingest_every: float = setting(parse_duration,
-        "Read the servers when the last reading is older than this.", "1d")
-    report: str = setting(parse_own_path, "Every run writes the report there anew.",
-        sample="/volume1/web/refresherr.html")
+    ingest_every: float = setting(parse_duration, "Read the servers when it was longer ago.", "1d")
+    report: str = optional(parse_own_path, "Every run writes the report there anew.",
+        "/volume1/web/refresherr.html")
     time_limit: float = setting(parse_duration,
-        "A run begins nothing more after this long; 0 is no limit.", "0", "2h")
+        "A run begins nothing more after this long; 0 is no limit.", "0", sample="2h")
 
 @dataclasses.dataclass(frozen=True)
 class NotifySettings:
     """Who is told about a run."""
-    discord: str = secret(parse_url, "Webhook.", sample="https://...", env="DISCORD_WEBHOOK")
-    ntfy: str = secret(parse_url, "Topic.", sample="https://ntfy.sh/topic")
-    ntfy_token: str = secret(parse_key, "Access token, where the topic needs one.", sample="...")
-    apprise: str = secret(parse_url, "Apprise API, with the key of its configuration.",
-        sample="http://apprise:8000/notify/KEY")
-    webhook: str = secret(parse_url, "Gets the run's result as JSON.", sample="https://...")
+    discord: str = secret(parse_url, "Webhook.", "https://...", "DISCORD_WEBHOOK")
+    ntfy: str = secret(parse_url, "Topic.", "https://ntfy.sh/topic")
+    ntfy_token: str = secret(parse_key, "Access token, where the topic needs one.", "...")
+    apprise: str = secret(parse_url, "With its key.", "http://apprise:8000/notify/KEY")
+    webhook: str = secret(parse_url, "Gets the run's result as JSON.", "https://...")
     healthchecks: str = secret(parse_url, "Hears of the start and the end of every applied run.",
-        sample="https://hc-ping.com/UUID")
+        "https://hc-ping.com/UUID")
     uptime_kuma: str = secret(parse_url, "Push URL; hears of the end of every applied run.",
-        sample="https://kuma.example/api/push/TOKEN")
+        "https://kuma.example/api/push/TOKEN")
     when: str = setting(parse_choice("changes", "failures", "always"),
         "changes: a run that changed something, failed or was refused; failures; or always.",
         "changes")
@@ -581,16 +577,16 @@ class NotifySettings:
 @dataclasses.dataclass(frozen=True)
 class PlexSettings:
     """Plex is told about the directories that changed."""
-    url: str = setting(parse_url, "Its address.", sample="http://plex:32400")
-    token: str = secret(parse_key, "X-Plex-Token, from 'View XML' of any item.", sample="...")
-    path_map: PathMap = setting(parse_map, _MAP_DOC, sample="/opt/media => /data")
+    url: str = optional(parse_url, "Its address.", "http://plex:32400")
+    token: str = secret(parse_key, "X-Plex-Token, from 'View XML' of any item.", "...")
+    path_map: PathMap = optional(parse_map, _MAP_DOC, "/opt/media => /data")
 
 @dataclasses.dataclass(frozen=True)
 class JellyfinSettings:
     """Jellyfin or Emby, likewise."""
-    url: str = setting(parse_url, "With its base, if one is set.", sample="http://{kind}:8096")
-    api_key: str = secret(parse_key, "Dashboard > API Keys.", sample="...")
-    path_map: PathMap = setting(parse_map, _MAP_DOC, sample="/opt/media => /data")
+    url: str = optional(parse_url, "With the base URL, if one is set.", "http://{kind}:8096")
+    api_key: str = secret(parse_key, "Dashboard > API Keys.", "...")
+    path_map: PathMap = optional(parse_map, _MAP_DOC, "/opt/media => /data")
 # fmt: on
 
 
@@ -632,15 +628,13 @@ INSTANCE_KINDS = ("sonarr", "radarr")
 Values = Dict[str, Dict[str, str]]  # {section: {key: text}}
 
 
-def find_config_file(
-    flag: Optional[str], environ: Mapping[str, str], program: str
-) -> Optional[str]:
+def find_config_file(flag: Optional[str], environ: Mapping[str, str], script: str) -> Optional[str]:
     """Return the config file to read, None without one; one that is named need not exist."""
     named = flag or environ.get("REFRESHERR_CONFIG")
     if named:
         return os.path.abspath(os.path.expanduser(named))
     home = environ.get("XDG_CONFIG_HOME") or os.path.join(environ.get("HOME", "/"), ".config")
-    folders = (os.path.dirname(os.path.abspath(program)), f"{home}/refresherr", "/etc")
+    folders = (os.path.dirname(os.path.abspath(script)), f"{home}/refresherr", "/etc")
     places = [environ.get("CONFIG_FILE") or "", *(f"{f}/refresherr.ini" for f in folders)]
     return next(filter(os.path.isfile, places), None)
 
@@ -648,10 +642,7 @@ def find_config_file(
 def load_config(
     file: Optional[str], environ: Mapping[str, str], flags: Mapping[Tuple[str, str], Any]
 ) -> Config:
-    """Build the Config: flags win over the environment, that over the file, that over defaults.
-
-    `flags` maps (section, key) to a parsed value.  Raises UsageError, one line.
-    """
+    """Build the Config: flags, {(section, key): value}, over environment, file and defaults."""
     values, warnings = _read_config_file(file) if file else ({}, [])
     warnings += _merge_environment(values, environ)
     parsed = {section: _parse_section(section, texts) for section, texts in sorted(values.items())}
@@ -671,18 +662,21 @@ def load_config(
 
 
 def _read_config_file(file: str) -> Tuple[Values, List[str]]:
-    try:
-        with open(file, encoding="utf-8-sig") as stream:
-            is_open = os.fstat(stream.fileno()).st_mode & 0o077
-            values = _parse_ini(file, stream)
-    except OSError as exc:
-        raise UsageError(f"cannot read the config file {file}: {exc.strerror}") from exc
-    except UnicodeDecodeError as exc:
-        raise UsageError(f"{file} is not UTF-8 text; save it as UTF-8") from exc
+    values = _parse_ini(file, _read_text("the config file", file).splitlines())
+    is_open = os.stat(file).st_mode & 0o077
     fields = ((texts, field) for section, texts in values.items() for field in _fields(section))
     exposed = any(field.metadata["secret"] and texts.get(field.name) for texts, field in fields)
     advice = f"others can read the secrets in {file}; run: chmod 600 {file}"
     return values, [advice] if exposed and is_open else []
+
+
+def _read_text(what: str, file: str) -> str:
+    try:
+        with open(file, encoding="utf-8-sig") as stream:
+            return stream.read()
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = getattr(exc, "strerror", "it is not UTF-8 text; save it as UTF-8")
+        raise UsageError(f"cannot read {what} {file}: {reason}") from exc
 
 
 def _parse_ini(file: str, lines: Iterable[str]) -> Values:
@@ -744,10 +738,7 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _merge_environment(values: Values, environ: Mapping[str, str]) -> List[str]:
-    """Lay the environment over the file's values: REFRESHERR_SECTION_KEY and the old names.
-
-    Returns a warning for each name that looks like one of ours and is none.
-    """
+    """Lay the environment over the file's values; return a warning for each odd name of ours."""
     known = ["REFRESHERR_CONFIG"]
     for section in SECTIONS:
         for field in _fields(section):
@@ -778,8 +769,10 @@ def _merge_environment(values: Values, environ: Mapping[str, str]) -> List[str]:
 def _parse_section(section: str, texts: Mapping[str, str]) -> Any:
     parsed = {}
     for field in _fields(section):
-        text, file = texts.get(field.name), texts.get(f"{field.name}_file")
-        text = text or (_read_secret(section, f"{field.name}_file", file) if file else "")
+        text, file = texts.get(field.name, ""), texts.get(f"{field.name}_file")
+        if file and not text:
+            what = f"[{section}] {field.name}_file"
+            text = _read_text(what, os.path.expanduser(file.strip())).strip()
         parse = field.metadata["parse"]
         try:
             if re.search(r"\n[#;]" + r"(?!\S)" * (parse is parse_list), text):
@@ -790,15 +783,6 @@ def _parse_section(section: str, texts: Mapping[str, str]) -> Any:
             shown = "" if field.metadata["secret"] else f" ({redact(text.strip())!r})"
             raise UsageError(f"config: [{section}] {field.name}{shown}: {exc}") from exc
     return SECTIONS.get(section, InstanceSettings)(**parsed)
-
-
-def _read_secret(section: str, key: str, file: str) -> str:
-    try:
-        with open(os.path.expanduser(file.strip()), encoding="utf-8") as stream:
-            return stream.read().strip()
-    except (OSError, UnicodeDecodeError) as exc:
-        reason = getattr(exc, "strerror", "not UTF-8 text")
-        raise UsageError(f"config: [{section}] {key}: cannot read {file}: {reason}") from exc
 
 
 def _check_config(config: Config) -> None:
@@ -843,7 +827,7 @@ def config_to_json(config: Config) -> JsonObject:
         return redact(value) if isinstance(value, str) else value
 
     tables = {section: getattr(config, section) for section in SECTIONS}
-    tables.update((instance.name, instance.settings) for instance in config.instances)
+    tables.update({instance.name: instance.settings for instance in config.instances})
     settings = {
         name: {f.name: shown(f, getattr(table, f.name)) for f in dataclasses.fields(table)}
         for name, table in tables.items()
@@ -897,9 +881,7 @@ _NOT_LIBRARY = (
 
 
 class Ignore:
-    """What a scan skips: substrings of the path, globs on the name, and with `defaults` the
-    directories that a NAS or a file system keeps for itself, by their whole names.
-    """
+    """What a scan skips: substrings of the path, globs on the name, with `defaults` a NAS's own."""
 
     def __init__(self, patterns: Sequence[str], defaults: bool) -> None:
         import fnmatch
@@ -949,8 +931,8 @@ def is_network_type(fs_type: str) -> bool:
 def parse_mountinfo(text: str, identity: bool = False) -> Dict[str, str]:
     """Return {mount point: file system type} from /proc/self/mountinfo (proc(5), 3.5).
 
-    Mounts stack: of several on one mount point the last line is the visible one.  With `identity`
-    the values are mount and device numbers, which differ after a remount.
+    Of several on one point the last is the visible one.  With `identity` the values are mount and
+    device numbers, which differ after a remount.
     """
     mounts = {}
     for line in re.finditer(r"(?m)^(\S+ \S+ \S+) \S+ (\S+) .*?- (\S+) ", text):
@@ -998,10 +980,7 @@ def how_to_mend(reason: str) -> str:
 
 
 def watch_mounts() -> Callable[[], bool]:
-    """Return what tells whether anything was mounted or unmounted from now on.
-
-    The kernel says so of this file, as poll(2) asks (proc(5)); mount numbers are used again.
-    """
+    """Return what tells whether anything was mounted or unmounted from now on, by proc(5)."""
     poll = select.poll()
     with contextlib.suppress(OSError):
         descriptor = os.open("/proc/self/mounts", os.O_RDONLY | os.O_CLOEXEC)
@@ -1375,7 +1354,12 @@ CREATE TABLE link_changes (change_id INTEGER PRIMARY KEY, run_id INTEGER NOT NUL
     changed_utc TEXT NOT NULL, reason TEXT);
 CREATE INDEX ix_link_changes_run ON link_changes(run_id);
 CREATE INDEX ix_symlinks_not_ok ON symlinks(status, path) WHERE status <> 'ok';
-CREATE INDEX ix_events_ts ON events(ts)
+CREATE INDEX ix_events_ts ON events(ts);
+UPDATE symlinks SET broken_since_utc = coalesce(last_seen_utc, first_seen_utc, now())
+    WHERE coalesce(status, last_status) IN ('broken', 'repairing');
+UPDATE actions SET url = strip_secrets(url) WHERE url <> '';
+UPDATE actions SET reason = redact(reason) WHERE reason <> '';
+UPDATE actions SET last_error = redact(last_error) WHERE last_error <> ''
 """
 
 # directories: what a scan knows of each library directory, to tell without reading it that nothing
@@ -1387,6 +1371,8 @@ CREATE INDEX ix_events_ts ON events(ts)
 # losses: every link that was judged broken, and when it came back; `gone_since_utc` starts anew
 #   when a scan could not tell.  Patience is judged from it.
 # notes: single facts that outlive a run, by name.
+# What the guard of version 3 held remains held: each of its directories becomes a lot, with rather
+# too many titles than too few, which would be let go.
 _V4_CHANGES = """
 ALTER TABLE symlinks ADD COLUMN read_utc TEXT;
 ALTER TABLE symlinks ADD COLUMN read_error TEXT;
@@ -1408,8 +1394,20 @@ CREATE INDEX ix_losses_path ON losses(path);
 CREATE INDEX ix_losses_mount ON losses(mount_point, lost_utc);
 CREATE TABLE notes (name TEXT PRIMARY KEY, value TEXT);
 CREATE INDEX ix_movie_files_path ON movie_files(original_path, instance);
-CREATE INDEX ix_episode_files_path ON episode_files(original_path, instance)
+CREATE INDEX ix_episode_files_path ON episode_files(original_path, instance);
+INSERT INTO lots (directory, links, titles, since_utc)
+    SELECT substr(error, 39), count(*), count(*), now() FROM symlinks WHERE status = 'unreachable'
+    AND error LIKE 'held back by the mass-breakage guard: %' GROUP BY error;
+INSERT INTO doubts SELECT path, 'guard', path, last_target, last_target, '/', lot_id, now()
+    FROM symlinks JOIN lots ON error = 'held back by the mass-breakage guard: ' || directory
+    WHERE status = 'unreachable'
 """
+MIGRATIONS = {
+    1: _V1_TABLES,
+    2: "",  # the container edition's: its own tables are none of our business
+    3: f"{_V1_TABLES};\n{_V3_CHANGES}",  # the container edition makes some tables when needed
+    4: _V4_CHANGES,
+}
 
 
 def default_db_path() -> str:
@@ -1435,10 +1433,7 @@ def from_db(value: Union[str, bytes, None]) -> str:
 
 
 def _advise_access(path: str) -> str:
-    """Return how this user gets at the files of the database, '' if none of them is closed to him.
-
-    Of directories only the database's own is spoken of: nobody is to be told to chown /.
-    """
+    """Return how this user gets at the files of the database, '' if none of them is closed."""
     folder = os.path.dirname(os.path.abspath(path))
     for name in (folder, path, f"{path}-wal", f"{path}-shm", f"{path}.lock"):
         wanted = os.R_OK | os.W_OK | (os.X_OK if name == folder else 0)
@@ -1477,10 +1472,9 @@ def explained_errors(path: str) -> Iterator[None]:
 
 
 def get_connection(db_path: Optional[str] = None) -> sqlite3.Connection:
-    """Open the database, creating file and directory (0600, 0700), and return a connection.
+    """Open the database, creating file and directory (0600, 0700); the schema is not touched.
 
     Rows read as `row["url"]`; every statement commits by itself unless a transaction is begun.
-    The schema is not touched: that is `initialize_schema`.  Raises DatabaseError.
     """
     return open_database(db_path, upgrade=False)
 
@@ -1581,10 +1575,7 @@ def database_path(conn: sqlite3.Connection) -> str:
 
 
 def schema_version(conn: sqlite3.Connection) -> int:
-    """Return the version the database stands at, 0 for an empty one.
-
-    DatabaseError if it is newer than this program.
-    """
+    """Return the version of a database, 0 of an empty one.  DatabaseError if newer than ours."""
     if not conn.execute("SELECT 1 FROM sqlite_master WHERE name = 'schema_version'").fetchone():
         return 0
     version = conn.execute("SELECT max(version) FROM schema_version").fetchone()[0] or 0
@@ -1606,54 +1597,6 @@ def _apply(conn: sqlite3.Connection, script: str) -> None:
                 raise
 
 
-def _migrate_to_v3(conn: sqlite3.Connection) -> None:
-    _apply(conn, _V1_TABLES)  # the container edition makes some tables only when needed
-    _apply(conn, _V3_CHANGES)
-    update = """UPDATE symlinks SET broken_since_utc = coalesce(last_seen_utc, first_seen_utc, ?)
-        WHERE coalesce(status, last_status) IN ('broken', 'repairing')"""
-    conn.execute(update, (utc_now(),))
-    for column, clean in (("url", strip_secrets), ("reason", redact), ("last_error", redact)):
-        conn.create_function("clean", 1, clean)
-        conn.execute(f"UPDATE actions SET {column} = clean({column}) WHERE {column} <> ''")
-
-
-_HELD_IN_V3 = "held back by the mass-breakage guard: "  # then the directory: `symlinks.error`
-
-
-def _migrate_to_v4(conn: sqlite3.Connection) -> None:
-    """What version 3 held remains held: each of its directories becomes a lot."""
-    _apply(conn, _V4_CHANGES)
-
-    def directory(error: str) -> Union[str, bytes]:  # the error has its name escaped
-        name = error[len(_HELD_IN_V3) :]
-        return to_db(re.sub(r"\\x([89a-f].)", lambda byte: chr(0xDC00 + int(byte[1], 16)), name))
-
-    def goal(path: Any, target: Any) -> Union[str, bytes]:
-        folder = os.path.dirname(from_db(path))
-        return to_db(os.path.normpath(os.path.join(folder, from_db(target))))
-
-    conn.create_function("directory", 1, directory)
-    conn.create_function("goal", 2, goal)
-    conn.create_function("title", 1, lambda path: to_db(title_folder(from_db(path))))
-    held, now = f"status = 'unreachable' AND error LIKE '{_HELD_IN_V3}%'", utc_now()
-    # Rather too many titles than too few, which would be let go.
-    insert = f"""INSERT INTO lots (directory, links, titles, since_utc)
-        SELECT directory(error), count(*), count(*), ? FROM symlinks WHERE {held} GROUP BY error"""
-    conn.execute(insert, (now,))
-    insert = f"""INSERT INTO doubts SELECT path, 'guard', title(path), goal(path, last_target),
-        goal(path, last_target), '/', lot_id, ?
-        FROM symlinks JOIN lots ON directory = directory(error) WHERE {held}"""
-    conn.execute(insert, (now,))
-
-
-MIGRATIONS: Dict[int, Callable[[sqlite3.Connection], None]] = {
-    1: lambda conn: _apply(conn, _V1_TABLES),
-    2: lambda conn: None,  # the container edition's: its own tables are none of our business
-    3: _migrate_to_v3,
-    4: _migrate_to_v4,
-}
-
-
 def load_note(conn: sqlite3.Connection, name: str) -> Any:
     """Return the fact that was kept under a name, None without one."""
     row = conn.execute("SELECT value FROM notes WHERE name = ?", (name,)).fetchone()
@@ -1666,11 +1609,7 @@ def save_note(conn: sqlite3.Connection, name: str, value: Any) -> None:
 
 
 def initialize_schema(conn: Optional[sqlite3.Connection] = None) -> None:
-    """Create or upgrade the tables in one transaction, after a backup of any data.
-
-    Raises DatabaseError, and touches nothing, when the database is newer than this program or
-    when its own check fails.
-    """
+    """Create or upgrade the tables in one transaction, after a check and a backup of any data."""
     with _own(conn) as conn, explained_errors(database_path(conn)):
         if schema_version(conn) == SCHEMA_VERSION:
             return
@@ -1680,25 +1619,22 @@ def initialize_schema(conn: Optional[sqlite3.Connection] = None) -> None:
             version = schema_version(conn)
             was_used = version < SCHEMA_VERSION and _back_up_before_migration(conn, version)
             _migrate(conn, version)
-        if was_used:
-            _scrub(conn)
+        try:
+            if was_used:
+                conn.execute("VACUUM")
+                conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        except sqlite3.Error as exc:
+            log.warning("old tokens may linger in free pages of the database: %s", exc)
 
 
 def _migrate(conn: sqlite3.Connection, version: int) -> None:
     """Take every step from `version` to ours."""
-    insert = "INSERT INTO schema_version (version, applied_utc) VALUES (?, ?)"
+    for function in (strip_secrets, redact):
+        conn.create_function(function.__name__, 1, function)
+    conn.create_function("now", 0, utc_now)
     for step in range(version + 1, SCHEMA_VERSION + 1):
-        MIGRATIONS[step](conn)
-        conn.execute(insert, (step, utc_now()))
-
-
-def _scrub(conn: sqlite3.Connection) -> None:
-    """Write the whole file anew: its free pages may hold tokens from before."""
-    try:
-        conn.execute("VACUUM")
-        conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    except sqlite3.Error as exc:
-        log.warning("old tokens may linger in free pages of the database: %s", exc)
+        _apply(conn, MIGRATIONS[step])
+        conn.execute("INSERT INTO schema_version (version, applied_utc) VALUES (?, now())", (step,))
 
 
 def _quoted_tables(conn: sqlite3.Connection) -> List[str]:
@@ -1726,9 +1662,7 @@ def _back_up_before_migration(conn: sqlite3.Connection, version: int) -> bool:
 
 
 def refuse_output(file: str, fresh: bool = False) -> None:
-    """Raise RefresherrError where a file must not be written: over a device, a directory, a link;
-    with `fresh` over anything.
-    """
+    """Raise RefresherrError where what is no regular file, or with `fresh` anything, stands."""
     with contextlib.suppress(OSError):
         is_regular = stat.S_ISREG(os.lstat(file).st_mode)
         if fresh or not is_regular:
@@ -1808,11 +1742,7 @@ ON CONFLICT(path) DO UPDATE SET
 
 
 def classify_change(known: Optional[KnownLink], status: str) -> str:
-    """Return the event that a judgement makes, '' for none.
-
-    Only good -> broken is 'newly_broken' and only broken -> good is 'recovered', with any outage
-    in between: `broken_since` remembers what the status forgets.
-    """
+    """Return the event that a judgement makes, '' for none; an outage in between does not count."""
     was_broken = known is not None and known.broken_since is not None
     if status == BROKEN and not was_broken:
         return "newly_broken"
@@ -1820,9 +1750,7 @@ def classify_change(known: Optional[KnownLink], status: str) -> str:
         return "recovered"
     if known is None:
         return "" if status == OK else status
-    if known.status == status:
-        return ""
-    return "vanished" if status == MISSING else "changed"
+    return "" if known.status == status else "vanished" if status == MISSING else "changed"
 
 
 def link_row(
@@ -1838,13 +1766,14 @@ def link_row(
 
 def find_links(conn: sqlite3.Connection, paths: Sequence[str]) -> Dict[str, KnownLink]:
     """Return what is known of the links at `paths`."""
-    found = {}
+    found: Dict[str, KnownLink] = {}
     for start in range(0, len(paths), _LOOKUP):
         keys = [to_db(path) for path in paths[start : start + _LOOKUP]]
         marks = ",".join("?" * len(keys))
         query = f"SELECT path, {_KNOWN_COLUMNS} FROM symlinks WHERE path IN ({marks})"
-        for path, *known in conn.execute(query, keys):
-            found[from_db(path)] = KnownLink(*known)
+        found.update(
+            (from_db(path), KnownLink(*known)) for path, *known in conn.execute(query, keys)
+        )
     return found
 
 
@@ -1866,13 +1795,9 @@ def record_symlink(path: str, target: str, status: str) -> None:
 
 
 def enqueue_action(url: str, reason: str = "", related_path: Optional[str] = None) -> int:
-    """Queue an action and return its id; while the same URL is pending, the id of that one.
-
-    Tokens and passwords are taken out of the URL: they are added when it is sent.
-    """
-    bare = strip_secrets(url)
+    """Queue an action, no secret in its URL; return its id, or that of the pending same one."""
     with _writing() as conn:
-        return insert_action(conn, bare, reason, related_path)[0]
+        return insert_action(conn, strip_secrets(url), reason, related_path)[0]
 
 
 def insert_action(
@@ -2006,10 +1931,7 @@ def forget_strays(conn: sqlite3.Connection, roots: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def process_lock(db_path: str, wait: float, command: str = "refresherr") -> Iterator[None]:
-    """Hold the lock beside the database: one run at a time.  LockedError after `wait` seconds.
-
-    The kernel drops it with the process, however that ends; the file says who held it last.
-    """
+    """Hold the lock beside the database, which the kernel drops with the process."""
     file = db_path + ".lock"
     with _writable_place(f"lock file {file}", db_path):
         os.makedirs(os.path.dirname(file), mode=0o700, exist_ok=True)
@@ -5853,10 +5775,8 @@ DENIED = (401, 403)  # by the server, or by a proxy before it
 
 
 class HttpError(RefresherrError):
-    """A request that failed.
-
-    `status` is 0 where no whole answer came, `retry` tells whether another try may go better, and
-    `after` is the number of seconds that the server asked to wait.
+    """A request that failed; `status` is 0 where no whole answer came, `retry` tells whether
+    another try may go better, and `after` how many seconds the server asked to wait.
     """
 
     def __init__(self, text: str, status: int = 0, retry: bool = False, after: float = 0) -> None:
@@ -5915,10 +5835,7 @@ class Client:
         self._secrets = re.compile("|".join(map(re.escape, longest_first)) or "(?!)", re.IGNORECASE)
 
     def ask(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
-        """Send a request and return the JSON of its answer, None if that has none.
-
-        Raises HttpError, also where GET and POST are answered with something else than JSON.
-        """
+        """Send a request and return the JSON of its answer, which only PUT and DELETE may lack."""
         status, kind, stream = self.start(Call(method, path, query, body))()
         content = stream.read().strip()
         with self._expect_json(path, kind if content or method in ("GET", "POST") else "json"):
@@ -5960,10 +5877,7 @@ class Client:
             raise HttpError(f"{self.name}: the JSON of {path} is damaged", retry=True) from None
 
     def start(self, call: Call, is_list: bool = False) -> Callable[[], HttpAnswer]:
-        """Send a request; return a function that waits for the answer, and raises HttpError.
-
-        Only because of the thread the look-up of a name, or a byte a second, has an end.
-        """
+        """Send a request; return a function that waits for the answer, and raises HttpError."""
         wait = self.list_timeout if is_list else self.timeout
         end = time.monotonic() + wait * (3 if is_list else 1)
         box: queue.SimpleQueue[Union[HttpAnswer, BaseException]] = queue.SimpleQueue()
@@ -5983,6 +5897,7 @@ class Client:
                 raise result
             return result
 
+        # Without a thread the look-up of a name, or a byte a second, would have no end.
         threading.Thread(target=work, daemon=True).start()
         return answer
 
@@ -6084,12 +5999,12 @@ class Client:
         elif status in DENIED and headers.get("WWW-Authenticate"):
             said = ": something before it asks for a login; write user:password@ into its url, "
             said += "or name a headers_file"
-        elif status == 401:
-            said = ": the key or token is refused; correct it in the config"
-        elif status == 403 and not words:
-            said = ": the key is refused, or something before it asks for a headers_file"
-        elif status == 404 and not words:
-            said = f": {self.url}{path} is unknown there; is its url right, with the URL base?"
+        elif status == 401 or not words:
+            said = {
+                401: ": the key or token is refused; correct it in the config",
+                403: ": the key is refused, or something before it asks for a headers_file",
+                404: f": {self.url}{path} is unknown there; is its url right, with the URL base?",
+            }.get(status, "")
         retry = status >= 500 or status in RETRY_STATUSES
         exact = re.search(rb'"retry_after": *([\d.]+)', content)  # Discord's, with a fraction
         asked = exact[1].decode() if exact else headers.get("Retry-After") or ""
@@ -6173,11 +6088,7 @@ def iterate_json(stream: Any) -> Iterator[Any]:
 
 
 def read_error(content: bytes) -> str:
-    """Return what a server's error says, in one line, whichever of their shapes it has.
-
-    {message}, {error}, {errorMessage}, {msg}, [{propertyName, errorMessage}], {title, errors};
-    never the {description}, which holds a stack trace.
-    """
+    """Return what a server's error says, in one line; never the description, a stack trace."""
     try:
         error = json.loads(content)
     except (ValueError, RecursionError):
