@@ -1,10 +1,6 @@
 #!/usr/bin/env python3
 """Refresherr finds the dead symlinks of a media library, remembers them, and has them repaired.
 
-Plex and Jellyfin libraries are often made of symlinks into a cloud mount (Real-Debrid through
-rclone or zurg).  Files vanish there, links die, playback fails.  Refresherr walks the library,
-judges every link, keeps the history in SQLite and repairs what is broken.
-
 The promise, above speed and features: it never harms a healthy link.  An outage of the mount is
 never read as breakage, nothing outside its own database changes without ``--apply``, and every
 change to a link is journalled first.
@@ -78,6 +74,7 @@ import traceback
 import unicodedata
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
+from shlex import quote as shell_quote
 
 # isort: off
 # fmt: off
@@ -111,6 +108,10 @@ class RefresherrError(Exception):
 
     exit_code = EXIT_FAILED
 
+    def __init__(self, text: str, exit_code: int = EXIT_OK) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code or self.exit_code
+
 
 class UsageError(RefresherrError):
     """The command line, or the configuration, asks for something that cannot be."""
@@ -119,27 +120,13 @@ class UsageError(RefresherrError):
 
 
 class DatabaseError(RefresherrError):
-    """The database cannot be opened, read or written; `damaged` if it is no database any more."""
-
-    damaged = False
+    """The database cannot be opened, read or written; the cause is the error of SQLite."""
 
 
 class RefusedError(RefresherrError):
     """A safety guard refused; what it guards was not touched."""
 
     exit_code = EXIT_REFUSED
-
-
-class LockedError(RefresherrError):
-    """Another run holds the lock."""
-
-    exit_code = EXIT_LOCKED
-
-
-class TimeUpError(RefresherrError):
-    """A run has used up its time; the next one goes on."""
-
-    exit_code = EXIT_PARTIAL
 
 
 # ---------------------------------------------------------------------------------------------
@@ -239,11 +226,6 @@ def find_ancestor(path: str, collection: Iterable[str]) -> Optional[str]:
     return next((parent for parent in ancestors(path) if parent in collection), None)
 
 
-def shell_quote(path: str) -> str:
-    """Return a path as it is typed in a shell."""
-    return path if re.fullmatch(r"[\w@%+=:,./-]+", path) else "'" + path.replace("'", "'\\''") + "'"
-
-
 # ---------------------------------------------------------------------------------------------
 # Terminal
 # ---------------------------------------------------------------------------------------------
@@ -261,9 +243,7 @@ class Terminal:
 
     _CODES = {"red": "31", "green": "32", "yellow": "33", "bold": "1", "dim": "2"}
 
-    def __init__(
-        self, out: TextIO, err: TextIO, *, colour: bool = False, progress: bool = False
-    ) -> None:
+    def __init__(self, out: TextIO, err: TextIO, colour: bool, progress: bool) -> None:
         self.out, self.err = out, err
         self.colour = colour and out.isatty()
         self._progress = progress and err.isatty()
@@ -348,39 +328,27 @@ def parser_of(pattern: str, advice: str, convert: Callable[..., Any] = str) -> C
     return parse
 
 
-_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-
-
 def _to_seconds(number: str, unit: str) -> float:
-    return float(number) * _UNITS[unit.lower()]
+    units = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+    return float(number) * units[unit.lower()]
 
 
 _DURATION = r"(\d{1,9}(?:\.\d+)?)\s*([smhdw]?)"
 parse_duration = parser_of(_DURATION, "a duration such as 90, 30s, 15m, 6h or 2d", _to_seconds)
-_LONGER = "a duration of more than 0, such as 30s or 15m"
-parse_interval = parser_of(f"(?=.*[1-9]){_DURATION}", _LONGER, _to_seconds)
-parse_percent = parser_of(
-    r"(100|\d{1,2}|\d{1,2}\.\d+(?=\s*%))\s*%?", "a percentage between 0% and 100%, such as 20%",
-    lambda number: float(number) / 100,
-)  # fmt: skip
+parse_interval = parser_of("(?=.*[1-9])" + _DURATION, "more than 0, such as 30s, 15m", _to_seconds)
+_SIZE = r"(?=.*[1-9])(\d{1,12})\s*([kmg]?)(?:i?b)?"
+parse_size = parser_of(
+    _SIZE, "a size such as 65536 or 1M", lambda n, unit: int(n) << 10 * "bkmg".find(unit.lower())
+)
+_PERCENT = r"(100|\d{1,2}|\d{1,2}\.\d+(?=\s*%))\s*%?"
+parse_percent = parser_of(_PERCENT, "a percentage from 0% to 100%", lambda n: float(n) / 100)
 parse_bool = parser_of("(yes|true|on|1)|no|false|off|0", "yes or no", bool)
 parse_count = parser_of(r"(\d+)", "a whole number", int)
-parse_size = parser_of(
-    r"(?=.*[1-9])(\d{1,12})\s*([kmg]?)(?:i?b)?", "a size such as 65536, 512K or 1M",
-    lambda number, unit: int(number) << 10 * "bkmg".index(unit.lower() or "b"),
-)  # fmt: skip
-parse_workers = parser_of(  # 0 stands for auto
-    r"auto|([1-9]\d?|1\d\d|2[0-4]\d|25[0-6])", "auto or a number from 1 to 256",
-    lambda number: int(number or 0),
-)  # fmt: skip
+_WORKERS = r"auto|([1-9]\d?|1\d\d|2[0-4]\d|25[0-6])"  # 0 stands for auto
+parse_workers = parser_of(_WORKERS, "auto or a number from 1 to 256", lambda n: int(n or 0))
 parse_key = parser_of(r"([!-~]+)", "one line of plain characters without spaces")
-parse_url = parser_of(
-    r"(https?://(?!\S*:0+(?:/|$))[^/\s](?:\S*[^/\s])?)/*",
-    "a URL that begins with http:// or https://",
-)
-parse_header = parser_of(
-    r"([\w-]+): *([ -~]*[!-~])", "lines of plain characters: 'Name: value'", lambda *pair: pair
-)
+_URL = r"(https?://(?![^/\s]*:0+(?:/|$))[^/\s](?:\S*[^/\s])?)/*"
+parse_url = parser_of(_URL, "a URL that begins with http:// or https://")
 
 
 def parse_choice(*choices: str) -> Callable[[str], str]:
@@ -391,7 +359,9 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
 
 def parse_headers(text: str) -> Tuple[Tuple[str, str], ...]:
     """Return (name, value) pairs from lines of 'Name: value'."""
-    return tuple(parse_header(line) for line in text.splitlines() if line.strip())
+    advice = "lines of plain characters: 'Name: value'"
+    parse = parser_of(r"([\w-]+): *([ -~]*[!-~])", advice, lambda *pair: pair)
+    return tuple(parse(line) for line in text.splitlines() if line.strip())
 
 
 def parse_list(text: str) -> Tuple[str, ...]:
@@ -443,25 +413,20 @@ def parse_map(text: str) -> Tuple[Tuple[str, str], ...]:
 
 
 def setting(
-    parse: Callable[[str], Any], doc: str, default: str, env: str = "", sample: str = "",
-    secret: bool = False,
+    parse: Callable[[str], Any], doc: str, text: str, env: str = "", sample: str = "",
+    has_default: bool = True, secret: bool = False,
 ) -> Any:  # fmt: skip
-    """Describe one setting: `default` is as in the file, and the sample where there is no other;
-    `env` is the container edition's name; a secret is never shown, KEY_file may name its file.
+    """Describe one setting: `text` is its default as in the file, or else its sample; `env` is the
+    container edition's name; a secret is never shown, and KEY_file may name a file that holds it.
     """
+    default = text if has_default else ""
     is_list = parse in (parse_list, parse_paths, parse_map, parse_headers)
-    value = parse(default) if default or is_list else ""
     metadata = {"parse": parse, "doc": doc, "default": default, "env": env, "secret": secret}
-    return dataclasses.field(default=value, metadata={**metadata, "sample": sample or default})
+    value = parse(default) if default or is_list else ""
+    return dataclasses.field(default=value, metadata={**metadata, "sample": sample or text})
 
 
-def optional(
-    parse: Callable[[str], Any], doc: str, sample: str, env: str = "", secret: bool = False
-) -> Any:
-    """Describe a setting that has no default."""
-    return setting(parse, doc, "", env, sample, secret)
-
-
+optional = functools.partial(setting, has_default=False)
 secret = functools.partial(optional, secret=True)
 Paths = Tuple[str, ...]
 PathMap = Tuple[Tuple[str, str], ...]
@@ -745,7 +710,8 @@ def _merge_environment(values: Values, environ: Mapping[str, str]) -> List[str]:
             known.append(f"refresherr_{section}_{field.name}".replace("_refresherr", "").upper())
             text = environ.get(known[-1]) or environ.get(field.metadata["env"])
             if text:
-                values.setdefault(section, {})[field.name] = text
+                is_path = field.metadata["parse"] is parse_own_path  # may be a relative one here
+                values.setdefault(section, {})[field.name] = parse_path(text) if is_path else text
                 values[section].pop(f"{field.name}_file", None)
     if environ.get("DRYRUN"):
         try:
@@ -808,10 +774,8 @@ def find_keyless(config: Config) -> List[str]:
 def refuse_base(base: str, root: str) -> None:
     """Raise UsageError if CineSync's base lies inside a repair root."""
     if is_under(base, root):
-        raise UsageError(
-            f"config: [cinesync] base {base} lies inside the repair root {root}; "
-            "Refresherr would repair CineSync's own links"
-        )
+        what = f"config: [cinesync] base {base} lies inside the repair root {root}"
+        raise UsageError(f"{what}; Refresherr would repair CineSync's own links")
 
 
 def config_to_json(config: Config) -> JsonObject:
@@ -1362,17 +1326,15 @@ UPDATE actions SET reason = redact(reason) WHERE reason <> '';
 UPDATE actions SET last_error = redact(last_error) WHERE last_error <> ''
 """
 
-# directories: what a scan knows of each library directory, to tell without reading it that nothing
-#   has changed (`targets` is packed by the scan, which alone reads it; no mark asks for a look).
-# doubts: lost links that a defence holds ('empty', 'witness', 'guard', 'vanished'); what the loss
-#   guard holds belongs to a lot, which remembers how much was gone at once.  `goal` is where the
-#   file should be, `missing` the first name on the way that does not exist.
+# directories: what a scan knows of each library directory; it need not be read where `mark` fits.
+# doubts: lost links that a defence holds.  `goal` is where the file should be, `missing` the first
+#   name on the way that does not exist.  What the loss guard holds belongs to one of the lots.
 # branches: the parts of a union (mergerfs, overlay), which hides it when one of them fails.
-# losses: every link that was judged broken, and when it came back; `gone_since_utc` starts anew
-#   when a scan could not tell.  Patience is judged from it.
+# losses: every link that was judged broken, and when it came back, for `patience`;
+#   `gone_since_utc` starts anew when a scan could not tell.
 # notes: single facts that outlive a run, by name.
 # What the guard of version 3 held remains held: each of its directories becomes a lot, with rather
-# too many titles than too few, which would be let go.
+#   too many titles than too few, which would be let go.
 _V4_CHANGES = """
 ALTER TABLE symlinks ADD COLUMN read_utc TEXT;
 ALTER TABLE symlinks ADD COLUMN read_error TEXT;
@@ -1398,9 +1360,9 @@ CREATE INDEX ix_episode_files_path ON episode_files(original_path, instance);
 INSERT INTO lots (directory, links, titles, since_utc)
     SELECT substr(error, 39), count(*), count(*), now() FROM symlinks WHERE status = 'unreachable'
     AND error LIKE 'held back by the mass-breakage guard: %' GROUP BY error;
-INSERT INTO doubts SELECT path, 'guard', path, last_target, last_target, '/', lot_id, now()
-    FROM symlinks JOIN lots ON error = 'held back by the mass-breakage guard: ' || directory
-    WHERE status = 'unreachable'
+INSERT INTO doubts SELECT path, 'guard', path, coalesce(last_target, ''),
+    coalesce(last_target, ''), '/', lot_id, now() FROM symlinks JOIN lots
+    ON error = 'held back by the mass-breakage guard: ' || directory WHERE status = 'unreachable'
 """
 MIGRATIONS = {
     1: _V1_TABLES,
@@ -1466,9 +1428,7 @@ def explained_errors(path: str) -> Iterator[None]:
     except sqlite3.Error as exc:
         text = str(exc)
         what = next((hint for part, hint in advice.items() if part in text), "run `db check`")
-        error = DatabaseError(f"database {path}: {text}; {what}")
-        error.damaged = "malformed" in text or "not a database" in text
-        raise error from exc
+        raise DatabaseError(f"database {path}: {text}; {what}") from exc
 
 
 def get_connection(db_path: Optional[str] = None) -> sqlite3.Connection:
@@ -1677,17 +1637,15 @@ def replacement(file: str, mode: int = 0o600, fresh: bool = False) -> Iterator[s
     temporary = f"{file}.tmp{os.getpid()}"
     try:
         os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        try:
-            yield temporary
-            os.chmod(temporary, mode)
-            os.replace(temporary, file)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        yield temporary
+        os.chmod(temporary, mode)
+        os.replace(temporary, file)
     except OSError as exc:
         advice = "; make the directory first" if exc.errno == errno.ENOENT else ""
         raise RefresherrError(f"cannot write {file}: {exc.strerror}{advice}") from exc
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
 
 
 def write_file(file: str, text: str, mode: int = 0o600) -> None:
@@ -1716,7 +1674,7 @@ def nuke_database(conn: Optional[sqlite3.Connection] = None, confirm: bool = Fal
 
 
 class KnownLink(NamedTuple):
-    """What the database holds of a link; the column order of `_KNOWN_COLUMNS`."""
+    """What the database holds of a link."""
 
     rowid: int
     target: Union[str, bytes, None]
@@ -1726,8 +1684,6 @@ class KnownLink(NamedTuple):
     error: str
 
 
-_KNOWN_COLUMNS = """rowid, last_target, status, coalesce(last_seen_utc, ''), broken_since_utc,
-    coalesce(error, '')"""
 _WRITE_LINK = """
 INSERT INTO symlinks (path, last_target, status, last_status, first_seen_utc, last_seen_utc,
                       broken_since_utc, error)
@@ -1766,14 +1722,14 @@ def link_row(
 
 def find_links(conn: sqlite3.Connection, paths: Sequence[str]) -> Dict[str, KnownLink]:
     """Return what is known of the links at `paths`."""
-    found: Dict[str, KnownLink] = {}
+    found = {}
     for start in range(0, len(paths), _LOOKUP):
         keys = [to_db(path) for path in paths[start : start + _LOOKUP]]
         marks = ",".join("?" * len(keys))
-        query = f"SELECT path, {_KNOWN_COLUMNS} FROM symlinks WHERE path IN ({marks})"
-        found.update(
-            (from_db(path), KnownLink(*known)) for path, *known in conn.execute(query, keys)
-        )
+        query = f"""SELECT path, rowid, last_target, status, coalesce(last_seen_utc, ''),
+            broken_since_utc, coalesce(error, '') FROM symlinks WHERE path IN ({marks})"""
+        for path, *known in conn.execute(query, keys):
+            found[from_db(path)] = KnownLink(*known)
     return found
 
 
@@ -1883,11 +1839,9 @@ def beneath(root: str, column: str = "path") -> Tuple[str, List[Any]]:
 
     Names that are not UTF-8 are stored as BLOBs, which sort apart from text: hence two ranges.
     """
-    first = root.rstrip("/") + "/"
-    last = first[:-1] + "0"  # the character after '/'
-    as_text, as_bytes = [to_db(first), to_db(last)], [os.fsencode(first), os.fsencode(last)]
+    bounds = [root.rstrip("/") + end for end in "/0"]  # 0 is the character after /
     within = f"{column} >= ? AND {column} < ?"
-    return f"({within} OR {within})", [*as_text, *as_bytes]
+    return f"({within} OR {within})", [*map(to_db, bounds), *map(os.fsencode, bounds)]
 
 
 def beneath_any(roots: Sequence[str]) -> Tuple[str, List[Any]]:
@@ -1953,7 +1907,8 @@ def _wait_for_lock(stream: TextIO, file: str, deadline: float) -> None:
             if time.monotonic() >= deadline:
                 who = stream.read(200).strip() or "it has not said its name"
                 advice = "wait for it to end, or use --lock-wait SECONDS"
-                raise LockedError(f"another run holds the lock {file}: {who}; {advice}") from None
+                text = f"another run holds the lock {file}: {who}; {advice}"
+                raise RefresherrError(text, EXIT_LOCKED) from None
             time.sleep(0.1)
         except OSError as exc:
             return log.warning("no lock on this file system (%s): %s", exc.strerror, file)
@@ -5795,6 +5750,17 @@ class Call(NamedTuple):
 
 
 HttpAnswer = Tuple[int, str, Any]  # status, content type, the whole body as a file
+_FAULTS = (  # classes or words of an exception, what to say of it, may another try go better?
+    ("timeout|Timeout", "no whole answer within {waited}; [repair] {limit} allows for more", True),
+    ("CERTIFICATE", "its certificate is not trusted ({words}); name its ca_file", False),
+    ("WRONG_VERSION_NUMBER", "speaks no https there; write http:// in its url", False),
+    ("RemoteDisconnected", "closed the connection without an answer", True),
+    ("IncompleteRead", "broke off in the middle of its answer", True),
+    ("ValueError|InvalidURL", "cannot be asked; correct its url", False),  # its words: maybe a key
+    ("HTTPException", "speaks no HTTP there ({kind})", True),
+    ("Errno 28", "no room for its answer; free some space in TMPDIR", True),
+    ("OSError", "{words}; is it running, and its url right?", True),
+)
 
 
 class Client:
@@ -6013,36 +5979,15 @@ class Client:
 
     def _explain(self, reason: BaseException, is_list: bool) -> BaseException:
         """Return the HttpError for whatever socket, ssl or http.client raised."""
-        import http.client
-
-        if isinstance(reason, HttpError):
+        classes = " ".join(kind.__name__ for kind in type(reason).__mro__)
+        fault = next((x for x in _FAULTS if re.search(x[0], f"{classes}: {reason}")), None)
+        if isinstance(reason, HttpError) or not fault:
             return reason
-        retry = True
-        if type(reason).__name__ in ("timeout", "TimeoutError"):  # the socket's is its own on 3.8
-            name = "list_timeout" if is_list else "timeout"
-            waited = format_duration(getattr(self, name))
-            text = f"no whole answer within {waited}; [repair] {name} allows for more"
-        elif "CERTIFICATE" in str(reason):
-            text = f"its certificate is not trusted ({self.quote(reason)}); name its ca_file"
-            retry = False
-        elif "WRONG_VERSION_NUMBER" in str(reason):
-            text, retry = "speaks no https there; write http:// in its url", False
-        elif isinstance(reason, ConnectionError) and not reason.strerror:
-            text = "closed the connection without an answer"
-        elif isinstance(reason, http.client.IncompleteRead):
-            text = "broke off in the middle of its answer"
-        elif isinstance(reason, (ValueError, http.client.InvalidURL)):
-            text, retry = "cannot be asked; correct its url", False  # its words may hold a key
-        elif isinstance(reason, http.client.HTTPException):
-            text = f"speaks no HTTP there ({type(reason).__name__})"
-        elif isinstance(reason, OSError):
-            words = reason.strerror or str(reason) or type(reason).__name__
-            text = f"{self.quote(words).lower()}; is it running, and its url right?"
-            if reason.errno == errno.ENOSPC:
-                text = "no room for its answer; free some space in TMPDIR"
-        else:
-            return reason
-        return HttpError(f"{self.name}: {self.url}: {text}", retry=retry)
+        limit = "list_timeout" if is_list else "timeout"
+        words = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+        names = {"limit": limit, "waited": format_duration(getattr(self, limit))}
+        text = fault[1].format(words=self.quote(words).lower(), kind=type(reason).__name__, **names)
+        return HttpError(f"{self.name}: {self.url}: {text}", retry=fault[2])
 
     def quote(self, words: Any) -> str:
         """Return a server's words as one short line without the secrets that it was sent."""
@@ -9633,9 +9578,9 @@ class Context:
             )
 
     def progress(self, text: str) -> None:
-        """Show how far a step has come.  TimeUpError if it may go no further."""
+        """Show how far a step has come.  RefresherrError if it may go no further."""
         if time.monotonic() > self.deadline:
-            raise TimeUpError("the time of this run is up; the next one goes on")
+            raise RefresherrError("the time of this run is up; the next one goes on", EXIT_PARTIAL)
         self.terminal.progress(text)
 
 
@@ -10101,7 +10046,7 @@ def take_step(name: str, context: Context, before: Mapping[str, JsonObject]) -> 
     args = argparse.Namespace(**{**vars(context.args), **defaults})
     try:
         if time.monotonic() > context.deadline:
-            raise TimeUpError("no time is left for it")
+            raise RefresherrError("no time is left for it", EXIT_PARTIAL)
         step = {"exit_code": EXIT_OK, **STEPS[name](dataclasses.replace(context, args=args))}
         say_why(step)
         return note_dry_run(step, context)
@@ -10455,7 +10400,7 @@ def _nuke(path: str) -> None:
         with contextlib.closing(get_connection(path)) as conn:
             nuke_database(conn, confirm=True)
     except DatabaseError as exc:
-        if not exc.damaged:
+        if type(exc.__cause__) is not sqlite3.DatabaseError:  # it is not damaged
             raise
         aside = f"{path}.damaged-{int(time.time())}"
         for suffix in ("", "-wal", "-shm"):
