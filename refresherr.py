@@ -336,10 +336,10 @@ def _to_seconds(number: str, unit: str) -> float:
 _DURATION = r"(\d{1,9}(?:\.\d+)?)\s*([smhdw]?)"
 parse_duration = parser_of(_DURATION, "a duration such as 90, 30s, 15m, 6h or 2d", _to_seconds)
 parse_interval = parser_of("(?=.*[1-9])" + _DURATION, "more than 0, such as 30s, 15m", _to_seconds)
-_SIZE = r"(?=.*[1-9])(\d{1,12})\s*([kmg]?)(?:i?b)?"
 parse_size = parser_of(
-    _SIZE, "a size such as 65536 or 1M", lambda n, unit: int(n) << 10 * "bkmg".find(unit.lower())
-)
+    r"(?=.*[1-9])(\d{1,12})\s*([kmg]?)(?:i?b)?", "a size such as 65536, 512K or 1M",
+    lambda number, unit: int(number) << 10 * "bkmg".find(unit.lower()),
+)  # fmt: skip
 _PERCENT = r"(100|\d{1,2}|\d{1,2}\.\d+(?=\s*%))\s*%?"
 parse_percent = parser_of(_PERCENT, "a percentage from 0% to 100%", lambda n: float(n) / 100)
 parse_bool = parser_of("(yes|true|on|1)|no|false|off|0", "yes or no", bool)
@@ -466,8 +466,7 @@ class InstanceSettings:
     path_map: PathMap = optional(parse_map, _MAP_DOC, "/opt/media/{folder} => /{folder}")
     skip_tags: Paths = optional(parse_list, "Leave alone what carries such a tag.", "keep, archive")
     ca_file: str = optional(parse_own_path, "A certificate authority of its own.", "/etc/my-ca.pem")
-    headers: PathMap = secret(parse_headers, "Lines of 'Name: value' for a proxy before it.",
-        "CF-Access-Client-Id: ...")
+    headers: PathMap = secret(parse_headers, "For a proxy before it.", "CF-Access-Client-Id: ...")
 
 @dataclasses.dataclass(frozen=True)
 class RelaySettings:
@@ -481,8 +480,7 @@ class RelaySettings:
 class RepairSettings:
     """When a broken link is repaired, and how often."""
     min_age: float = setting(parse_duration, "Broken for at least this long.", "1h")
-    patience: float = setting(parse_duration,
-        "After a loss of many titles at once, wait at most so long whether they come back.", "48h")
+    patience: float = setting(parse_duration, "Wait at most so long where many are lost.", "48h")
     cooldown: float = setting(parse_duration, "Between two attempts.", "6h")
     max_attempts: int = setting(parse_count, "Then the link needs attention.", "3")
     season_threshold: int = setting(parse_count, "So many broken episodes of a season become one "
@@ -492,8 +490,7 @@ class RepairSettings:
     timeout: float = setting(parse_duration, "For one request.", "20s", "ACTIONS_TIMEOUT")
     list_timeout: float = setting(parse_interval, "For the first byte of a long list.", "2m")
     per_day: int = setting(parse_count, "Searches sent to one server a day; 0: no limit.", "200")
-    blocklist: bool = setting(parse_bool,
-        "Have the server take the dead release for a failed one, before the search.", "no")
+    blocklist: bool = setting(parse_bool, "Mark the dead release as failed there, first.", "no")
     unmonitored: bool = setting(parse_bool, "Repair the unmonitored, too.", "yes")
 
 @dataclasses.dataclass(frozen=True)
@@ -518,8 +515,7 @@ class VerifySettings:
 class RunSettings:
     """What `run` does of itself."""
     ingest_every: float = setting(parse_duration, "Read the servers when it was longer ago.", "1d")
-    report: str = optional(parse_own_path, "Every run writes the report there anew.",
-        "/volume1/web/refresherr.html")
+    report: str = optional(parse_own_path, "Every run writes it anew.", "/volume1/web/report.html")
     time_limit: float = setting(parse_duration,
         "A run begins nothing more after this long; 0 is no limit.", "0", sample="2h")
 
@@ -531,13 +527,10 @@ class NotifySettings:
     ntfy_token: str = secret(parse_key, "Access token, where the topic needs one.", "...")
     apprise: str = secret(parse_url, "With its key.", "http://apprise:8000/notify/KEY")
     webhook: str = secret(parse_url, "Gets the run's result as JSON.", "https://...")
-    healthchecks: str = secret(parse_url, "Hears of the start and the end of every applied run.",
-        "https://hc-ping.com/UUID")
-    uptime_kuma: str = secret(parse_url, "Push URL; hears of the end of every applied run.",
-        "https://kuma.example/api/push/TOKEN")
+    healthchecks: str = secret(parse_url, "Of applied runs.", "https://hc-ping.com/UUID")
+    uptime_kuma: str = secret(parse_url, "Likewise.", "https://kuma.example/api/push/TOKEN")
     when: str = setting(parse_choice("changes", "failures", "always"),
-        "changes: a run that changed something, failed or was refused; failures; or always.",
-        "changes")
+        "changes: if a run changed something, failed or was refused; failures; always.", "changes")
 
 @dataclasses.dataclass(frozen=True)
 class PlexSettings:
@@ -1395,7 +1388,7 @@ def from_db(value: Union[str, bytes, None]) -> str:
 
 
 def _advise_access(path: str) -> str:
-    """Return how this user gets at the files of the database, '' if none of them is closed."""
+    """Return how this user gets at the files of the database."""
     folder = os.path.dirname(os.path.abspath(path))
     for name in (folder, path, f"{path}-wal", f"{path}-shm", f"{path}.lock"):
         wanted = os.R_OK | os.W_OK | (os.X_OK if name == folder else 0)
@@ -1408,15 +1401,14 @@ def _advise_access(path: str) -> str:
                 what = f"-R {shell_quote(folder)}" if name == folder else f"{shell_quote(path)}*"
                 cure = f"run this as that one, or: sudo chown $(id -un) {what}"
                 return f"{name} belongs to another user; {cure}"
-    return ""
+    return "name a writable place with --data-dir DIR"
 
 
 @contextlib.contextmanager
 def explained_errors(path: str) -> Iterator[None]:
     """Turn an error of SQLite into one line that says what is wrong and what to do."""
     advice = {
-        "unable to open": _advise_access(path) or "check that its directory is there and writable",
-        "readonly": _advise_access(path) or "make it writable for this user, or use --data-dir",
+        "unable to open|readonly": _advise_access(path),
         "disk is full": "free some space there and run the command again; nothing is lost",
         "disk I/O": "check the disk; `db check` tells whether the database is whole",
         "locked": "another program keeps it busy; try again later",
@@ -1427,7 +1419,7 @@ def explained_errors(path: str) -> Iterator[None]:
         yield
     except sqlite3.Error as exc:
         text = str(exc)
-        what = next((hint for part, hint in advice.items() if part in text), "run `db check`")
+        what = next((advice[key] for key in advice if re.search(key, text)), "run `db check`")
         raise DatabaseError(f"database {path}: {text}; {what}") from exc
 
 
@@ -1463,8 +1455,8 @@ def _writable_place(what: str, path: str) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        advice = _advise_access(path) or "name a writable place with --data-dir DIR"
-        raise DatabaseError(f"cannot open the {what}: {exc.strerror}; {advice}") from exc
+        reason = f"{exc.strerror}; {_advise_access(path)}"
+        raise DatabaseError(f"cannot open the {what}: {reason}") from exc
 
 
 def _make_database_file(path: str) -> None:
@@ -1573,28 +1565,24 @@ def initialize_schema(conn: Optional[sqlite3.Connection] = None) -> None:
     with _own(conn) as conn, explained_errors(database_path(conn)):
         if schema_version(conn) == SCHEMA_VERSION:
             return
+        conn.create_function("strip_secrets", 1, strip_secrets)
+        conn.create_function("redact", 1, redact)
+        conn.create_function("now", 0, utc_now)
         # What is overwritten may be a token: leave no copy of it in a freed page.
         conn.execute("PRAGMA secure_delete=ON")
+        insert = "INSERT INTO schema_version (version, applied_utc) VALUES (?, now())"
         with transaction(conn):  # alone: another thread or process may have been at it, too
             version = schema_version(conn)
             was_used = version < SCHEMA_VERSION and _back_up_before_migration(conn, version)
-            _migrate(conn, version)
+            for step in range(version + 1, SCHEMA_VERSION + 1):
+                _apply(conn, MIGRATIONS[step])
+                conn.execute(insert, (step,))
         try:
             if was_used:
                 conn.execute("VACUUM")
                 conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         except sqlite3.Error as exc:
             log.warning("old tokens may linger in free pages of the database: %s", exc)
-
-
-def _migrate(conn: sqlite3.Connection, version: int) -> None:
-    """Take every step from `version` to ours."""
-    for function in (strip_secrets, redact):
-        conn.create_function(function.__name__, 1, function)
-    conn.create_function("now", 0, utc_now)
-    for step in range(version + 1, SCHEMA_VERSION + 1):
-        _apply(conn, MIGRATIONS[step])
-        conn.execute("INSERT INTO schema_version (version, applied_utc) VALUES (?, now())", (step,))
 
 
 def _quoted_tables(conn: sqlite3.Connection) -> List[str]:
@@ -1669,7 +1657,7 @@ def nuke_database(conn: Optional[sqlite3.Connection] = None, confirm: bool = Fal
         with transaction(conn):
             for table in _quoted_tables(conn):
                 conn.execute(f"DROP TABLE {table}")
-            _migrate(conn, 0)
+            initialize_schema(conn)
         conn.execute("VACUUM")
 
 
