@@ -620,7 +620,7 @@ def load_config(
 
 
 def _read_config_file(file: str) -> Tuple[Values, List[str]]:
-    values = _parse_ini(file, _read_text("the config file", file).splitlines())
+    values = _parse_ini(file, _read_text("the config file", file).split("\n"))
     is_open = os.stat(file).st_mode & 0o077
     fields = ((texts, field) for section, texts in values.items() for field in _fields(section))
     exposed = any(field.metadata["secret"] and texts.get(field.name) for texts, field in fields)
@@ -892,9 +892,9 @@ def parse_mountinfo(text: str, identity: bool = False) -> Dict[str, str]:
     device numbers, which differ after a remount.
     """
     mounts = {}
-    for line in re.finditer(r"(?m)^(\S+ \S+ \S+) \S+ (\S+) .*?- (\S+) ", text):
-        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), line[2])
-        mounts[point] = line[1] if identity else line[3]
+    for line in re.finditer(r"(?m)^(\S+) \S+ (\S+) \S+ (\S+) .*? - (\S+) ", text):
+        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), line[3])
+        mounts[point] = f"{line[1]} {line[2]}" if identity else line[4]
     return mounts
 
 
