@@ -34,8 +34,7 @@ The sections, bottom-up; each uses only those above it:
     Run                     what the steps of a whole run come to
     Command line            one table of commands, main()
 
-Use as a library: ``import refresherr``; the functions of the Database section keep the promises
-of the schema document (``get_connection``, ``record_symlink``, ``enqueue_action`` ...).
+As a library: the functions of the Database section keep the promises of the schema document.
 """
 
 from __future__ import annotations
@@ -416,9 +415,7 @@ def setting(
     parse: Callable[[str], Any], doc: str, text: str, env: str = "", sample: str = "",
     has_default: bool = True, secret: bool = False,
 ) -> Any:  # fmt: skip
-    """Describe one setting: `text` is its default as in the file, or else its sample; `env` is the
-    container edition's name; a secret is never shown, and KEY_file may name a file that holds it.
-    """
+    """Describe one setting: `text` is its default, or else a sample; `env` an older name of it."""
     default = text if has_default else ""
     is_list = parse in (parse_list, parse_paths, parse_map, parse_headers)
     metadata = {"parse": parse, "doc": doc, "default": default, "env": env, "secret": secret}
@@ -5718,9 +5715,7 @@ DENIED = (401, 403)  # by the server, or by a proxy before it
 
 
 class HttpError(RefresherrError):
-    """A request that failed; `status` is 0 where no whole answer came, `retry` tells whether
-    another try may go better, and `after` how many seconds the server asked to wait.
-    """
+    """A request that failed; `status` is 0 without an answer, `after` are the seconds to wait."""
 
     def __init__(self, text: str, status: int = 0, retry: bool = False, after: float = 0) -> None:
         super().__init__(text)
@@ -5752,12 +5747,11 @@ _FAULTS = (  # classes or words of an exception, what to say of it, may another 
 
 
 class Client:
-    """Talks to one configured address, named `name` in messages, and to no other.
+    """Talks to one configured address and no other: no redirects, no proxies.
 
-    Redirects are not followed, proxies not used; `headers` carry the key.  `timeout` is for the
-    connection, for every wait and for a whole answer.  The first byte of a list may take
-    `list_timeout`, and the whole of it three times as long.  `ca_file` names another certificate
-    authority.  With `hidden` all of the URL but its host is a secret, and its query is sent along.
+    `timeout` is for every wait and for a whole answer; the first byte of a list may take
+    `list_timeout`, the whole of it three times as long.  `headers` carry the key.  With `hidden`
+    all of the URL but its host is a secret, and its query is sent along.
     """
 
     def __init__(
@@ -5799,9 +5793,7 @@ class Client:
         return result
 
     def start_list(self, path: str, **query: Any) -> Callable[[], Iterator[Any]]:
-        """Ask for a list; return a function that waits for it and yields its elements, one at a
-        time: memory does not grow with the library.
-        """
+        """Ask for a list; return a function that waits for it and yields one element at a time."""
         wait = self.start(Call("GET", path, query), is_list=True)
 
         def elements(kind: str, stream: Any) -> Iterator[Any]:
@@ -5856,9 +5848,7 @@ class Client:
         return answer
 
     def _send(self, call: Call, *limits: float) -> HttpAnswer:
-        """Send a request, over a new connection where it changes something: one that was kept may
-        be closed by now, and who knows then what has arrived?
-        """
+        """Send a request, by a new connection if it changes something: a kept one may be closed."""
         # A name that is not UTF-8 goes into a query as its bytes; JSON can only hold a ? for it.
         query = urlencode(call.query, doseq=True, errors="surrogateescape", quote_via=quote)
         query = "&".join(filter(None, [self._query, query]))
