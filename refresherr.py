@@ -1,10 +1,6 @@
 #!/usr/bin/env python3
 """Refresherr finds the dead symlinks of a media library, remembers them, and has them repaired.
 
-Plex and Jellyfin libraries are often made of symlinks into a cloud mount (Real-Debrid through
-rclone or zurg).  Files vanish there, links die, playback fails.  Refresherr walks the library,
-judges every link, keeps the history in SQLite and repairs what is broken.
-
 The promise, above speed and features: it never harms a healthy link.  An outage of the mount is
 never read as breakage, nothing outside its own database changes without ``--apply``, and every
 change to a link is journalled first.
@@ -38,15 +34,14 @@ The sections, bottom-up; each uses only those above it:
     Run                     what the steps of a whole run come to
     Command line            one table of commands, main()
 
-Use as a library: ``import refresherr``; the functions of the Database section keep the promises
-of the schema document (``get_connection``, ``record_symlink``, ``enqueue_action`` ...).
+As a library: the functions of the Database section keep the promises of the schema document.
 """
 
 from __future__ import annotations
 
 import argparse
+import binascii
 import codecs
-import configparser
 import contextlib
 import dataclasses
 import datetime
@@ -78,13 +73,13 @@ import traceback
 import unicodedata
 import warnings
 from collections import Counter, defaultdict, deque
-from concurrent.futures import Future
+from shlex import quote as shell_quote
 
 # isort: off
 # fmt: off
 from typing import (
-    Any, Callable, Collection, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple,
-    Optional, Sequence, Set, TextIO, Tuple, Type, Union)
+    Any, Callable, Collection, ContextManager, Deque, Dict, Iterable, Iterator, List, Mapping,
+    NamedTuple, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
 from urllib.parse import (
     parse_qs, quote, quote_plus, unquote, unquote_to_bytes, urlencode, urlsplit)
 # fmt: on
@@ -97,17 +92,12 @@ from urllib.parse import (
 __version__ = "1.0.0"
 SCHEMA_VERSION = 4
 
-# fmt: off
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_PARTIAL, EXIT_REFUSED, EXIT_LOCKED = range(6)
 EXIT_BROKEN, EXIT_INTERRUPTED = 10, 130
-EXIT_WORDS = {
-    EXIT_OK: "ok", EXIT_FAILED: "error", EXIT_USAGE: "error", EXIT_PARTIAL: "partial",
-    EXIT_REFUSED: "refused", EXIT_LOCKED: "locked", EXIT_BROKEN: "ok",
-    EXIT_INTERRUPTED: "interrupted"}
-# fmt: on
+EXIT_WORDS = dict(enumerate(("ok", "error", "error", "partial", "refused", "locked")))
+EXIT_WORDS.update({EXIT_BROKEN: "ok", EXIT_INTERRUPTED: "interrupted"})
 
-OK, BROKEN, UNREACHABLE, MISSING = "ok", "broken", "unreachable", "missing"
-STATUSES = (OK, BROKEN, UNREACHABLE, MISSING)
+OK, BROKEN, UNREACHABLE, MISSING = STATUSES = ("ok", "broken", "unreachable", "missing")
 
 JsonObject = Dict[str, Any]
 
@@ -117,39 +107,25 @@ class RefresherrError(Exception):
 
     exit_code = EXIT_FAILED
 
+    def __init__(self, text: str, exit_code: int = EXIT_OK) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code or self.exit_code
+
 
 class UsageError(RefresherrError):
-    """The command line asks for something that cannot be."""
+    """The command line, or the configuration, asks for something that cannot be."""
 
     exit_code = EXIT_USAGE
 
 
-class ConfigError(UsageError):
-    """The configuration is wrong; the message names the file, the section and the key."""
-
-
 class DatabaseError(RefresherrError):
-    """The database cannot be opened, read or written; `damaged` if it is no database any more."""
-
-    damaged = False
+    """The database cannot be opened, read or written; the cause is the error of SQLite."""
 
 
 class RefusedError(RefresherrError):
     """A safety guard refused; what it guards was not touched."""
 
     exit_code = EXIT_REFUSED
-
-
-class LockedError(RefresherrError):
-    """Another run holds the lock."""
-
-    exit_code = EXIT_LOCKED
-
-
-class TimeUpError(RefresherrError):
-    """A run has used up its time; the next one goes on."""
-
-    exit_code = EXIT_PARTIAL
 
 
 # ---------------------------------------------------------------------------------------------
@@ -159,7 +135,6 @@ class TimeUpError(RefresherrError):
 _SECRET_QUERY = re.compile(r"(?i)([?&;](?:[a-z_-]*token|api_?key|access_key)=)[^&#\s'\"]*")
 _USERINFO = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^/\s]+@")
 _TOKEN_PARAMETER = re.compile(r"(?i)([?&])(?:token|api_?key)=[^&#]*(&?)")
-_DURATION_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 def escape(text: str) -> str:
@@ -181,25 +156,22 @@ def redact(text: str) -> str:
     return _USERINFO.sub(r"\1***@", _SECRET_QUERY.sub(r"\1***", text))
 
 
+def escape_message(text: str) -> str:
+    """Return a message fit for the terminal and the log: one line, escaped, no secret in it."""
+    return escape(redact(text))
+
+
 def strip_secrets(url: str) -> str:
     """Return `url` without its token or key parameter and without user and password."""
     bare = _USERINFO.sub(r"\1", url)
     while _TOKEN_PARAMETER.search(bare):
-        bare = _TOKEN_PARAMETER.sub(lambda match: match.group(1) if match.group(2) else "", bare)
+        bare = _TOKEN_PARAMETER.sub(lambda match: match[1] if match[2] else "", bare)
     return bare
 
 
 def plural(count: int, noun: str) -> str:
     """Return '1 link', '12,345 links'."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def parse_duration(text: str) -> float:
-    """Return seconds: '90', '15m', '6h', '2d'.  ValueError otherwise."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)\s*([smhdw]?)", text.strip().lower())
-    if not match:
-        raise ValueError("write a duration such as 90, 30s, 15m, 6h or 2d")
-    return float(match.group(1)) * _DURATION_UNITS[match.group(2)]
 
 
 def format_duration(seconds: float) -> str:
@@ -210,30 +182,6 @@ def format_duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     parts = {"d": hours // 24, "h": hours % 24, "m": minutes, "s": secs}
     return " ".join([f"{count}{unit}" for unit, count in parts.items() if count][:2])
-
-
-def parse_interval(text: str) -> float:
-    """Return seconds, more than 0.  ValueError otherwise."""
-    seconds = parse_duration(text)
-    if not seconds:
-        raise ValueError("must be more than 0")
-    return seconds
-
-
-def parse_percent(text: str) -> float:
-    """Return a share between 0 and 1 from '20%' or '20'.  ValueError otherwise."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", text.strip())
-    if not match or float(match.group(1)) > 100 or (not match.group(2) and "." in text):
-        raise ValueError("write a percentage between 0% and 100%, such as 20%")
-    return float(match.group(1)) / 100
-
-
-def parse_bool(text: str) -> bool:
-    """Return the truth of yes/no, true/false, on/off, 1/0.  ValueError otherwise."""
-    truth = configparser.ConfigParser.BOOLEAN_STATES.get(text.strip().lower())
-    if truth is None:
-        raise ValueError("write yes or no")
-    return truth
 
 
 def utc_now() -> str:
@@ -254,8 +202,7 @@ def parse_time(value: Union[str, int, float, None]) -> Optional[float]:
     with contextlib.suppress(ValueError):
         text = re.sub(r"(\.\d{6})\d+", r"\1", text.replace("Z", "+00:00"))  # .NET's ticks
         moment = datetime.datetime.fromisoformat(text)
-        utc = datetime.timezone.utc
-        return (moment if moment.tzinfo else moment.replace(tzinfo=utc)).timestamp()
+        return moment.replace(tzinfo=moment.tzinfo or datetime.timezone.utc).timestamp()
     return None
 
 
@@ -278,16 +225,6 @@ def find_ancestor(path: str, collection: Iterable[str]) -> Optional[str]:
     return next((parent for parent in ancestors(path) if parent in collection), None)
 
 
-def shell_quote(path: str) -> str:
-    """Return a path as it is typed in a shell."""
-    return path if re.fullmatch(r"[\w@%+=:,./-]+", path) else "'" + path.replace("'", "'\\''") + "'"
-
-
-def escape_message(text: str) -> str:
-    """Return a message fit for the terminal and the log: one line, escaped, no secret in it."""
-    return escape(redact(text))
-
-
 # ---------------------------------------------------------------------------------------------
 # Terminal
 # ---------------------------------------------------------------------------------------------
@@ -305,14 +242,11 @@ class Terminal:
 
     _CODES = {"red": "31", "green": "32", "yellow": "33", "bold": "1", "dim": "2"}
 
-    def __init__(
-        self, out: TextIO, err: TextIO, *, colour: bool = False, progress: bool = False
-    ) -> None:
+    def __init__(self, out: TextIO, err: TextIO, colour: bool, progress: bool) -> None:
         self.out, self.err = out, err
         self.colour = colour and out.isatty()
         self._progress = progress and err.isatty()
-        self._drawn = 0
-        self._next_draw = 0.0
+        self._drawn, self._next_draw = 0, 0.0
 
     def paint(self, text: str, *styles: str) -> str:
         """Return `text` in colour where colour is wanted."""
@@ -332,20 +266,18 @@ class Terminal:
 
     def progress(self, text: str, clock: Callable[[], float] = time.monotonic) -> None:
         """Draw a line that replaces itself, ten times a second at the most."""
-        if not self._progress or clock() < self._next_draw:
-            return
-        self._next_draw = clock() + 0.1
-        text = escape(text)[: max(20, shutil.get_terminal_size().columns - 1)]
-        self.err.write("\r" + text.ljust(self._drawn))
-        self.err.flush()
-        self._drawn = len(text)
+        if self._progress and clock() >= self._next_draw:
+            self._next_draw = clock() + 0.1
+            self._draw(escape(text)[: max(20, shutil.get_terminal_size().columns - 1)])
 
     def clear(self) -> None:
         """Wipe the progress line."""
         if self._drawn:
-            self.err.write("\r" + " " * self._drawn + "\r")
-            self.err.flush()
-            self._drawn = 0
+            self._draw("", "\r")
+
+    def _draw(self, text: str, end: str = "") -> None:
+        print("\r" + text.ljust(self._drawn), end=end, file=self.err, flush=True)
+        self._drawn = len(text)
 
 
 class TerminalHandler(logging.Handler):
@@ -361,13 +293,14 @@ class TerminalHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self._terminal.clear()
         text = escape_message(record.getMessage())
+        labelled = f"{record.levelname.lower()}: {text}"
         with contextlib.suppress(OSError, ValueError):
-            print(utc_now(), f"{record.levelname.lower()}: {text}", file=self.file or io.StringIO())
+            print(utc_now(), labelled, file=self.file or io.StringIO())
         if record.levelno >= logging.WARNING:
             self.said.append(text)
             if mask_numbers(text) in self.told:
                 return
-            text = f"{record.levelname.lower()}: {text}"
+            text = labelled
         with contextlib.suppress(OSError, ValueError):  # stderr is gone: nobody is left to be told
             print(f"refresherr: {text}", file=self._terminal.err)
             if record.exc_info and self._tracebacks:
@@ -382,63 +315,52 @@ class TerminalHandler(logging.Handler):
 # tables come the defaults, the checks, the environment names and `config sample`.
 
 
-def parse_path(text: str) -> str:
-    """Return an absolute path, ~ expanded, not resolved."""
-    if not text.strip():
-        raise ValueError("must not be empty")
-    # POSIX lets // stand at the beginning.
-    return "/" + os.path.abspath(os.path.expanduser(text.strip())).lstrip("/")
+def parser_of(pattern: str, advice: str, convert: Callable[..., Any] = str) -> Callable[[str], Any]:
+    """Return a parser of settings: what matches becomes `convert(*groups)`, else a ValueError."""
+
+    def parse(text: str) -> Any:
+        match = re.fullmatch(pattern, text.strip(), re.IGNORECASE | re.ASCII)
+        if not match:
+            raise ValueError(f"write {advice}")
+        return convert(*match.groups())
+
+    return parse
 
 
-def parse_url(text: str) -> str:
-    """Return an http or https URL without a trailing slash."""
-    url = text.strip().rstrip("/")
-    if not re.match(r"(?i)https?://[^/\s]+", url) or re.search(r"\s", url):
-        raise ValueError("write a URL that begins with http:// or https://")
-    if not (urlsplit(url).port or 1):
-        raise ValueError("the port must not be 0")
-    return url
+def _to_seconds(number: str, unit: str) -> float:
+    units = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+    return float(number) * units[unit.lower()]
 
 
-def parse_key(text: str) -> str:
-    """Return a key or token: it has to fit into one line of a header."""
-    if not re.fullmatch(r"[!-~]+", text.strip()):
-        raise ValueError("must be one line of plain characters without spaces")
-    return text.strip()
+_DURATION = r"(\d{1,9}(?:\.\d+)?)\s*([smhdw]?)"
+parse_duration = parser_of(_DURATION, "a duration such as 90, 30s, 15m, 6h or 2d", _to_seconds)
+parse_interval = parser_of("(?=.*[1-9])" + _DURATION, "more than 0, such as 30s, 15m", _to_seconds)
+parse_size = parser_of(
+    r"(?=.*[1-9])(\d{1,12})\s*([kmg]?)(?:i?b)?", "a size such as 65536, 512K or 1M",
+    lambda number, unit: int(number) << 10 * "bkmg".find(unit.lower()),
+)  # fmt: skip
+_PERCENT = r"(100|\d{1,2}|\d{1,2}\.\d+(?=\s*%))\s*%?"
+parse_percent = parser_of(_PERCENT, "a percentage from 0% to 100%", lambda n: float(n) / 100)
+parse_bool = parser_of("(yes|true|on|1)|no|false|off|0", "yes or no", bool)
+parse_count = parser_of(r"(\d+)", "a whole number", int)
+_WORKERS = r"auto|([1-9]\d?|1\d\d|2[0-4]\d|25[0-6])"  # 0 stands for auto
+parse_workers = parser_of(_WORKERS, "auto or a number from 1 to 256", lambda n: int(n or 0))
+parse_key = parser_of(r"([!-~]+)", "one line of plain characters without spaces")
+_URL = r"(https?://(?![^/\s]*:0+(?:/|$))[^/\s](?:\S*[^/\s])?)/*"
+parse_url = parser_of(_URL, "a URL that begins with http:// or https://")
+
+
+def parse_choice(*choices: str) -> Callable[[str], str]:
+    """Return a parser that accepts one of `choices`."""
+    advice = f"{', '.join(choices[:-1])} or {choices[-1]}"
+    return parser_of(f"({'|'.join(choices)})", advice, str.lower)
 
 
 def parse_headers(text: str) -> Tuple[Tuple[str, str], ...]:
     """Return (name, value) pairs from lines of 'Name: value'."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not all(re.fullmatch(r"[\w-]+: *[ -~]*[!-~]", line, re.ASCII) for line in lines):
-        raise ValueError("write lines of plain characters: 'Name: value'")
-    pairs = (line.partition(":") for line in lines)
-    return tuple((name, value.strip()) for name, _, value in pairs)
-
-
-def parse_count(text: str) -> int:
-    """Return a whole number from 0."""
-    if not re.fullmatch(r"\d+", text.strip()):
-        raise ValueError("write a whole number")
-    return int(text)
-
-
-def parse_size(text: str) -> int:
-    """Return bytes, at least 1: '4096', '512K', '1M', '1 MiB'.  ValueError otherwise."""
-    match = re.fullmatch(r"(\d{1,12})\s*([kmg]?)(?:i?b)?", text.strip().lower())
-    if not match or not int(match[1]):
-        raise ValueError("write a size such as 65536, 512K or 1M")
-    return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[match[2]]
-
-
-def parse_workers(text: str) -> int:
-    """Return a number of workers; 0 stands for auto."""
-    if text.strip().lower() == "auto":
-        return 0
-    count = parse_count(text)
-    if not 1 <= count <= 256:
-        raise ValueError("write auto or a number from 1 to 256")
-    return count
+    advice = "lines of plain characters: 'Name: value'"
+    parse = parser_of(r"([\w-]+): *([ -~]*[!-~])", advice, lambda *pair: pair)
+    return tuple(parse(line) for line in text.splitlines() if line.strip())
 
 
 def parse_list(text: str) -> Tuple[str, ...]:
@@ -447,15 +369,35 @@ def parse_list(text: str) -> Tuple[str, ...]:
     return tuple(part.strip() for part in parts if part.strip())
 
 
+def parse_path(text: str) -> str:
+    """Return an absolute path, ~ expanded, not resolved."""
+    if not text.strip():
+        raise ValueError("must not be empty")
+    # POSIX lets // stand at the beginning.
+    return "/" + os.path.abspath(os.path.expanduser(text.strip())).lstrip("/")
+
+
 def _split_paths(text: str) -> List[str]:
     # A comma separates only where another path begins: folders are called 'Movies, HD'.
     parts = [part.strip(" ,") for part in re.split(r"\n|,\s*(?=[/~])", text)]
     return [part for part in parts if part.strip()]
 
 
+def parse_own_path(text: str) -> str:
+    """Do as `parse_path` does, but refuse what a person writes into a file by mistake."""
+    if text.strip()[:1] in ('"', "'"):
+        raise ValueError("write it without quotes")
+    if text.strip()[:1] not in ("/", "~"):
+        raise ValueError("write the whole path, from / on")
+    if re.search(r"\s[;#]", text) and not os.path.lexists(text.strip()):
+        what = "the comment is taken for a part of the path"
+        raise ValueError(f"{what}; give it a line of its own")
+    return parse_path(text)
+
+
 def parse_paths(text: str) -> Tuple[str, ...]:
     """Return absolute paths, one a line or comma-separated."""
-    return tuple(map(parse_path, _split_paths(text)))
+    return tuple(map(parse_own_path, _split_paths(text)))
 
 
 def parse_map(text: str) -> Tuple[Tuple[str, str], ...]:
@@ -465,34 +407,24 @@ def parse_map(text: str) -> Tuple[Tuple[str, str], ...]:
         left, _, right = part.partition("=>" if "=>" in part else "=")
         if not left.strip() or not right.strip():
             raise ValueError(f"write 'prefix => value', not {part!r}")
-        pairs.append((parse_path(left), right.strip().rstrip("/") or "/"))
+        pairs.append((parse_own_path(left), right.strip().rstrip("/") or "/"))
     return tuple(pairs)
 
 
-def parse_choice(*choices: str) -> Callable[[str], str]:
-    """Return a parser that accepts one of `choices`."""
-
-    def parse(text: str) -> str:
-        if text.strip().lower() in choices:
-            return text.strip().lower()
-        raise ValueError("write " + ", ".join(choices[:-1]) + f" or {choices[-1]}")
-
-    return parse
-
-
 def setting(
-    default: Any, parse: Callable[[str], Any], doc: str, sample: str, env: str = "", **more: bool
-) -> Any:
-    """Describe one setting: a dataclass field with what the tables need in its metadata.
+    parse: Callable[[str], Any], doc: str, text: str, env: str = "", sample: str = "",
+    has_default: bool = True, secret: bool = False,
+) -> Any:  # fmt: skip
+    """Describe one setting: `text` is its default, or else a sample; `env` an older name of it."""
+    default = text if has_default else ""
+    is_list = parse in (parse_list, parse_paths, parse_map, parse_headers)
+    metadata = {"parse": parse, "doc": doc, "default": default, "env": env, "secret": secret}
+    value = parse(default) if default or is_list else ""
+    return dataclasses.field(default=value, metadata={**metadata, "sample": sample or text})
 
-    `env` is the container edition's name.  A secret may also come from the file that the key with
-    `_file` behind it names, and is never shown.
-    """
-    metadata = {"parse": parse, "doc": doc, "sample": sample, "env": env, "secret": False, **more}
-    return dataclasses.field(default=default, metadata=metadata)
 
-
-secret = functools.partial(setting, "", secret=True)
+optional = functools.partial(setting, has_default=False)
+secret = functools.partial(optional, secret=True)
 Paths = Tuple[str, ...]
 PathMap = Tuple[Tuple[str, str], ...]
 _MAP_DOC = "A path here => the same path as the server sees it."
@@ -502,109 +434,87 @@ _MAP_DOC = "A path here => the same path as the server sees it."
 @dataclasses.dataclass(frozen=True)
 class MainSettings:
     """Where Refresherr keeps its own things, and whether it may change others'."""
-    data_dir: str = setting("/data", parse_path, "Where the database lives.", "/data", "DATA_DIR")
-    apply: bool = setting(False, parse_bool, "Change links and servers without --apply.", "no")
-    log_level: str = setting("info", parse_choice("debug", "info", "warning", "error"),
+    data_dir: str = setting(parse_own_path, "Where the database lives.", "/data", "DATA_DIR")
+    apply: bool = setting(parse_bool, "Change links and servers without --apply.", "no")
+    log_level: str = setting(parse_choice("debug", "info", "warning", "error"),
         "How much is said on stderr.", "info", "LOG_LEVEL")
-
 
 @dataclasses.dataclass(frozen=True)
 class ScanSettings:
     """What is walked, and what protects it from an outage."""
-    roots: Paths = setting((), parse_paths, "The library directories, one a line.",
+    roots: Paths = optional(parse_paths, "The library directories, one a line.",
         "\n/opt/media/tv\n/opt/media/movies", "SCAN_ROOTS")
-    mount_checks: Paths = setting((), parse_paths,
-        "Mount points that must be mounted and not empty, or files that must be readable.",
-        "\n/mnt/remote/realdebrid")
-    ignore: Tuple[str, ...] = setting((), parse_list,
-        "Skip paths that contain this; with *, ? or [ it is a glob on the name.",
-        "\ncinesync\n*.partial", "IGNORE_SUBSTR")
-    ignore_defaults: bool = setting(True, parse_bool,
-        "Skip what a NAS or a file system keeps for itself, such as @eaDir and #recycle.", "yes")
-    workers: int = setting(0, parse_workers, "Look-ups at once on a slow mount.", "auto")
-    stat_timeout: float = setting(30.0, parse_interval,
-        "A target that has not answered by then is unreachable.", "30s")
-    max_new_broken: float = setting(0.20, parse_percent,
+    mount_checks: Paths = optional(parse_paths, "Mount points that must be mounted and not empty, "
+        "or files that must be readable.", "\n/mnt/remote/realdebrid")
+    ignore: Paths = optional(parse_list, "Skip paths that contain this; with *, ? or [ it is a "
+        "glob on the name.", "\ncinesync\n*.partial", "IGNORE_SUBSTR")
+    ignore_defaults: bool = setting(parse_bool, "Skip what a NAS keeps, such as @eaDir.", "yes")
+    workers: int = setting(parse_workers, "Look-ups at once on a slow mount.", "auto")
+    stat_timeout: float = setting(parse_interval, "What answers later is unreachable.", "30s")
+    max_new_broken: float = setting(parse_percent,
         "More of a mount's good links than this gone at once is taken for an outage.", "20%")
-
 
 @dataclasses.dataclass(frozen=True)
 class InstanceSettings:
     """One Sonarr or Radarr."""
-    url: str = setting("", parse_url, "With the URL base, if one is set.", "http://{kind}:{port}")
+    url: str = optional(parse_url, "With the URL base, if one is set.", "http://{kind}:{port}")
     api_key: str = secret(parse_key, "Settings > General > API key.", "0123456789abcdef")
-    roots: Paths = setting((), parse_paths, "The directories of links that this server owns.",
-        "/opt/media/{folder}")
-    path_map: PathMap = setting((), parse_map, _MAP_DOC, "/opt/media/{folder} => /{folder}")
-    skip_tags: Tuple[str, ...] = setting((), parse_list,
-        "Leave alone what carries one of these tags there.", "keep, archive")
-    ca_file: str = setting("", parse_path, "The certificate authority of a server with its own.",
-        "/etc/ssl/my-ca.pem")
-    headers: Any = secret(parse_headers, "Lines of 'Name: value' for a proxy before it.",
-        "CF-Access-Client-Id: ...")
-
+    roots: Paths = optional(parse_paths, "Where the links are that it owns.", "/opt/media/{folder}")
+    path_map: PathMap = optional(parse_map, _MAP_DOC, "/opt/media/{folder} => /{folder}")
+    skip_tags: Paths = optional(parse_list, "Leave alone what carries such a tag.", "keep, archive")
+    ca_file: str = optional(parse_own_path, "A certificate authority of its own.", "/etc/my-ca.pem")
+    headers: PathMap = secret(parse_headers, "For a proxy before it.", "CF-Access-Client-Id: ...")
 
 @dataclasses.dataclass(frozen=True)
 class RelaySettings:
     """The relay URL of the container edition."""
-    base: str = setting("", parse_url, "Its address.", "http://research-relay:5050", "RELAY_BASE")
+    base: str = optional(parse_url, "Its address.", "http://research-relay:5050", "RELAY_BASE")
     token: str = secret(parse_key, "Its token.", "...", "RELAY_TOKEN")
-    routes: PathMap = setting((), parse_map, "A path prefix => the relay's name for the instance.",
+    routes: PathMap = optional(parse_map, "A path prefix => the relay's name for the instance.",
         "\n/opt/media/doc => radarr_doc", "ROUTE_MAP")
-
 
 @dataclasses.dataclass(frozen=True)
 class RepairSettings:
     """When a broken link is repaired, and how often."""
-    min_age: float = setting(3600.0, parse_duration, "Broken for at least this long.", "1h")
-    patience: float = setting(172800.0, parse_duration,
-        "After a loss of many titles at once, wait at most so long whether they come back.", "48h")
-    cooldown: float = setting(21600.0, parse_duration, "Between two attempts.", "6h")
-    max_attempts: int = setting(3, parse_count, "Then the link needs attention.", "3")
-    season_threshold: int = setting(2, parse_count,
-        "So many broken episodes of a season become one season search (relay).", "2",
-        "SEASON_SEARCH_THRESHOLD")
-    limit: int = setting(25, parse_count, "Actions queued in one run.", "25", "QUEUE_LIMIT")
-    max: int = setting(25, parse_count, "Actions sent in one run.", "25", "ACTIONS_MAX")
-    timeout: float = setting(20.0, parse_duration, "For one request.", "20s", "ACTIONS_TIMEOUT")
-    list_timeout: float = setting(120.0, parse_interval, "For the first byte of a long list.", "2m")
-    per_day: int = setting(200, parse_count,
-        "Searches sent to one server in 24 hours; 0 is no limit.", "200")
-    blocklist: bool = setting(False, parse_bool,
-        "Have the server take the dead release for a failed one, before the search.", "no")
-    unmonitored: bool = setting(True, parse_bool, "Repair the unmonitored, too.", "yes")
-
+    min_age: float = setting(parse_duration, "Broken for at least this long.", "1h")
+    patience: float = setting(parse_duration, "Wait at most so long where many are lost.", "48h")
+    cooldown: float = setting(parse_duration, "Between two attempts.", "6h")
+    max_attempts: int = setting(parse_count, "Then the link needs attention.", "3")
+    season_threshold: int = setting(parse_count, "So many broken episodes of a season become one "
+        "season search (relay).", "2", "SEASON_SEARCH_THRESHOLD")
+    limit: int = setting(parse_count, "Actions queued in one run.", "25", "QUEUE_LIMIT")
+    max: int = setting(parse_count, "Actions sent in one run.", "25", "ACTIONS_MAX")
+    timeout: float = setting(parse_duration, "For one request.", "20s", "ACTIONS_TIMEOUT")
+    list_timeout: float = setting(parse_interval, "For the first byte of a long list.", "2m")
+    per_day: int = setting(parse_count, "Searches sent to one server a day; 0: no limit.", "200")
+    blocklist: bool = setting(parse_bool, "Mark the dead release as failed there, first.", "no")
+    unmonitored: bool = setting(parse_bool, "Repair the unmonitored, too.", "yes")
 
 @dataclasses.dataclass(frozen=True)
 class CinesyncSettings:
     """Relinking to CineSync's copies."""
-    base: str = setting("", parse_path, "CineSync's own tree of links.",
+    base: str = optional(parse_own_path, "CineSync's own tree of links.",
         "/opt/media/cinesync/CineSync", "CINESYNC_BASE")
-    roots: Paths = setting((), parse_paths, "Where broken links may be replaced.",
+    roots: Paths = optional(parse_paths, "Where broken links may be replaced.",
         "/opt/media/tv, /opt/media/movies", "CINESYNC_REPAIR_ROOTS")
-    allowed_targets: Paths = setting((), parse_paths, "A new target must lie below one of these.",
+    allowed_targets: Paths = optional(parse_paths, "A new target must lie below one of these.",
         "/mnt/remote", "CINESYNC_ALLOWED_TARGET_PREFIXES")
-    limit: int = setting(200, parse_count, "Links tried in one run.", "200", "CINESYNC_LIMIT")
-
+    limit: int = setting(parse_count, "Links tried in one run.", "200", "CINESYNC_LIMIT")
 
 @dataclasses.dataclass(frozen=True)
 class VerifySettings:
     """Reading a little of the files behind good links."""
-    files: int = setting(0, parse_count, "So many files in each run; 0 reads none.", "200")
-    repair: bool = setting(False, parse_bool,
+    files: int = setting(parse_count, "So many files in each run; 0: none.", "0", sample="200")
+    repair: bool = setting(parse_bool,
         "Kept for later: nothing is repaired yet because it cannot be read.", "no")
-
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
     """What `run` does of itself."""
-    ingest_every: float = setting(86400.0, parse_duration, "Read the servers when the last reading "
-        "is older than this.", "1d")
-    report: str = setting("", parse_path, "Every run writes the report there anew.",
-        "/volume1/web/refresherr.html")
-    time_limit: float = setting(0.0, parse_duration,
-        "A run begins nothing more after this long; 0 is no limit.", "2h")
-
+    ingest_every: float = setting(parse_duration, "Read the servers when it was longer ago.", "1d")
+    report: str = optional(parse_own_path, "Every run writes it anew.", "/volume1/web/report.html")
+    time_limit: float = setting(parse_duration,
+        "A run begins nothing more after this long; 0 is no limit.", "0", sample="2h")
 
 @dataclasses.dataclass(frozen=True)
 class NotifySettings:
@@ -612,37 +522,30 @@ class NotifySettings:
     discord: str = secret(parse_url, "Webhook.", "https://...", "DISCORD_WEBHOOK")
     ntfy: str = secret(parse_url, "Topic.", "https://ntfy.sh/topic")
     ntfy_token: str = secret(parse_key, "Access token, where the topic needs one.", "...")
-    apprise: str = secret(parse_url, "Apprise API, with the key of its configuration.",
-        "http://apprise:8000/notify/KEY")
+    apprise: str = secret(parse_url, "With its key.", "http://apprise:8000/notify/KEY")
     webhook: str = secret(parse_url, "Gets the run's result as JSON.", "https://...")
-    healthchecks: str = secret(parse_url, "Hears of the start and the end of every applied run.",
-        "https://hc-ping.com/UUID")
-    uptime_kuma: str = secret(parse_url, "Push URL; hears of the end of every applied run.",
-        "https://kuma.example/api/push/TOKEN")
-    when: str = setting("changes", parse_choice("changes", "failures", "always"),
-        "changes: a run that changed something, failed or was refused; failures; or always.",
-        "changes")
-
+    healthchecks: str = secret(parse_url, "Of applied runs.", "https://hc-ping.com/UUID")
+    uptime_kuma: str = secret(parse_url, "Likewise.", "https://kuma.example/api/push/TOKEN")
+    when: str = setting(parse_choice("changes", "failures", "always"),
+        "changes: if a run changed something, failed or was refused; failures; always.", "changes")
 
 @dataclasses.dataclass(frozen=True)
 class PlexSettings:
     """Plex is told about the directories that changed."""
-    url: str = setting("", parse_url, "Its address.", "http://plex:32400")
+    url: str = optional(parse_url, "Its address.", "http://plex:32400")
     token: str = secret(parse_key, "X-Plex-Token, from 'View XML' of any item.", "...")
-    path_map: PathMap = setting((), parse_map, _MAP_DOC, "/opt/media => /data")
-
+    path_map: PathMap = optional(parse_map, _MAP_DOC, "/opt/media => /data")
 
 @dataclasses.dataclass(frozen=True)
 class JellyfinSettings:
     """Jellyfin or Emby, likewise."""
-    url: str = setting("", parse_url, "With the base URL, if one is set.", "http://{kind}:8096")
+    url: str = optional(parse_url, "With the base URL, if one is set.", "http://{kind}:8096")
     api_key: str = secret(parse_key, "Dashboard > API Keys.", "...")
-    path_map: PathMap = setting((), parse_map, _MAP_DOC, "/opt/media => /data")
+    path_map: PathMap = optional(parse_map, _MAP_DOC, "/opt/media => /data")
 # fmt: on
 
 
-@dataclasses.dataclass(frozen=True)
-class Instance:
+class Instance(NamedTuple):
     """A configured Sonarr or Radarr; `name` is 'sonarr_tv' for the section [sonarr tv]."""
 
     kind: str
@@ -677,19 +580,16 @@ SECTIONS: Dict[str, Type[Any]] = {
     if dataclasses.is_dataclass(field.default)
 }
 INSTANCE_KINDS = ("sonarr", "radarr")
-_INSTANCE_ENV = re.compile(r"(SONARR|RADARR)_(.+)_(URL|API)")
-Values = Dict[str, Dict[str, str]]
+Values = Dict[str, Dict[str, str]]  # {section: {key: text}}
 
 
-def find_config_file(
-    flag: Optional[str], environ: Mapping[str, str], program: str
-) -> Optional[str]:
+def find_config_file(flag: Optional[str], environ: Mapping[str, str], script: str) -> Optional[str]:
     """Return the config file to read, None without one; one that is named need not exist."""
     named = flag or environ.get("REFRESHERR_CONFIG")
     if named:
         return os.path.abspath(os.path.expanduser(named))
     home = environ.get("XDG_CONFIG_HOME") or os.path.join(environ.get("HOME", "/"), ".config")
-    folders = (os.path.dirname(os.path.abspath(program)), f"{home}/refresherr", "/etc")
+    folders = (os.path.dirname(os.path.abspath(script)), f"{home}/refresherr", "/etc")
     places = [environ.get("CONFIG_FILE") or "", *(f"{f}/refresherr.ini" for f in folders)]
     return next(filter(os.path.isfile, places), None)
 
@@ -697,15 +597,12 @@ def find_config_file(
 def load_config(
     file: Optional[str], environ: Mapping[str, str], flags: Mapping[Tuple[str, str], Any]
 ) -> Config:
-    """Build the Config: flags win over the environment, that over the file, that over defaults.
-
-    `flags` maps (section, key) to a parsed value.  Raises ConfigError, one line.
-    """
+    """Build the Config: flags, {(section, key): value}, over environment, file and defaults."""
     values, warnings = _read_config_file(file) if file else ({}, [])
     warnings += _merge_environment(values, environ)
     parsed = {section: _parse_section(section, texts) for section, texts in sorted(values.items())}
     instances = tuple(
-        Instance(section.split()[0], "_".join(section.split()), parsed.pop(section))
+        Instance(section.split()[0], section.replace(" ", "_"), parsed.pop(section))
         for section in [*parsed]
         if section not in SECTIONS
     )
@@ -720,86 +617,68 @@ def load_config(
 
 
 def _read_config_file(file: str) -> Tuple[Values, List[str]]:
-    # Comments are taken out by us: here, an item of a list may begin as one does.
-    parser = configparser.RawConfigParser(default_section="\0", comment_prefixes=())
+    values = _parse_ini(file, _read_text("the config file", file).split("\n"))
+    is_open = os.stat(file).st_mode & 0o077
+    fields = ((texts, field) for section, texts in values.items() for field in _fields(section))
+    exposed = any(field.metadata["secret"] and texts.get(field.name) for texts, field in fields)
+    advice = f"others can read the secrets in {file}; run: chmod 600 {file}"
+    return values, [advice] if exposed and is_open else []
+
+
+def _read_text(what: str, file: str) -> str:
     try:
         with open(file, encoding="utf-8-sig") as stream:
-            mode = os.fstat(stream.fileno()).st_mode
-            parser.read_file(_without_comments(stream), file)
-    except OSError as exc:
-        raise ConfigError(f"cannot read the config file {file}: {exc.strerror}") from exc
-    except UnicodeDecodeError as exc:
-        raise ConfigError(f"{file} is not UTF-8 text; save it as UTF-8") from exc
-    except configparser.Error as exc:
-        # Not its own words: they quote the line, and that may be a key.
-        what = "is no 'key = value' below a [section]"
-        if isinstance(exc, (configparser.DuplicateSectionError, configparser.DuplicateOptionError)):
-            what = f"has [{exc.section}] {getattr(exc, 'option', '')} a second time"
-        errors = getattr(exc, "errors", None) or [(getattr(exc, "lineno", "?"), "")]
-        raise ConfigError(f"{file}: line {errors[0][0]} {what}") from None
-    values: Values = {}
-    exposed = False
-    for title in parser.sections():
-        section = _section_name(title, file)
-        if section in values:
-            raise ConfigError(f"{file}: the section [{title}] stands twice")
-        values[section] = dict(parser[title])
-        secrets = {field.name: field.metadata["secret"] for field in _fields(section)}
-        parsers = {field.name: field.metadata["parse"] for field in _fields(section)}
-        known = [*secrets, *(f"{name}_file" for name in secrets if secrets[name])]
-        for key, text in values[section].items():
-            if key not in known:
-                hint = _nearest(key, known)
-                raise ConfigError(f"{file}: [{title}] has no setting {key!r}{hint}")
-            exposed = exposed or bool(text and secrets.get(key))
-            _refuse_odd_paths(f"{file}: [{title}] {key}", parsers.get(key), text)
-    advice = f"others can read the secrets in {file}; run: chmod 600 {file}"
-    return values, [advice] if exposed and mode & 0o077 else []
+            return stream.read()
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = getattr(exc, "strerror", "it is not UTF-8 text; save it as UTF-8")
+        raise UsageError(f"cannot read {what} {file}: {reason}") from exc
 
 
-def _refuse_odd_paths(what: str, parse: Any, text: str) -> None:
-    """Raise ConfigError for what a person writes by mistake where paths are expected."""
-    for part in _split_paths(text) if parse in (parse_path, parse_paths, parse_map) else ():
-        advice = ""
-        if part[0] in "\"'":
-            advice = "write it without quotes"
-        elif part[0] not in "/~#;":
-            advice = "write the whole path, from / on"
-        elif re.search(r"\s[;#]", part) and not os.path.lexists(part):
-            advice = "the comment is taken for a part of the path; give it a line of its own"
-        if advice:
-            raise ConfigError(f"{what} ({part!r}): {advice}")
-
-
-def find_keyless(config: Config) -> List[str]:
-    """Return what is to be said of servers without a key."""
-    names = (i.name.replace("_", " ", 1) for i in config.instances if not i.settings.api_key)
-    return [f"[{name}] has no api_key: the server will refuse every request" for name in names]
-
-
-def _without_comments(lines: Iterable[str]) -> Iterator[str]:
-    """Yield the lines of a config file, comments as empty ones.  What begins like a comment, but
-    is indented more than the setting above it, belongs to that setting's value.
+def _parse_ini(file: str, lines: Iterable[str]) -> Values:
+    """Read as configparser does, but what begins like a comment and is indented more than the
+    setting above it is a part of that setting's value.  Errors quote no line: it may be a key.
     """
-    level = math.inf  # the indentation of the setting whose value may go on
-    for line in lines:
+    values: Values = {}
+    section, key, level = "", "", math.inf
+    for number, line in enumerate(lines, 1):
         text, indent = line.strip(), len(line) - len(line.lstrip())
-        if text.startswith(("#", ";")) and indent <= level:
-            yield "\n"
+        title, pair = re.match(r"\[(.+)\]", text), re.match(r"([^=:]+?)\s*[=:]\s*(.*)", text)
+        where = f"{file}: line {number}"
+        if text and indent > level:
+            values[section][key] += f"\n{text}"
+        elif not text or text[0] in "#;":
             continue
-        if text and indent <= level:
-            level = math.inf if text.startswith("[") else indent
-        yield line
+        elif title:
+            section, level = _section_name(title[1], where), math.inf
+            if section in values:
+                raise UsageError(f"{where} has [{section}] a second time")
+            values[section] = {}
+        elif pair and section:
+            key, level = pair[1].lower(), indent
+            if key in values[section]:
+                raise UsageError(f"{where} has [{section}] {key} a second time")
+            _check_key(section, key, where)
+            values[section][key] = pair[2]
+        else:
+            raise UsageError(f"{where} is no 'key = value' below a [section]")
+    return values
 
 
-def _section_name(title: str, file: str) -> str:
+def _section_name(title: str, where: str) -> str:
     kind, *names = title.lower().split() or [""]
     if (kind in SECTIONS and not names) or (kind in INSTANCE_KINDS and len(names) == 1):
         return " ".join([kind, *names])
     if kind in INSTANCE_KINDS:
-        raise ConfigError(f"{file}: give the server a one-word name, such as [{kind} main]")
+        raise UsageError(f"{where}: give the server a one-word name, such as [{kind} main]")
     hint = _nearest(kind, [*SECTIONS, *INSTANCE_KINDS])
-    raise ConfigError(f"{file}: unknown section [{title}]{hint}")
+    raise UsageError(f"{where}: unknown section [{title}]{hint}")
+
+
+def _check_key(section: str, key: str, where: str) -> None:
+    fields = _fields(section)
+    known = [f.name for f in fields] + [f"{f.name}_file" for f in fields if f.metadata["secret"]]
+    if key not in known:
+        raise UsageError(f"{where}: [{section}] has no setting {key!r}{_nearest(key, known)}")
 
 
 def _fields(section: str) -> Tuple[Any, ...]:
@@ -814,34 +693,29 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _merge_environment(values: Values, environ: Mapping[str, str]) -> List[str]:
-    """Lay the environment over the file's values: REFRESHERR_SECTION_KEY and the old names.
-
-    Returns a warning for each name that looks like one of ours and is none.
-    """
+    """Lay the environment over the file's values; return a warning for each odd name of ours."""
     known = ["REFRESHERR_CONFIG"]
     for section in SECTIONS:
         for field in _fields(section):
-            prefix = section if section == "refresherr" else f"refresherr_{section}"
-            known.append(f"{prefix}_{field.name}".upper())
-            text = environ.get(known[-1])
-            text = text or environ.get(field.metadata["env"])
+            known.append(f"refresherr_{section}_{field.name}".replace("_refresherr", "").upper())
+            text = environ.get(known[-1]) or environ.get(field.metadata["env"])
             if text:
-                values.setdefault(section, {})[field.name] = text
+                is_path = field.metadata["parse"] is parse_own_path  # may be a relative one here
+                values.setdefault(section, {})[field.name] = parse_path(text) if is_path else text
                 values[section].pop(f"{field.name}_file", None)
     if environ.get("DRYRUN"):
         try:
             dry_run = parse_bool(environ["DRYRUN"])
         except ValueError as exc:
-            raise ConfigError(f"environment: DRYRUN: {exc}") from exc
+            raise UsageError(f"environment: DRYRUN: {exc}") from exc
         # A dry run that anybody asked for outranks an apply that anybody asked for.
         if dry_run or not environ.get("REFRESHERR_APPLY"):
             values.setdefault("refresherr", {})["apply"] = "no" if dry_run else "yes"
     for name, text in sorted(environ.items()):
-        match = _INSTANCE_ENV.fullmatch(name)
+        match = re.fullmatch(r"((?:SONARR|RADARR)_.+)_(URL|API)", name)
         if match and text:
-            kind, instance, key = match.groups()
-            server = values.setdefault(f"{kind} {instance}".lower(), {})
-            server["url" if key == "URL" else "api_key"] = text
+            server = values.setdefault(match[1].lower().replace("_", " ", 1), {})
+            server["url" if match[2] == "URL" else "api_key"] = text
     odd = sorted(n for n in environ if n.startswith("REFRESHERR_") and n not in known)
     return [
         f"environment: {n} is no setting{_nearest(n, known).partition('; known')[0]}" for n in odd
@@ -851,8 +725,10 @@ def _merge_environment(values: Values, environ: Mapping[str, str]) -> List[str]:
 def _parse_section(section: str, texts: Mapping[str, str]) -> Any:
     parsed = {}
     for field in _fields(section):
-        text, file = texts.get(field.name), texts.get(f"{field.name}_file")
-        text = text or (_read_secret(section, f"{field.name}_file", file) if file else "")
+        text, file = texts.get(field.name, ""), texts.get(f"{field.name}_file")
+        if file and not text:
+            what = f"[{section}] {field.name}_file"
+            text = _read_text(what, os.path.expanduser(file.strip())).strip()
         parse = field.metadata["parse"]
         try:
             if re.search(r"\n[#;]" + r"(?!\S)" * (parse is parse_list), text):
@@ -861,40 +737,35 @@ def _parse_section(section: str, texts: Mapping[str, str]) -> Any:
                 parsed[field.name] = parse(text)
         except ValueError as exc:
             shown = "" if field.metadata["secret"] else f" ({redact(text.strip())!r})"
-            raise ConfigError(f"config: [{section}] {field.name}{shown}: {exc}") from exc
+            raise UsageError(f"config: [{section}] {field.name}{shown}: {exc}") from exc
     return SECTIONS.get(section, InstanceSettings)(**parsed)
-
-
-def _read_secret(section: str, key: str, file: str) -> str:
-    try:
-        with open(os.path.expanduser(file.strip()), encoding="utf-8") as stream:
-            return stream.read().strip()
-    except (OSError, UnicodeDecodeError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else "not UTF-8 text"
-        raise ConfigError(f"config: [{section}] {key}: cannot read {file}: {reason}") from exc
 
 
 def _check_config(config: Config) -> None:
     for instance in config.instances:
         if not instance.settings.url:
-            raise ConfigError(f"config: {instance.name} has no url")
+            raise UsageError(f"config: {instance.name} has no url")
     for section, key in (("plex", "token"), ("jellyfin", "api_key"), ("emby", "api_key")):
         server = getattr(config, section)
         if bool(server.url) != bool(getattr(server, key)):
-            raise ConfigError(f"config: [{section}] needs both url and {key}, or neither")
+            raise UsageError(f"config: [{section}] needs both url and {key}, or neither")
     if config.notify.ntfy_token and not config.notify.ntfy:
-        raise ConfigError("config: [notify] has an ntfy_token but no ntfy")
+        raise UsageError("config: [notify] has an ntfy_token but no ntfy")
     for root in config.cinesync.roots if config.cinesync.base else ():
         refuse_base(config.cinesync.base, root)
 
 
+def find_keyless(config: Config) -> List[str]:
+    """Return what is to be said of servers without a key."""
+    names = (i.name.replace("_", " ", 1) for i in config.instances if not i.settings.api_key)
+    return [f"[{name}] has no api_key: the server will refuse every request" for name in names]
+
+
 def refuse_base(base: str, root: str) -> None:
-    """Raise ConfigError if CineSync's base lies inside a repair root."""
+    """Raise UsageError if CineSync's base lies inside a repair root."""
     if is_under(base, root):
-        raise ConfigError(
-            f"config: [cinesync] base {base} lies inside the repair root {root}; "
-            "Refresherr would repair CineSync's own links"
-        )
+        what = f"config: [cinesync] base {base} lies inside the repair root {root}"
+        raise UsageError(f"{what}; Refresherr would repair CineSync's own links")
 
 
 def config_to_json(config: Config) -> JsonObject:
@@ -910,7 +781,7 @@ def config_to_json(config: Config) -> JsonObject:
         return redact(value) if isinstance(value, str) else value
 
     tables = {section: getattr(config, section) for section in SECTIONS}
-    tables.update((instance.name, instance.settings) for instance in config.instances)
+    tables.update({instance.name: instance.settings for instance in config.instances})
     settings = {
         name: {f.name: shown(f, getattr(table, f.name)) for f in dataclasses.fields(table)}
         for name, table in tables.items()
@@ -923,11 +794,11 @@ def format_setting(parse: Callable[[str], Any], value: Any) -> str:
     if parse is parse_percent:
         return f"{value * 100:g}%"
     if parse in (parse_duration, parse_interval):
-        units = [(86400, "d"), (3600, "h"), (60, "m"), (1, "s")]
-        size, unit = next((pair for pair in units if value and value % pair[0] == 0), (1, "s"))
-        return f"{value / size:g}{unit}"
+        units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+        unit = next((unit for unit in units if value and value % units[unit] == 0), "s")
+        return f"{value / units[unit]:g}{unit}"
     if isinstance(value, dict):
-        return ", ".join(f"{left} => {right}" for left, right in value.items())
+        value = [f"{left} => {right}" for left, right in value.items()]
     if isinstance(value, (tuple, list)):
         return ", ".join(value)
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
@@ -946,14 +817,12 @@ def format_sample_config() -> str:
     titles = list(SECTIONS)
     titles[2:2] = ["sonarr tv", "radarr movies"]
     for title in titles:
-        table = SECTIONS.get(title, InstanceSettings)
         kind, _, folder = title.partition(" ")
         words = {"kind": kind, "folder": folder, "port": 8989 if kind == "sonarr" else 7878}
-        lines += [f"; {table.__doc__}", f"#[{title}]"]
-        for field in dataclasses.fields(table):
-            if field.metadata["doc"]:
-                lines.append(f"; {field.metadata['doc']}")
+        lines += [f"; {SECTIONS.get(title, InstanceSettings).__doc__}", f"#[{title}]"]
+        for field in _fields(title):
             sample = field.metadata["sample"].format(**words).replace("\n", "\n#    ")
+            lines.append(f"; {field.metadata['doc']}")
             lines.append(f"#{field.name} = {sample}".replace("= \n", "=\n"))
         lines.append("")
     return "\n".join(lines)
@@ -966,9 +835,7 @@ _NOT_LIBRARY = (
 
 
 class Ignore:
-    """What a scan skips: substrings of the path, globs on the name, and with `defaults` the
-    directories that a NAS or a file system keeps for itself, by their whole names.
-    """
+    """What a scan skips: substrings of the path, globs on the name, with `defaults` a NAS's own."""
 
     def __init__(self, patterns: Sequence[str], defaults: bool) -> None:
         import fnmatch
@@ -1008,7 +875,6 @@ class Ignore:
 # WAL needs shared memory between all processes of one host (sqlite.org/wal.html); these are, or
 # may be, shared with another host, and trying WAL does not tell.
 _NETWORK_TYPES = r"nfs\d*|cifs|smb\w*|9p|fuse\..*|afs|ceph|lustre|gfs2?|ocfs2|davfs|glusterfs"
-_OCTAL_ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
 def is_network_type(fs_type: str) -> bool:
@@ -1019,36 +885,33 @@ def is_network_type(fs_type: str) -> bool:
 def parse_mountinfo(text: str, identity: bool = False) -> Dict[str, str]:
     """Return {mount point: file system type} from /proc/self/mountinfo (proc(5), 3.5).
 
-    Mounts stack: of several on one mount point the last line is the visible one.  With `identity`
-    the values are mount and device numbers, which differ after a remount.
+    Of several on one point the last is the visible one.  With `identity` the values are mount and
+    device numbers, which differ after a remount.
     """
     mounts = {}
-    for line in text.splitlines():
-        left, _, right = line.partition(" - ")
-        fields = left.split(" ")
-        if len(fields) >= 5 and right:
-            point = _OCTAL_ESCAPE.sub(lambda match: chr(int(match.group(1), 8)), fields[4])
-            mounts[point] = f"{fields[0]} {fields[2]}" if identity else right.split(" ")[0]
+    for line in re.finditer(r"(?m)^(\S+) \S+ (\S+) \S+ (\S+) .*? - (\S+) ", text):
+        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), line[3])
+        mounts[point] = f"{line[1]} {line[2]}" if identity else line[4]
     return mounts
+
+
+def _read_mountinfo() -> str:
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as stream:
+        return os.fsdecode(stream.read())
+    return ""
 
 
 def read_mounts(identity: bool = False) -> Dict[str, str]:
     """Return `parse_mountinfo` of this process; {'/': 'unknown'} without procfs."""
-    mounts: Dict[str, str] = {}
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as stream:
-        mounts = parse_mountinfo(os.fsdecode(stream.read()), identity)
-    return {"/": "unknown", **mounts}  # a chroot whose root is no mount point has no line for it
+    # A chroot whose root is no mount point has no line for it.
+    return {"/": "unknown", **parse_mountinfo(_read_mountinfo(), identity)}
 
 
 def read_overlay_branches(point: str) -> List[str]:
     """Return the directories that an overlay is made of, as far as mountinfo names them."""
-    found: List[str] = []
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as stream:
-        for line in os.fsdecode(stream.read()).splitlines():
-            if parse_mountinfo(line) == {point: "overlay"}:
-                options = dict(re.findall(r"(lowerdir|upperdir)=([^,]*)", line))
-                found = [*options.get("lowerdir", "").split(":"), options.get("upperdir", "")]
-    return [path for path in found if path.startswith("/")]
+    lines = [x for x in _read_mountinfo().splitlines() if parse_mountinfo(x) == {point: "overlay"}]
+    found = ":".join(re.findall(r"(?:lowerdir|upperdir)=([^,]*)", lines[-1] if lines else ""))
+    return [path for path in found.split(":") if path.startswith("/")]
 
 
 _CURES = {  # what a reason says: what to do about it
@@ -1071,10 +934,7 @@ def how_to_mend(reason: str) -> str:
 
 
 def watch_mounts() -> Callable[[], bool]:
-    """Return what tells whether anything was mounted or unmounted from now on.
-
-    The kernel says so of this file, as poll(2) asks (proc(5)); mount numbers are used again.
-    """
+    """Return what tells whether anything was mounted or unmounted from now on, by proc(5)."""
     poll = select.poll()
     with contextlib.suppress(OSError):
         descriptor = os.open("/proc/self/mounts", os.O_RDONLY | os.O_CLOEXEC)
@@ -1391,9 +1251,7 @@ BUSY_TIMEOUT = 60.0  # seconds a writer waits for another before "database is lo
 _LOOKUP = 500  # paths in one SELECT; SQLite before 3.32 binds 999 parameters at the most
 
 _START_ANEW = "restore a backup, or start anew with `db nuke --yes`"
-
-_write_lock = threading.Lock()
-_create_lock = threading.Lock()
+_write_lock, _create_lock = threading.Lock(), threading.Lock()
 
 _V1_TABLES = """
 CREATE TABLE schema_version (id INTEGER PRIMARY KEY, version INTEGER, applied_utc TEXT);
@@ -1435,7 +1293,12 @@ CREATE TABLE cinesync_runs (run_id INTEGER PRIMARY KEY, started_utc INTEGER, fin
 # runs.summary is the JSON of the command's result; finished_utc and exit_code stay NULL while it
 # runs, and for ever if it was killed.  link_changes is the journal: a row stands there, 'planned',
 # before a link is touched; then 'done', 'removed' or 'failed', later perhaps 'undone'.
-_V3_TABLES = """
+_V3_CHANGES = """
+ALTER TABLE symlinks ADD COLUMN broken_since_utc TEXT;
+ALTER TABLE symlinks ADD COLUMN error TEXT;
+ALTER TABLE actions ADD COLUMN attempts INTEGER DEFAULT 0;
+ALTER TABLE actions ADD COLUMN next_attempt_utc TEXT;
+ALTER TABLE actions ADD COLUMN progress TEXT;
 CREATE TABLE runs (run_id INTEGER PRIMARY KEY, command TEXT NOT NULL, started_utc TEXT NOT NULL,
     finished_utc TEXT, exit_code INTEGER, summary TEXT);
 CREATE TABLE mounts (mount_point TEXT PRIMARY KEY, fs_type TEXT NOT NULL,
@@ -1446,24 +1309,28 @@ CREATE TABLE link_changes (change_id INTEGER PRIMARY KEY, run_id INTEGER NOT NUL
 CREATE INDEX ix_link_changes_run ON link_changes(run_id);
 CREATE INDEX ix_symlinks_not_ok ON symlinks(status, path) WHERE status <> 'ok';
 CREATE INDEX ix_events_ts ON events(ts);
-CREATE INDEX ix_movie_files_path ON movie_files(original_path, instance);
-CREATE INDEX ix_episode_files_path ON episode_files(original_path, instance)
+UPDATE symlinks SET broken_since_utc = coalesce(last_seen_utc, first_seen_utc, now())
+    WHERE coalesce(status, last_status) IN ('broken', 'repairing');
+UPDATE actions SET url = strip_secrets(url) WHERE url <> '';
+UPDATE actions SET reason = redact(reason) WHERE reason <> '';
+UPDATE actions SET last_error = redact(last_error) WHERE last_error <> ''
 """
-_V3_COLUMNS = {
-    "symlinks": ("broken_since_utc TEXT", "error TEXT"),
-    "actions": ("attempts INTEGER DEFAULT 0", "next_attempt_utc TEXT", "progress TEXT"),
-}
 
-# directories: what a scan knows of each library directory, to tell without reading it that nothing
-#   has changed (`targets` is packed by the scan, which alone reads it; no mark asks for a look).
-# doubts: lost links that a defence holds ('empty', 'witness', 'guard', 'vanished'); what the loss
-#   guard holds belongs to a lot, which remembers how much was gone at once.  `goal` is where the
-#   file should be, `missing` the first name on the way that does not exist.
+# directories: what a scan knows of each library directory; it need not be read where `mark` fits.
+# doubts: lost links that a defence holds.  `goal` is where the file should be, `missing` the first
+#   name on the way that does not exist.  What the loss guard holds belongs to one of the lots.
 # branches: the parts of a union (mergerfs, overlay), which hides it when one of them fails.
-# losses: every link that was judged broken, and when it came back; `gone_since_utc` starts anew
-#   when a scan could not tell.  Patience is judged from it.
+# losses: every link that was judged broken, and when it came back, for `patience`;
+#   `gone_since_utc` starts anew when a scan could not tell.
 # notes: single facts that outlive a run, by name.
-_V4_TABLES = """
+# What the guard of version 3 held remains held: each of its directories becomes a lot, with rather
+#   too many titles than too few, which would be let go.
+_V4_CHANGES = """
+ALTER TABLE symlinks ADD COLUMN read_utc TEXT;
+ALTER TABLE symlinks ADD COLUMN read_error TEXT;
+ALTER TABLE series ADD COLUMN year INTEGER;
+ALTER TABLE series ADD COLUMN tags TEXT;
+ALTER TABLE movies ADD COLUMN tags TEXT;
 CREATE TABLE directories (path TEXT PRIMARY KEY, mark TEXT, links INTEGER NOT NULL, targets BLOB);
 CREATE TABLE doubts (path TEXT PRIMARY KEY, defence TEXT NOT NULL, title TEXT NOT NULL,
     goal TEXT NOT NULL, missing TEXT NOT NULL, mount_point TEXT NOT NULL, lot_id INTEGER,
@@ -1479,12 +1346,19 @@ CREATE INDEX ix_losses_path ON losses(path);
 CREATE INDEX ix_losses_mount ON losses(mount_point, lost_utc);
 CREATE TABLE notes (name TEXT PRIMARY KEY, value TEXT);
 CREATE INDEX ix_movie_files_path ON movie_files(original_path, instance);
-CREATE INDEX ix_episode_files_path ON episode_files(original_path, instance)
-"""  # the last two once more: early databases of version 3 lack them
-_V4_COLUMNS = {
-    "symlinks": ("read_utc TEXT", "read_error TEXT"),
-    "series": ("year INTEGER", "tags TEXT"),
-    "movies": ("tags TEXT",),
+CREATE INDEX ix_episode_files_path ON episode_files(original_path, instance);
+INSERT INTO lots (directory, links, titles, since_utc)
+    SELECT substr(error, 39), count(*), count(*), now() FROM symlinks WHERE status = 'unreachable'
+    AND error LIKE 'held back by the mass-breakage guard: %' GROUP BY error;
+INSERT INTO doubts SELECT path, 'guard', path, coalesce(last_target, ''),
+    coalesce(last_target, ''), '/', lot_id, now() FROM symlinks JOIN lots
+    ON error = 'held back by the mass-breakage guard: ' || directory WHERE status = 'unreachable'
+"""
+MIGRATIONS = {
+    1: _V1_TABLES,
+    2: "",  # the container edition's: its own tables are none of our business
+    3: f"{_V1_TABLES};\n{_V3_CHANGES}",  # the container edition makes some tables when needed
+    4: _V4_CHANGES,
 }
 
 
@@ -1511,10 +1385,7 @@ def from_db(value: Union[str, bytes, None]) -> str:
 
 
 def _advise_access(path: str) -> str:
-    """Return how this user gets at the files of the database, '' if none of them is closed to him.
-
-    Of directories only the database's own is spoken of: nobody is to be told to chown /.
-    """
+    """Return how this user gets at the files of the database."""
     folder = os.path.dirname(os.path.abspath(path))
     for name in (folder, path, f"{path}-wal", f"{path}-shm", f"{path}.lock"):
         wanted = os.R_OK | os.W_OK | (os.X_OK if name == folder else 0)
@@ -1527,15 +1398,14 @@ def _advise_access(path: str) -> str:
                 what = f"-R {shell_quote(folder)}" if name == folder else f"{shell_quote(path)}*"
                 cure = f"run this as that one, or: sudo chown $(id -un) {what}"
                 return f"{name} belongs to another user; {cure}"
-    return ""
+    return "name a writable place with --data-dir DIR"
 
 
 @contextlib.contextmanager
 def explained_errors(path: str) -> Iterator[None]:
     """Turn an error of SQLite into one line that says what is wrong and what to do."""
     advice = {
-        "unable to open": _advise_access(path) or "check that its directory is there and writable",
-        "readonly": _advise_access(path) or "make it writable for this user, or use --data-dir",
+        "unable to open|readonly": _advise_access(path),
         "disk is full": "free some space there and run the command again; nothing is lost",
         "disk I/O": "check the disk; `db check` tells whether the database is whole",
         "locked": "another program keeps it busy; try again later",
@@ -1546,17 +1416,14 @@ def explained_errors(path: str) -> Iterator[None]:
         yield
     except sqlite3.Error as exc:
         text = str(exc)
-        what = next((hint for part, hint in advice.items() if part in text), "run `db check`")
-        error = DatabaseError(f"database {path}: {text}; {what}")
-        error.damaged = "malformed" in text or "not a database" in text
-        raise error from exc
+        what = next((advice[key] for key in advice if re.search(key, text)), "run `db check`")
+        raise DatabaseError(f"database {path}: {text}; {what}") from exc
 
 
 def get_connection(db_path: Optional[str] = None) -> sqlite3.Connection:
-    """Open the database, creating file and directory (0600, 0700), and return a connection.
+    """Open the database, creating file and directory (0600, 0700); the schema is not touched.
 
     Rows read as `row["url"]`; every statement commits by itself unless a transaction is begun.
-    The schema is not touched: that is `initialize_schema`.  Raises DatabaseError.
     """
     return open_database(db_path, upgrade=False)
 
@@ -1572,7 +1439,7 @@ def open_database(db_path: Optional[str] = None, upgrade: bool = True) -> sqlite
         conn = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None)
         on_failure.callback(conn.close)
         conn.row_factory = sqlite3.Row
-        _known_version(conn)  # before the journal mode: a newer one stays untouched
+        schema_version(conn)  # before the journal mode: a newer one stays untouched
         _set_journal_mode(conn, path)
         if upgrade:
             initialize_schema(conn)
@@ -1585,8 +1452,8 @@ def _writable_place(what: str, path: str) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        advice = _advise_access(path) or "name a writable place with --data-dir DIR"
-        raise DatabaseError(f"cannot open the {what}: {exc.strerror}; {advice}") from exc
+        reason = f"{exc.strerror}; {_advise_access(path)}"
+        raise DatabaseError(f"cannot open the {what}: {reason}") from exc
 
 
 def _make_database_file(path: str) -> None:
@@ -1603,10 +1470,9 @@ def _make_database_file(path: str) -> None:
 
 def _set_journal_mode(conn: sqlite3.Connection, path: str) -> None:
     mounts = read_mounts()
-    fs_type = mounts.get(find_ancestor(os.path.realpath(path), mounts) or "/", "unknown")
-    mode, synchronous = "wal", "NORMAL"
-    if is_network_type(fs_type):
-        mode, synchronous = "delete", "FULL"
+    fs_type = mounts[find_ancestor(os.path.realpath(path), mounts) or "/"]
+    mode, synchronous = ("delete", "FULL") if is_network_type(fs_type) else ("wal", "NORMAL")
+    if mode == "delete":
         log.debug("no WAL: %s is on a network file system (%s)", path, fs_type)
     deadline = time.monotonic() + BUSY_TIMEOUT
     while True:
@@ -1647,9 +1513,7 @@ def _writing() -> Iterator[sqlite3.Connection]:
         yield conn
 
 
-def _own(
-    conn: Optional[sqlite3.Connection],
-) -> contextlib.AbstractContextManager[sqlite3.Connection]:
+def _own(conn: Optional[sqlite3.Connection]) -> ContextManager[sqlite3.Connection]:
     """Return a block with `conn`, or with a connection of its own to the default database."""
     return contextlib.nullcontext(conn) if conn else contextlib.closing(get_connection())
 
@@ -1660,91 +1524,26 @@ def database_path(conn: sqlite3.Connection) -> str:
 
 
 def schema_version(conn: sqlite3.Connection) -> int:
-    """Return the version the database stands at, 0 for an empty one."""
-    if not _columns(conn, "schema_version"):
+    """Return the version of a database, 0 of an empty one.  DatabaseError if newer than ours."""
+    if not conn.execute("SELECT 1 FROM sqlite_master WHERE name = 'schema_version'").fetchone():
         return 0
-    return conn.execute("SELECT max(version) FROM schema_version").fetchone()[0] or 0
-
-
-def _known_version(conn: sqlite3.Connection) -> int:
-    """Return `schema_version`.  DatabaseError if it is newer than this program."""
-    version = schema_version(conn)
+    version = conn.execute("SELECT max(version) FROM schema_version").fetchone()[0] or 0
     if version > SCHEMA_VERSION:
         what = f"database {database_path(conn)} has schema version {version}"
         advice = f"this program knows {SCHEMA_VERSION}; use a newer Refresherr"
         raise DatabaseError(f"{what}, {advice}")
-    return version
+    return int(version)
 
 
-def _columns(conn: sqlite3.Connection, table: str) -> List[str]:
-    # Before 3.32 the PRAGMA answers from what the connection once read; a SELECT reads it anew.
-    conn.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
-    return [row[1] for row in conn.execute(f"PRAGMA table_info({table})")]
-
-
-def _create_all(conn: sqlite3.Connection, script: str) -> None:
-    """Create the tables and indexes of a script, as far as they do not exist."""
+def _apply(conn: sqlite3.Connection, script: str) -> None:
+    """Make the tables, indexes and columns of a script, as far as they do not exist."""
     # Not executescript: that commits the transaction under way first.
     for statement in script.split(";\n"):
-        conn.execute(re.sub(r"(TABLE|INDEX)", r"\1 IF NOT EXISTS", statement, count=1))
-
-
-def _add_columns(conn: sqlite3.Connection, added: Mapping[str, Sequence[str]]) -> None:
-    """Add the columns that a table does not have yet."""
-    for table, columns in added.items():
-        old = _columns(conn, table)
-        for column in columns:
-            if column.split()[0] not in old:
-                conn.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
-
-
-def _migrate_to_v3(conn: sqlite3.Connection) -> None:
-    _create_all(conn, _V1_TABLES)  # the container edition makes some tables only when needed
-    _add_columns(conn, _V3_COLUMNS)
-    _create_all(conn, _V3_TABLES)
-    update = """UPDATE symlinks SET broken_since_utc = coalesce(last_seen_utc, first_seen_utc, ?)
-        WHERE coalesce(status, last_status) IN ('broken', 'repairing')"""
-    conn.execute(update, (utc_now(),))
-    for column, clean in (("url", strip_secrets), ("reason", redact), ("last_error", redact)):
-        conn.create_function("clean", 1, clean)
-        conn.execute(f"UPDATE actions SET {column} = clean({column}) WHERE {column} <> ''")
-
-
-_HELD_IN_V3 = "held back by the mass-breakage guard: "  # then the directory: `symlinks.error`
-
-
-def _migrate_to_v4(conn: sqlite3.Connection) -> None:
-    _add_columns(conn, _V4_COLUMNS)
-    _create_all(conn, _V4_TABLES)
-    # What version 3 held remains held: each of its units becomes a lot.
-    held: Dict[str, Dict[str, str]] = {}
-    select = "SELECT path, last_target, error FROM symlinks WHERE status = 'unreachable'"
-    for path, target, error in conn.execute(select):
-        if (error or "").startswith(_HELD_IN_V3):
-            goal = os.path.join(os.path.dirname(from_db(path)), from_db(target))
-            goals = held.setdefault(error[len(_HELD_IN_V3) :], {})
-            goals[from_db(path)] = os.path.normpath(goal)
-    for name, goals in held.items():
-        # The reason has the directory's name escaped, the targets have it as it is.
-        steps = itertools.chain.from_iterable(map(ancestors, goals.values()))
-        directory = next((step for step in steps if escape(step) == name), name)
-        # Rather too many titles than too few, which would be let go.
-        titles = {(title_folder(path), os.path.dirname(goals[path])) for path in goals}
-        values = (to_db(directory), len(goals), len(titles), utc_now())
-        insert = "INSERT INTO lots (directory, links, titles, since_utc) VALUES (?, ?, ?, ?)"
-        lot = conn.execute(insert, values).lastrowid
-        for path, goal in goals.items():
-            texts = map(to_db, (path, "guard", title_folder(path), goal, goal))
-            insert = "INSERT INTO doubts VALUES (?, ?, ?, ?, ?, '/', ?, ?)"
-            conn.execute(insert, (*texts, lot, utc_now()))
-
-
-MIGRATIONS: Dict[int, Callable[[sqlite3.Connection], None]] = {
-    1: lambda conn: _create_all(conn, _V1_TABLES),
-    2: lambda conn: None,  # the container edition's: its own tables are none of our business
-    3: _migrate_to_v3,
-    4: _migrate_to_v4,
-}
+        try:
+            conn.execute(statement)
+        except sqlite3.OperationalError as exc:
+            if not re.search("already exists|duplicate column", str(exc)):
+                raise
 
 
 def load_note(conn: sqlite3.Connection, name: str) -> Any:
@@ -1759,39 +1558,28 @@ def save_note(conn: sqlite3.Connection, name: str, value: Any) -> None:
 
 
 def initialize_schema(conn: Optional[sqlite3.Connection] = None) -> None:
-    """Create or upgrade the tables in one transaction, after a backup of any data.
-
-    Raises DatabaseError, and touches nothing, when the database is newer than this program or
-    when its own check fails.
-    """
+    """Create or upgrade the tables in one transaction, after a check and a backup of any data."""
     with _own(conn) as conn, explained_errors(database_path(conn)):
         if schema_version(conn) == SCHEMA_VERSION:
             return
+        conn.create_function("strip_secrets", 1, strip_secrets)
+        conn.create_function("redact", 1, redact)
+        conn.create_function("now", 0, utc_now)
         # What is overwritten may be a token: leave no copy of it in a freed page.
         conn.execute("PRAGMA secure_delete=ON")
+        insert = "INSERT INTO schema_version (version, applied_utc) VALUES (?, now())"
         with transaction(conn):  # alone: another thread or process may have been at it, too
-            version = _known_version(conn)
+            version = schema_version(conn)
             was_used = version < SCHEMA_VERSION and _back_up_before_migration(conn, version)
-            _migrate(conn, version)
-        if was_used:
-            _scrub(conn)
-
-
-def _migrate(conn: sqlite3.Connection, version: int) -> None:
-    """Take every step from `version` to ours."""
-    insert = "INSERT INTO schema_version (version, applied_utc) VALUES (?, ?)"
-    for step in range(version + 1, SCHEMA_VERSION + 1):
-        MIGRATIONS[step](conn)
-        conn.execute(insert, (step, utc_now()))
-
-
-def _scrub(conn: sqlite3.Connection) -> None:
-    """Write the whole file anew: its free pages may hold tokens from before."""
-    try:
-        conn.execute("VACUUM")
-        conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    except sqlite3.Error as exc:
-        log.warning("old tokens may linger in free pages of the database: %s", exc)
+            for step in range(version + 1, SCHEMA_VERSION + 1):
+                _apply(conn, MIGRATIONS[step])
+                conn.execute(insert, (step,))
+        try:
+            if was_used:
+                conn.execute("VACUUM")
+                conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        except sqlite3.Error as exc:
+            log.warning("old tokens may linger in free pages of the database: %s", exc)
 
 
 def _quoted_tables(conn: sqlite3.Connection) -> List[str]:
@@ -1819,9 +1607,7 @@ def _back_up_before_migration(conn: sqlite3.Connection, version: int) -> bool:
 
 
 def refuse_output(file: str, fresh: bool = False) -> None:
-    """Raise RefresherrError where a file must not be written: over a device, a directory, a link;
-    with `fresh` over anything.
-    """
+    """Raise RefresherrError where what is no regular file, or with `fresh` anything, stands."""
     with contextlib.suppress(OSError):
         is_regular = stat.S_ISREG(os.lstat(file).st_mode)
         if fresh or not is_regular:
@@ -1836,17 +1622,15 @@ def replacement(file: str, mode: int = 0o600, fresh: bool = False) -> Iterator[s
     temporary = f"{file}.tmp{os.getpid()}"
     try:
         os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        try:
-            yield temporary
-            os.chmod(temporary, mode)
-            os.replace(temporary, file)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        yield temporary
+        os.chmod(temporary, mode)
+        os.replace(temporary, file)
     except OSError as exc:
         advice = "; make the directory first" if exc.errno == errno.ENOENT else ""
         raise RefresherrError(f"cannot write {file}: {exc.strerror}{advice}") from exc
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
 
 
 def write_file(file: str, text: str, mode: int = 0o600) -> None:
@@ -1870,12 +1654,12 @@ def nuke_database(conn: Optional[sqlite3.Connection] = None, confirm: bool = Fal
         with transaction(conn):
             for table in _quoted_tables(conn):
                 conn.execute(f"DROP TABLE {table}")
-            _migrate(conn, 0)
+            initialize_schema(conn)
         conn.execute("VACUUM")
 
 
 class KnownLink(NamedTuple):
-    """What the database holds of a link; the column order of `_KNOWN_COLUMNS`."""
+    """What the database holds of a link."""
 
     rowid: int
     target: Union[str, bytes, None]
@@ -1885,10 +1669,6 @@ class KnownLink(NamedTuple):
     error: str
 
 
-_KNOWN_COLUMNS = """rowid, last_target, status, coalesce(last_seen_utc, ''), broken_since_utc,
-    coalesce(error, '')"""
-_SEE_LINK = """UPDATE symlinks SET last_seen_utc = ?
-WHERE path = ? AND last_target = ? AND status = 'ok' AND last_status = 'ok'"""
 _WRITE_LINK = """
 INSERT INTO symlinks (path, last_target, status, last_status, first_seen_utc, last_seen_utc,
                       broken_since_utc, error)
@@ -1903,11 +1683,7 @@ ON CONFLICT(path) DO UPDATE SET
 
 
 def classify_change(known: Optional[KnownLink], status: str) -> str:
-    """Return the event that a judgement makes, '' for none.
-
-    Only good -> broken is 'newly_broken' and only broken -> good is 'recovered', with any outage
-    in between: `broken_since` remembers what the status forgets.
-    """
+    """Return the event that a judgement makes, '' for none; an outage in between does not count."""
     was_broken = known is not None and known.broken_since is not None
     if status == BROKEN and not was_broken:
         return "newly_broken"
@@ -1915,9 +1691,7 @@ def classify_change(known: Optional[KnownLink], status: str) -> str:
         return "recovered"
     if known is None:
         return "" if status == OK else status
-    if known.status == status:
-        return ""
-    return "vanished" if status == MISSING else "changed"
+    return "" if known.status == status else "vanished" if status == MISSING else "changed"
 
 
 def link_row(
@@ -1937,7 +1711,8 @@ def find_links(conn: sqlite3.Connection, paths: Sequence[str]) -> Dict[str, Know
     for start in range(0, len(paths), _LOOKUP):
         keys = [to_db(path) for path in paths[start : start + _LOOKUP]]
         marks = ",".join("?" * len(keys))
-        query = f"SELECT path, {_KNOWN_COLUMNS} FROM symlinks WHERE path IN ({marks})"
+        query = f"""SELECT path, rowid, last_target, status, coalesce(last_seen_utc, ''),
+            broken_since_utc, coalesce(error, '') FROM symlinks WHERE path IN ({marks})"""
         for path, *known in conn.execute(query, keys):
             found[from_db(path)] = KnownLink(*known)
     return found
@@ -1961,13 +1736,9 @@ def record_symlink(path: str, target: str, status: str) -> None:
 
 
 def enqueue_action(url: str, reason: str = "", related_path: Optional[str] = None) -> int:
-    """Queue an action and return its id; while the same URL is pending, the id of that one.
-
-    Tokens and passwords are taken out of the URL: they are added when it is sent.
-    """
-    bare = strip_secrets(url)
+    """Queue an action, no secret in its URL; return its id, or that of the pending same one."""
     with _writing() as conn:
-        return insert_action(conn, bare, reason, related_path)[0]
+        return insert_action(conn, strip_secrets(url), reason, related_path)[0]
 
 
 def insert_action(
@@ -2053,11 +1824,9 @@ def beneath(root: str, column: str = "path") -> Tuple[str, List[Any]]:
 
     Names that are not UTF-8 are stored as BLOBs, which sort apart from text: hence two ranges.
     """
-    first = root.rstrip("/") + "/"
-    last = first[:-1] + "0"  # the character after '/'
-    as_text, as_bytes = [to_db(first), to_db(last)], [os.fsencode(first), os.fsencode(last)]
+    bounds = [root.rstrip("/") + end for end in "/0"]  # 0 is the character after /
     within = f"{column} >= ? AND {column} < ?"
-    return f"({within} OR {within})", [*as_text, *as_bytes]
+    return f"({within} OR {within})", [*map(to_db, bounds), *map(os.fsencode, bounds)]
 
 
 def beneath_any(roots: Sequence[str]) -> Tuple[str, List[Any]]:
@@ -2101,41 +1870,33 @@ def forget_strays(conn: sqlite3.Connection, roots: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def process_lock(db_path: str, wait: float, command: str = "refresherr") -> Iterator[None]:
-    """Hold the lock beside the database: one run at a time.  LockedError after `wait` seconds.
-
-    The kernel drops it with the process, however that ends; the file says who held it last.
-    """
+    """Hold the lock beside the database, which the kernel drops with the process."""
     file = db_path + ".lock"
     with _writable_place(f"lock file {file}", db_path):
         os.makedirs(os.path.dirname(file), mode=0o700, exist_ok=True)
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    deadline = time.monotonic() + wait
-    try:
-        while not _try_lock(descriptor, file):
-            if time.monotonic() >= deadline:
-                holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip()
-                advice = "wait for it to end, or use --lock-wait SECONDS"
-                who = f": {holder}" if holder else ""
-                raise LockedError(f"another run holds the lock {file}{who}; {advice}")
-            time.sleep(0.1)
-        holder = (
-            f"`{command}` (process {os.getpid()}, since {utc_now()[:16].replace('T', ' ')} UTC)"
-        )
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{holder}\n".encode(), 0)
+    with open(descriptor, "r+", encoding="utf-8", errors="replace") as stream:
+        _wait_for_lock(stream, file, time.monotonic() + wait)
+        since = utc_now()[:16].replace("T", " ")
+        stream.truncate(0)
+        stream.write(f"`{command}` (process {os.getpid()}, since {since} UTC)\n")
+        stream.flush()
         yield
-    finally:
-        os.close(descriptor)
 
 
-def _try_lock(descriptor: int, file: str) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as exc:
-        log.warning("no lock on this file system (%s): %s", exc.strerror, file)
-    return True
+def _wait_for_lock(stream: TextIO, file: str, deadline: float) -> None:
+    while True:
+        try:
+            return fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                who = stream.read(200).strip() or "it has not said its name"
+                advice = "wait for it to end, or use --lock-wait SECONDS"
+                text = f"another run holds the lock {file}: {who}; {advice}"
+                raise RefresherrError(text, EXIT_LOCKED) from None
+            time.sleep(0.1)
+        except OSError as exc:
+            return log.warning("no lock on this file system (%s): %s", exc.strerror, file)
 
 
 @contextlib.contextmanager
@@ -3013,9 +2774,14 @@ def fork_quietly() -> int:
             if len(os.listdir("/proc/self/task")) == 1:
                 break
             time.sleep(0.002)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return os.fork()
+    # A signal's exception is lost where Python is busy with what it does after a fork.
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return os.fork()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
 
 
 def _run_worker(pool: WorkerPool, slots: Slots, requests: int, answers: int) -> None:
@@ -3041,8 +2807,6 @@ def _run_worker(pool: WorkerPool, slots: Slots, requests: int, answers: int) -> 
 
 def _serve(looker: Looker, answerers: Mapping[str, Answerer], requests: int, answers: int) -> None:
     """Answer batches of requests until the pipe ends."""
-    import queue
-
     todo: queue.Queue[Tuple[int, List[Request]]] = queue.Queue()
     lock = threading.Lock()
 
@@ -5800,17 +5564,13 @@ MAX_BODY = 8 << 20  # bytes of an answer
 MAX_LIST = 4 << 30  # bytes of the list of all that a server has
 MAX_ELEMENT = 1 << 20  # bytes of one series or movie in it
 MAX_ERROR = 300  # characters of a server's own words
-KEPT_ALIVE = 10.0  # seconds for which an unused connection, with its thread, waits for work
+KEPT_ALIVE = 10.0  # seconds for which an unused connection is good for another request
 RETRY_STATUSES = (408, 425, 429)
 DENIED = (401, 403)  # by the server, or by a proxy before it
 
 
 class HttpError(RefresherrError):
-    """A request that failed.
-
-    `status` is 0 where no whole answer came, `retry` tells whether another try may go better, and
-    `after` is the number of seconds that the server asked to wait.
-    """
+    """A request that failed; `status` is 0 without an answer, `after` are the seconds to wait."""
 
     def __init__(self, text: str, status: int = 0, retry: bool = False, after: float = 0) -> None:
         super().__init__(text)
@@ -5828,75 +5588,35 @@ class Call(NamedTuple):
 
 
 HttpAnswer = Tuple[int, str, Any]  # status, content type, the whole body as a file
-
-
-class _Line(threading.Thread):
-    """A connection that is kept alive, with a thread that sends one request after the other.
-
-    Only because of the thread the look-up of a name, or a byte a second, has an end for the caller.
-    """
-
-    def __init__(self, client: Client) -> None:
-        super().__init__(daemon=True)
-        self.client, self.connection = client, None  # type: Client, Any
-        self.jobs: queue.SimpleQueue[Tuple[Future[HttpAnswer], Tuple[Any, ...]]] = (
-            queue.SimpleQueue()
-        )
-        self.start()
-
-    def run(self) -> None:
-        while True:
-            try:
-                future, job = self.jobs.get(timeout=KEPT_ALIVE)
-            except queue.Empty:
-                with contextlib.suppress(ValueError):  # it is wanted this very moment
-                    self.client.idle.remove(self)
-                    self.close()
-                    return
-                continue
-            result: Any = None
-            try:
-                result = self.client.send_over(self, *job)
-            except BaseException as exc:
-                self.close()
-                result = exc
-            self.client.idle.append(self)  # first: who waits may have the next request
-            is_error = isinstance(result, BaseException)
-            (future.set_exception if is_error else future.set_result)(result)
-
-    def close(self) -> None:
-        if self.connection:
-            self.connection.close()
-        self.connection = None
+_FAULTS = (  # classes or words of an exception, what to say of it, may another try go better?
+    ("timeout|Timeout", "no whole answer within {waited}; [repair] {limit} allows for more", True),
+    ("CERTIFICATE", "its certificate is not trusted ({words}); name its ca_file", False),
+    ("WRONG_VERSION_NUMBER", "speaks no https there; write http:// in its url", False),
+    ("RemoteDisconnected", "closed the connection without an answer", True),
+    ("IncompleteRead", "broke off in the middle of its answer", True),
+    ("ValueError|InvalidURL", "cannot be asked; correct its url", False),  # its words: maybe a key
+    ("HTTPException", "speaks no HTTP there ({kind})", True),
+    ("Errno 28", "no room for its answer; free some space in TMPDIR", True),
+    ("OSError", "{words}; is it running, and its url right?", True),
+)
 
 
 class Client:
-    """Talks to one configured address, named `name` in messages, and to no other.
+    """Talks to one configured address and no other: no redirects, no proxies.
 
-    Redirects are not followed, proxies not used; `headers` carry the key.  `timeout` is for the
-    connection, for every wait and for a whole answer.  The first byte of a list may take
-    `list_timeout`, and the whole of it three times as long.  `ca_file` names another certificate
-    authority.  With `hidden` all of the URL but its host is a secret, and its query is sent along.
+    `timeout` is for every wait and for a whole answer; the first byte of a list may take
+    `list_timeout`, the whole of it three times as long.  `headers` carry the key.  With `hidden`
+    all of the URL but its host is a secret, and its query is sent along.
     """
 
     def __init__(
-        self,
-        name: str,
-        url: str,
-        timeout: float,
-        headers: Mapping[str, str],
-        token: str = "",
-        hidden: bool = False,
-        ca_file: str = "",
-        list_timeout: float = 120.0,
-    ) -> None:
-        import base64
-
-        userinfo = re.match(r"(?i)https?://([^/]*)@", url)
+        self, name: str, url: str, timeout: float, headers: Mapping[str, str], token: str = "",
+        hidden: bool = False, ca_file: str = "", list_timeout: float = 120.0,
+    ) -> None:  # fmt: skip
         self.name, self.timeout, self.list_timeout = name, timeout, list_timeout
         self.url = self._address = strip_secrets(url)  # the first is for messages
         self._query, self._ca_file, self._tls = "", ca_file, None  # type: str, str, Any
-        self.idle: List[_Line] = []
+        self._idle: queue.SimpleQueue[Tuple[float, Any]] = queue.SimpleQueue()
         secrets = [token]
         for value in headers.values():
             secrets += [value, *(part for part in re.split(r"[\s;=,]+", value) if len(part) > 7)]
@@ -5907,55 +5627,33 @@ class Client:
             self.url = f"{scheme}//{host}/***"
             secrets += parts
         self._headers = {"User-Agent": f"Refresherr/{__version__}", "Accept": "application/json"}
+        userinfo = re.match(r"(?i)https?://([^/]*)@", url)
         if userinfo:
-            login = base64.b64encode(unquote(userinfo.group(1)).encode()).decode()
+            login = binascii.b2a_base64(unquote(userinfo[1]).encode(), newline=False).decode()
             self._headers["Authorization"] = f"Basic {login}"
-            password = userinfo.group(1).partition(":")[2]
-            secrets += [login, password, unquote(password)]
+            secrets += [login, userinfo[1].partition(":")[2]]
         self._headers.update(headers)
         forms = {form(text) for text in secrets for form in (str, unquote, quote, quote_plus)}
         longest_first = sorted(filter(None, forms), key=len, reverse=True)
         self._secrets = re.compile("|".join(map(re.escape, longest_first)) or "(?!)", re.IGNORECASE)
 
     def ask(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
-        """Send a request and return the JSON of its answer, None if that has none.
-
-        Raises HttpError, also where GET and POST are answered with something else than JSON.
-        """
+        """Send a request and return the JSON of its answer, which only PUT and DELETE may lack."""
         status, kind, stream = self.start(Call(method, path, query, body))()
-        content = stream.read()
-        if "json" not in kind and (method in ("GET", "POST") or content.strip()):
-            raise self._not_json(path, kind)
-        try:
-            result = json.loads(content) if content.strip() else None
-        except (ValueError, RecursionError):
-            raise HttpError(f"{self.name}: the JSON of {path} is damaged", retry=True) from None
+        content = stream.read().strip()
+        with self._expect_json(path, kind if content or method in ("GET", "POST") else "json"):
+            result = json.loads(content) if content else None
         if method == "POST" and status != 201:
             raise HttpError(f"{self.name}: {path} answered {status} and not 201, created", status)
         return result
 
     def start_list(self, path: str, **query: Any) -> Callable[[], Iterator[Any]]:
-        """Ask for a list; return a function that waits for it and yields its elements, one at a
-        time: memory does not grow with the library.
-        """
+        """Ask for a list; return a function that waits for it and yields one element at a time."""
         wait = self.start(Call("GET", path, query), is_list=True)
 
         def elements(kind: str, stream: Any) -> Iterator[Any]:
-            if "json" not in kind:
-                raise self._not_json(path, kind)
-            stream.seek(0, os.SEEK_END)
-            size = stream.tell()
-            stream.seek(0)
-            try:
-                if size > MAX_ELEMENT:
-                    yield from iterate_json(stream)
-                    return
-                elements = json.loads(stream.read())
-                if not isinstance(elements, list):
-                    raise ValueError
-                yield from elements
-            except (ValueError, RecursionError):
-                raise HttpError(f"{self.name}: the JSON of {path} is damaged", retry=True) from None
+            with self._expect_json(path, kind):
+                yield from iterate_json(stream)
 
         return lambda: elements(*wait()[1:])
 
@@ -5967,37 +5665,45 @@ class Client:
             return status, json.loads(content)
         return status, content.decode("utf-8", "replace")
 
-    def _not_json(self, path: str, kind: str) -> HttpError:
-        kind = self.quote(kind.partition(";")[0]) or "nothing"
-        text = f"{self.name}: {self.url}{path} answered with {kind}, not with JSON"
-        return HttpError(f"{text}; is its url right, with the URL base if one is set?", retry=True)
+    @contextlib.contextmanager
+    def _expect_json(self, path: str, kind: str) -> Iterator[None]:
+        if "json" not in kind:
+            said = self.quote(kind.partition(";")[0]) or "nothing"
+            text = f"{self.name}: {self.url}{path} answered with {said}, not with JSON"
+            advice = "is its url right, with the URL base if one is set?"
+            raise HttpError(f"{text}; {advice}", retry=True)
+        try:
+            yield
+        except (ValueError, RecursionError):
+            raise HttpError(f"{self.name}: the JSON of {path} is damaged", retry=True) from None
 
     def start(self, call: Call, is_list: bool = False) -> Callable[[], HttpAnswer]:
         """Send a request; return a function that waits for the answer, and raises HttpError."""
-        wait, whole = self.timeout, self.timeout
-        if is_list:
-            wait, whole = self.list_timeout, 3 * self.list_timeout
-        end = time.monotonic() + whole
-        future: Future[HttpAnswer] = Future()
-        try:
-            line = self.idle.pop()
-        except IndexError:
-            line = _Line(self)
-        line.jobs.put((future, (call, MAX_LIST if is_list else MAX_BODY, wait, end)))
+        wait = self.list_timeout if is_list else self.timeout
+        end = time.monotonic() + wait * (3 if is_list else 1)
+        box: queue.SimpleQueue[Union[HttpAnswer, BaseException]] = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                box.put(self._send(call, MAX_LIST if is_list else MAX_BODY, wait, end))
+            except BaseException as exc:
+                box.put(self._explain(exc, is_list))
 
         def answer() -> HttpAnswer:
             try:
-                return future.result(max(0.0, end - time.monotonic()) + 0.1)
-            except Exception as exc:
-                error = self._explain(exc, is_list)
-                raise error from (None if isinstance(error, HttpError) else exc)
+                result = box.get(timeout=max(0.0, end - time.monotonic()) + 0.1)
+            except queue.Empty:
+                result = self._explain(TimeoutError(), is_list)
+            if isinstance(result, BaseException):
+                raise result
+            return result
 
+        # Without a thread the look-up of a name, or a byte a second, would have no end.
+        threading.Thread(target=work, daemon=True).start()
         return answer
 
-    def send_over(self, line: _Line, call: Call, limit: int, wait: float, end: float) -> HttpAnswer:
-        """Send a request over a connection, a new one where it changes something: one that was
-        kept may be closed by now, and who knows then what has arrived?
-        """
+    def _send(self, call: Call, *limits: float) -> HttpAnswer:
+        """Send a request, by a new connection if it changes something: a kept one may be closed."""
         # A name that is not UTF-8 goes into a query as its bytes; JSON can only hold a ? for it.
         query = urlencode(call.query, doseq=True, errors="surrogateescape", quote_via=quote)
         query = "&".join(filter(None, [self._query, query]))
@@ -6010,14 +5716,14 @@ class Client:
             headers["Content-Type"] = "application/json"
             data = json.dumps(data, ensure_ascii=False).encode("utf-8", "replace")
         request = (call.method, target, data, headers)
-        if line.connection and call.method == "GET":
-            with contextlib.suppress(ConnectionError):
-                return self._receive(line, call.path, request, limit, wait, end)
-        line.close()
-        line.connection = self._connection(parts)
-        return self._receive(line, call.path, request, limit, wait, end)
+        with contextlib.suppress(queue.Empty, ConnectionError):
+            since, connection = self._idle.get_nowait()
+            if call.method == "GET" and time.monotonic() - since < KEPT_ALIVE:
+                return self._receive(connection, call.path, request, *limits)
+            connection.close()
+        return self._receive(self._connect(parts), call.path, request, *limits)
 
-    def _connection(self, parts: Any) -> Any:
+    def _connect(self, parts: Any) -> Any:
         import http.client
 
         if parts.scheme == "http":
@@ -6027,50 +5733,52 @@ class Client:
         import ssl
 
         if self._tls is None:
-            self._tls = ssl.create_default_context()
+            tls = ssl.create_default_context()
             if self._ca_file:
                 # Authorities made at home rarely have all that Python 3.13 began to demand.
-                self._tls.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
+                tls.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
                 try:
-                    self._tls.load_verify_locations(self._ca_file)
+                    tls.load_verify_locations(self._ca_file)
                 except OSError as exc:
-                    self._tls, words = None, exc.strerror or "no certificate in it"
-                    text = f"cannot use its ca_file {self._ca_file}: {words}"
-                    raise HttpError(f"{self.name}: {text}") from exc
+                    text = f"cannot use its ca_file {self._ca_file}"
+                    words = exc.strerror or "no certificate in it"
+                    raise HttpError(f"{self.name}: {text}: {words}") from exc
+            self._tls = tls
         return http.client.HTTPSConnection(parts.hostname, parts.port, context=self._tls)
 
     def _receive(
-        self, line: _Line, path: str, request: Tuple[Any, ...], limit: int, wait: float, end: float
+        self, connection: Any, path: str, request: Any, limit: float, wait: float, end: float
     ) -> HttpAnswer:
-        connection = line.connection
-        connection.timeout = wait
-        if connection.sock:
-            connection.sock.settimeout(wait)
-        connection.request(*request)
-        with connection.getresponse() as answer:
-            status, kind = answer.status, (answer.headers.get("Content-Type") or "").lower()
-            if 200 <= status < 300:
-                return status, kind, self._read(answer, limit, end)
-            content = b""
-            with contextlib.suppress(Exception):
-                content = self._read(answer, 1 << 16, end).read()
-            line.close()
-            raise self._refusal(status, answer.headers, content, path)
+        try:
+            connection.timeout = wait
+            if connection.sock:
+                connection.sock.settimeout(wait)
+            connection.request(*request)
+            with connection.getresponse() as answer:
+                status, kind = answer.status, (answer.headers.get("Content-Type") or "").lower()
+                if not 200 <= status < 300:
+                    content = b""
+                    with contextlib.suppress(Exception):
+                        content = self._read(answer, 1 << 16, end).read()
+                    raise self._refusal(status, answer.headers, content, path)
+                stream = self._read(answer, limit, end)
+        except BaseException:
+            connection.close()
+            raise
+        self._idle.put((time.monotonic(), connection))
+        return status, kind, stream
 
-    def _read(self, answer: Any, limit: int, end: float) -> Any:
+    def _read(self, answer: Any, limit: float, end: float) -> Any:
         import http.client
         import tempfile
 
         stream = tempfile.SpooledTemporaryFile(max_size=1 << 20)  # noqa: SIM115
-        while True:
-            chunk = answer.read1(1 << 16)
-            if not chunk:
-                break
+        for chunk in iter(lambda: answer.read1(1 << 16), b""):
             stream.write(chunk)
             if time.monotonic() > end:
                 raise TimeoutError
             if stream.tell() > limit:
-                text = f"{self.name}: the answer is longer than {limit >> 20} MiB"
+                text = f"{self.name}: the answer is longer than {int(limit) >> 20} MiB"
                 raise HttpError(text, retry=True)
         if answer.length:  # read1 does not tell
             raise http.client.IncompleteRead(b"", answer.length)
@@ -6090,52 +5798,29 @@ class Client:
         elif status in DENIED and headers.get("WWW-Authenticate"):
             said = ": something before it asks for a login; write user:password@ into its url, "
             said += "or name a headers_file"
-        elif status == 401:
-            said = ": the key or token is refused; correct it in the config"
-        elif status == 403 and not words:
-            said = ": the key is refused, or something before it asks for a headers_file"
-        elif status == 404 and not words:
-            said = f": {self.url}{path} is unknown there; is its url right, with the URL base?"
+        elif status == 401 or not words:
+            said = {
+                401: ": the key or token is refused; correct it in the config",
+                403: ": the key is refused, or something before it asks for a headers_file",
+                404: f": {self.url}{path} is unknown there; is its url right, with the URL base?",
+            }.get(status, "")
         retry = status >= 500 or status in RETRY_STATUSES
         exact = re.search(rb'"retry_after": *([\d.]+)', content)  # Discord's, with a fraction
-        asked = exact.group(1).decode() if exact else headers.get("Retry-After") or ""
+        asked = exact[1].decode() if exact else headers.get("Retry-After") or ""
         after = parse_retry_after(asked, time.time())
         return HttpError(f"{self.name}: answered {status}{said}", status, retry, after)
 
-    def _explain(self, reason: Exception, is_list: bool) -> Exception:
+    def _explain(self, reason: BaseException, is_list: bool) -> BaseException:
         """Return the HttpError for whatever socket, ssl or http.client raised."""
-        import concurrent.futures
-        import http.client
-        import socket
-
-        text, retry = "", True
-        if isinstance(reason, HttpError):
+        classes = " ".join(kind.__name__ for kind in type(reason).__mro__)
+        fault = next((x for x in _FAULTS if re.search(x[0], f"{classes}: {reason}")), None)
+        if isinstance(reason, HttpError) or not fault:
             return reason
-        if isinstance(reason, (socket.timeout, TimeoutError, concurrent.futures.TimeoutError)):
-            name = "list_timeout" if is_list else "timeout"
-            waited = format_duration(getattr(self, name))
-            text = f"no whole answer within {waited}; [repair] {name} allows for more"
-        elif "CERTIFICATE" in str(reason):
-            text = f"its certificate is not trusted ({self.quote(reason)}); name its ca_file"
-            retry = False
-        elif "WRONG_VERSION_NUMBER" in str(reason):
-            text, retry = "speaks no https there; write http:// in its url", False
-        elif isinstance(reason, ConnectionError) and not getattr(reason, "strerror", None):
-            text = "closed the connection without an answer"
-        elif isinstance(reason, http.client.IncompleteRead):
-            text = "broke off in the middle of its answer"
-        elif isinstance(reason, (ValueError, http.client.InvalidURL)):
-            text, retry = "cannot be asked; correct its url", False  # its words may hold a key
-        elif isinstance(reason, http.client.HTTPException):
-            text = f"speaks no HTTP there ({type(reason).__name__})"
-        elif isinstance(reason, OSError):
-            words = reason.strerror or str(reason) or type(reason).__name__
-            text = f"{self.quote(words).lower()}; is it running, and its url right?"
-            if reason.errno == errno.ENOSPC:
-                text = "no room for its answer; free some space in TMPDIR"
-        else:
-            return reason
-        return HttpError(f"{self.name}: {self.url}: {text}", retry=retry)
+        limit = "list_timeout" if is_list else "timeout"
+        words = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+        names = {"limit": limit, "waited": format_duration(getattr(self, limit))}
+        text = fault[1].format(words=self.quote(words).lower(), kind=type(reason).__name__, **names)
+        return HttpError(f"{self.name}: {self.url}: {text}", retry=fault[2])
 
     def quote(self, words: Any) -> str:
         """Return a server's words as one short line without the secrets that it was sent."""
@@ -6143,69 +5828,58 @@ class Client:
         return redact(text)[:MAX_ERROR]
 
 
-# What may follow in a JSON array: (what was read last, the next character) -> what that is.
-_ARRAY_STEPS = {
-    ("nothing", "["): "bracket", ("bracket", "]"): "end", ("element", "]"): "end",
-    ("element", ","): "comma",
-}  # fmt: skip
+# What may stand before an element of a JSON array, or end it; an element has to follow.
+_ARRAY_BEGIN = re.compile(r"\s*\[\s*(?:(\])|(?=[^\s\]]))")
+_ARRAY_NEXT = re.compile(r"\s*(?:(\])|,\s*(?=\S))")
+_HALF_NUMBER = re.compile(r"[-+.eE\d]*\Z")
 
 
 def iterate_json(stream: Any) -> Iterator[Any]:
     """Yield the elements of a JSON array from a binary file.  ValueError if it is damaged."""
     decode = json.JSONDecoder().raw_decode
     utf8 = codecs.getincrementaldecoder("utf-8")()
-    gap = re.compile(r"[ \t\r\n]*")
-    text, last, ended = "", "nothing", False
-    while not ended:
+    text, data, before, ended = "", b"?", _ARRAY_BEGIN, False
+    while data and len(text) <= MAX_ELEMENT:
         data = stream.read(max(1 << 16, len(text)))  # doubling: none is parsed often
-        ended = not data
-        text += utf8.decode(data, ended)
+        text += utf8.decode(data, not data)
         at = 0
-        while True:
-            start = at + len(gap.match(text, at)[0])  # type: ignore[index]
-            step = _ARRAY_STEPS.get((last, text[start : start + 1]))
-            if step:
-                last, at = step, start + 1
-            elif start == len(text):
+        while not ended:
+            gap = before.match(text, at)
+            if not gap:
                 break
-            elif last not in ("bracket", "comma"):
-                raise ValueError("not an array, or not only that")
-            else:
-                try:
-                    element, end = decode(text, start)
-                except json.JSONDecodeError:
-                    break  # it goes on in the next piece
-                if not ended and not text[end:].strip("+-.eE0123456789"):
-                    break  # a number may
-                last, at = "element", end
-                yield element
+            if gap[1]:
+                ended, at = True, gap.end()
+                break
+            try:
+                element, end = decode(text, gap.end())
+            except json.JSONDecodeError:
+                break  # it goes on in the next piece
+            if data and _HALF_NUMBER.match(text, end):
+                break  # so may a number
+            before, at = _ARRAY_NEXT, end
+            yield element
         text = text[at:]
-        if len(text) > MAX_ELEMENT:
-            break
-    if last != "end":
+        if ended and text.strip():
+            raise ValueError("more than an array")
+    if not ended:
         raise ValueError("the array does not end")
 
 
 def read_error(content: bytes) -> str:
-    """Return what a server's error says, in one line, whichever of their shapes it has.
-
-    {message}, {error}, {errorMessage}, {msg}, [{propertyName, errorMessage}], {title, errors};
-    never the {description}, which holds a stack trace.
-    """
+    """Return what a server's error says, in one line; never the description, a stack trace."""
     try:
         error = json.loads(content)
     except (ValueError, RecursionError):
         return ""
+    names = ("message", "errorMessage", "error", "detail", "msg", "title")
     parts = []
     for item in error if isinstance(error, list) else [error]:
-        if not isinstance(item, dict):
-            continue
-        names = ("message", "errorMessage", "error", "detail", "msg", "title")
-        parts.append(next((str(item[name]) for name in names if item.get(name)), ""))
-        if item.get("propertyName"):
-            parts[-1] = f"{item['propertyName']}: {parts[-1]}"
-        if isinstance(item.get("errors"), dict):
-            parts += [f"{field}: {text}" for field, text in item["errors"].items()]
+        if isinstance(item, dict):
+            said = next((str(item[name]) for name in names if item.get(name)), "")
+            prefix = f"{item['propertyName']}: " if item.get("propertyName") else ""
+            parts.append(prefix + said)
+            if isinstance(item.get("errors"), dict):
+                parts += [f"{field}: {text}" for field, text in item["errors"].items()]
     return "; ".join(parts)
 
 
@@ -6213,12 +5887,13 @@ def parse_retry_after(text: str, now: float) -> float:
     """Return the seconds that a Retry-After header asks for: a number, or a date.  0 if neither."""
     import email.utils
 
+    seconds = 0.0
     with contextlib.suppress(ValueError, TypeError, OverflowError):
         if re.fullmatch(r"\s*[\d.]+\s*", text, re.ASCII):
-            return min(86400.0, float(text))
-        then = email.utils.parsedate_to_datetime(text).timestamp()
-        return min(86400.0, max(0.0, then - now))
-    return 0.0
+            seconds = float(text)
+        else:
+            seconds = email.utils.parsedate_to_datetime(text).timestamp() - now
+    return min(86400.0, max(0.0, seconds))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -9736,9 +9411,9 @@ class Context:
             )
 
     def progress(self, text: str) -> None:
-        """Show how far a step has come.  TimeUpError if it may go no further."""
+        """Show how far a step has come.  RefresherrError if it may go no further."""
         if time.monotonic() > self.deadline:
-            raise TimeUpError("the time of this run is up; the next one goes on")
+            raise RefresherrError("the time of this run is up; the next one goes on", EXIT_PARTIAL)
         self.terminal.progress(text)
 
 
@@ -10204,7 +9879,7 @@ def take_step(name: str, context: Context, before: Mapping[str, JsonObject]) -> 
     args = argparse.Namespace(**{**vars(context.args), **defaults})
     try:
         if time.monotonic() > context.deadline:
-            raise TimeUpError("no time is left for it")
+            raise RefresherrError("no time is left for it", EXIT_PARTIAL)
         step = {"exit_code": EXIT_OK, **STEPS[name](dataclasses.replace(context, args=args))}
         say_why(step)
         return note_dry_run(step, context)
@@ -10558,7 +10233,7 @@ def _nuke(path: str) -> None:
         with contextlib.closing(get_connection(path)) as conn:
             nuke_database(conn, confirm=True)
     except DatabaseError as exc:
-        if not exc.damaged:
+        if type(exc.__cause__) is not sqlite3.DatabaseError:  # it is not damaged
             raise
         aside = f"{path}.damaged-{int(time.time())}"
         for suffix in ("", "-wal", "-shm"):
@@ -10894,9 +10569,7 @@ def explain_option(names: Sequence[str], details: Mapping[str, Any]) -> str:
     """Return the help of an option, with the default of the setting that it stands for."""
     section, _, key = details.get("dest", names[0]).split(" ")[0].partition(".")
     text, known = details.get("help", ""), {f.name: f for f in _fields(section)} if key else {}
-    value = format_setting(known[key].metadata["parse"], known[key].default) if key else ""
-    if key == "workers":
-        value = "auto"
+    value = known[key].metadata["default"] if key else ""
     return f"{text}; default: {value}".replace("%", "%%") if value else text.replace("%", "%%")
 
 
@@ -10978,7 +10651,7 @@ def load_context(
     try:
         file = find_config_file(args.config, environ, sys.argv[0] or ".")
         config = load_config(file, environ, flags)
-    except ConfigError as exc:
+    except UsageError as exc:
         if args.command not in BY_ITSELF and getattr(args, "action", "") != "sample":
             raise
         error = str(exc)

@@ -467,11 +467,7 @@ import sys
 sys.path.insert(0, sys.argv.pop(1))
 import refresherr
 refresherr.READERS = 1
-send_over = refresherr.Client.send_over
-def send_alone(self, line, *rest):
-    line.close()
-    return send_over(self, line, *rest)
-refresherr.Client.send_over = send_alone
+refresherr.KEPT_ALIVE = -1
 together = refresherr.ingest_instances
 def one_by_one(conn, instances, *rest):
     return [line for one in instances for line in together(conn, [one], *rest)]

@@ -218,10 +218,11 @@ def test_the_first_config_file_found_is_read(tmp_path: Path) -> None:
     [
         (None, "absent.ini"),
         (b"[scan]\nroots = /\xff\n", "UTF-8"),
-        (b"[scan]\nworkers = 1\n[scan]\nworkers = 2\n", "scan"),
-        (b"[scan]\nworkers = 1\nworkers = 2\n", "workers"),
-        (b"[scan\nworkers = 1\n", "absent.ini"),
-        (b"no section\n", "absent.ini"),
+        (b"[scan]\nworkers = 1\n[scan]\nworkers = 2\n", "line 3 has [scan] a second time"),
+        (b"[scan]\nworkers = 1\nworkers = 2\n", "line 3 has [scan] workers a second time"),
+        (b"[scan\nworkers = 1\n", "line 1 is no 'key = value'"),
+        (b"[scan]\n\nworkers\n", "line 3 is no 'key = value'"),
+        (b"workers = 1\n", "line 1 is no 'key = value' below a [section]"),
         (b"[DEFAULT]\nworkers = 1\n", "DEFAULT"),
     ],
 )
@@ -268,7 +269,7 @@ def test_the_example_of_the_specification(config: Config, tmp_path: Path) -> Non
         "path_map": {"/opt/media/tv": "/tv"},
         "skip_tags": [],
         "ca_file": "",
-        "headers": "",
+        "headers": [],
     }
     assert shown["radarr_4k"]["roots"] == ["/opt/media/4k"]
     assert shown["radarr_4k"]["api_key"] == "***"
@@ -320,6 +321,7 @@ def test_the_defaults_are_those_of_the_example(config: Config) -> None:
         ("scan", "max_new_broken", "100%", 1),
         ("scan", "max_new_broken", "0%", 0),
         ("scan", "workers", "8", 8),
+        ("scan", "workers", "256", 256),
         ("plex", "path_map", "/opt/media => /data", {"/opt/media": "/data"}),
         ("plex", "path_map", "\n  /a => /x\n  /b, c => /y/", {"/a": "/x", "/b, c": "/y"}),
         ("relay", "routes", "/a => one, /a/b=two", {"/a": "one", "/a/b": "two"}),
@@ -340,12 +342,16 @@ def test_values(config: Config, section: str, key: str, text: str, value: Any) -
     [
         ("repair", "min_age", ["soon", "-5", "1y", "5 m m", "m", "1e9"]),
         ("scan", "stat_timeout", ["0", "never"]),
-        ("scan", "max_new_broken", ["101%", "-1%", "many", "%"]),
-        ("scan", "workers", ["many", "-1", "1.5"]),
+        ("scan", "max_new_broken", ["101%", "-1%", "many", "%", "0.5", "100.5%"]),
+        ("scan", "workers", ["many", "-1", "1.5", "0", "257"]),
         ("repair", "limit", ["ten", "-1", "2.5"]),
         ("refresherr", "apply", ["maybe", "y e s", "2"]),
         ("plex", "path_map", ["/opt/media", "=> /data", "/opt/media =>"]),
-        ("plex", "url", ["plex:32400", "ftp://plex", "file:///etc/passwd", "http://"]),
+        (
+            "plex",
+            "url",
+            ["plex:32400", "ftp://plex", "file:///etc/passwd", "http://", "http://h:0"],
+        ),
         ("notify", "when", ["sometimes"]),
         ("refresherr", "log_level", ["loud"]),
     ],
@@ -388,6 +394,7 @@ def test_unknown_names_meet_the_nearest_known_one(
     ("name", "text", "section", "key", "value"),
     [
         ("DATA_DIR", "/d", "refresherr", "data_dir", "/d"),
+        ("DATA_DIR", "d", "refresherr", "data_dir", os.path.abspath("d")),
         ("LOG_LEVEL", "WARNING", "refresherr", "log_level", "warning"),
         ("REFRESHERR_APPLY", "1", "refresherr", "apply", True),
         ("DRYRUN", "false", "refresherr", "apply", True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import http.server
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
 from email.utils import formatdate
@@ -575,6 +577,42 @@ def assert_not_on_disk(refresherr: Refresherr, *values: str) -> None:
         content = path.read_bytes()
         for value in values:
             assert value.encode() not in content, path
+
+
+class Counting(http.server.BaseHTTPRequestHandler):
+    """Keeps connections alive, and notes which request came over which of them."""
+
+    protocol_version = "HTTP/1.1"
+    seen: List[Tuple[str, int]] = []
+
+    def do_GET(self) -> None:
+        self.seen.append((self.command, self.client_address[1]))
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        head = "HTTP/1.1 201 Created\r\nContent-Type: application/json\r\nContent-Length: 2"
+        self.wfile.write(f"{head}\r\n\r\n[]".encode())
+        self.close_connection = self.path == "/last"  # without a word of it
+
+    do_POST = do_GET
+
+    def log_message(self, *words: Any) -> None:
+        pass
+
+
+def test_connections_are_kept_but_nothing_is_changed_over_one() -> None:
+    """A GET that meets one which the server has closed is sent again, a POST never."""
+    Counting.seen = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Counting) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = program.Client("x", f"http://127.0.0.1:{server.server_port}", 20.0, {})
+        calls = ["GET /", "GET /last", "GET /", "POST /last", "POST /", "GET /", "POST /"]
+        for method, path in map(str.split, calls):
+            assert client.ask(method, path, {} if method == "POST" else None) == []
+            time.sleep(0.1)  # so that the end of the connection has arrived
+        server.shutdown()
+    ports = [port for _, port in Counting.seen]
+    assert [method for method, _ in Counting.seen] == [call.split()[0] for call in calls]
+    assert ports[0] == ports[1] and ports[4] == ports[5]
+    assert len(set(ports)) == 5
 
 
 # Lists of JSON
