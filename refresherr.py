@@ -42,6 +42,7 @@ from __future__ import annotations
 import argparse
 import binascii
 import codecs
+import configparser
 import contextlib
 import dataclasses
 import datetime
@@ -617,7 +618,26 @@ def load_config(
 
 
 def _read_config_file(file: str) -> Tuple[Values, List[str]]:
-    values = _parse_ini(file, _read_text("the config file", file).split("\n"))
+    # Comments are taken out by us: here, an item of a list may begin as one does.
+    parser = configparser.RawConfigParser(default_section="\0", comment_prefixes=())
+    try:
+        parser.read_file(_without_comments(_read_text("the config file", file).split("\n")), file)
+    except configparser.Error as exc:
+        # Not its own words: they quote the line, and that may be a key.
+        what = "is no 'key = value' below a [section]"
+        if isinstance(exc, (configparser.DuplicateSectionError, configparser.DuplicateOptionError)):
+            name = " ".join([f"[{exc.section}]", *getattr(exc, "option", "").split()])
+            what = f"has {name} a second time"
+        errors = getattr(exc, "errors", None) or [(getattr(exc, "lineno", "?"), "")]
+        raise UsageError(f"{file}: line {errors[0][0]} {what}") from None
+    values: Values = {}
+    for title in parser.sections():
+        section = _section_name(title, file)
+        if section in values:
+            raise UsageError(f"{file} has [{section}] a second time")
+        values[section] = dict(parser[title])
+        for key in values[section]:
+            _check_key(section, key, file)
     is_open = os.stat(file).st_mode & 0o077
     fields = ((texts, field) for section, texts in values.items() for field in _fields(section))
     exposed = any(field.metadata["secret"] and texts.get(field.name) for texts, field in fields)
@@ -634,34 +654,19 @@ def _read_text(what: str, file: str) -> str:
         raise UsageError(f"cannot read {what} {file}: {reason}") from exc
 
 
-def _parse_ini(file: str, lines: Iterable[str]) -> Values:
-    """Read as configparser does, but what begins like a comment and is indented more than the
-    setting above it is a part of that setting's value.  Errors quote no line: it may be a key.
+def _without_comments(lines: Iterable[str]) -> Iterator[str]:
+    """Yield the lines of a config file, comments as empty ones.  What begins like a comment, but
+    is indented more than the setting above it, belongs to that setting's value.
     """
-    values: Values = {}
-    section, key, level = "", "", math.inf
-    for number, line in enumerate(lines, 1):
+    level = math.inf  # the indentation of the setting whose value may go on
+    for line in lines:
         text, indent = line.strip(), len(line) - len(line.lstrip())
-        title, pair = re.match(r"\[(.+)\]", text), re.match(r"([^=:]+?)\s*[=:]\s*(.*)", text)
-        where = f"{file}: line {number}"
-        if text and indent > level:
-            values[section][key] += f"\n{text}"
-        elif not text or text[0] in "#;":
+        if text.startswith(("#", ";")) and indent <= level:
+            yield "\n"
             continue
-        elif title:
-            section, level = _section_name(title[1], where), math.inf
-            if section in values:
-                raise UsageError(f"{where} has [{section}] a second time")
-            values[section] = {}
-        elif pair and section:
-            key, level = pair[1].lower(), indent
-            if key in values[section]:
-                raise UsageError(f"{where} has [{section}] {key} a second time")
-            _check_key(section, key, where)
-            values[section][key] = pair[2]
-        else:
-            raise UsageError(f"{where} is no 'key = value' below a [section]")
-    return values
+        if text and indent <= level:
+            level = math.inf if text.startswith("[") else indent
+        yield f"{line}\n"
 
 
 def _section_name(title: str, where: str) -> str:
