@@ -5017,7 +5017,12 @@ REMOVED = "removed"  # a state, too
 # What undo may take back: not the removals of a dispatch, which go with the server's file record.
 _UNDOABLE = """(state IN ('done', 'undone') OR state = 'removed'
     AND run_id IN (SELECT run_id FROM runs WHERE command = 'prune'))"""
-REPLACED, WOULD_REPLACE, NOT_REPLACED, IN_ERROR = "replaced", "would replace", "skipped", "error"
+WOULD_REPLACE, NOT_CHANGED, READY, IN_ERROR = (
+    "would replace",
+    "skipped",
+    "ready",
+    "error",
+)  # and DONE: LinkChange.result
 CHANGES_AT_ONCE = 250  # links that are looked at, changed and verified together
 COPIES_TRIED = 8  # copies of one episode or movie that are looked at
 HD, FULL_HD, UHD = 720, 1080, 2160
@@ -5026,21 +5031,11 @@ NO_CONTENT = re.compile(
     r"(?i)sports|behind the scenes|deleted scenes|extras?|featurettes?|interviews|samples?|scenes|"
     r"shorts|trailers?"
 )
-_WRITE_ITEM = """
-INSERT INTO cinesync_items (path, show_title, show_norm, year, season, episode, tmdb_id,
-                            resolution_rank, first_seen_utc, last_seen_utc)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-ON CONFLICT(path) DO UPDATE SET
-    show_title = excluded.show_title, show_norm = excluded.show_norm, year = excluded.year,
-    season = excluded.season, episode = excluded.episode, tmdb_id = excluded.tmdb_id,
-    resolution_rank = excluded.resolution_rank, last_seen_utc = excluded.last_seen_utc,
-    target_ok = NULL
-"""
-_FOLDERS_TABLE = """
-CREATE TABLE IF NOT EXISTS cinesync_folders (
-    path TEXT PRIMARY KEY, mtime_ns INTEGER NOT NULL, items INTEGER NOT NULL)
-"""
-ItemRow = Tuple[Any, ...]  # the first eight columns of _WRITE_ITEM
+_WRITE_ITEM = """INSERT INTO cinesync_items (path, show_title, show_norm, year, season, episode,
+    tmdb_id, resolution_rank, first_seen_utc, last_seen_utc) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT(path) DO UPDATE SET last_seen_utc = excluded.last_seen_utc, target_ok = NULL"""
+_FOLDERS_TABLE = """CREATE TABLE IF NOT EXISTS cinesync_folders (
+    path TEXT PRIMARY KEY, mtime_ns INTEGER NOT NULL, items INTEGER NOT NULL)"""
 
 
 # The index: CineSync's tree -> cinesync_items
@@ -5049,38 +5044,36 @@ ItemRow = Tuple[Any, ...]  # the first eight columns of _WRITE_ITEM
 def visit_copies(looker: Looker, base: str, folder: str, known: int) -> Answer:
     """Look for CineSync's links in a directory below `base`; answers in a worker process.
 
-    Returns (directories, mtime, [ItemRow]); ('same',) where the mtime is the one that is known,
-    ('gone',), or ('unread', reason).
+    Returns (mtime, directories, items), the last two None where it is the one that is known; ()
+    where nothing is, or the reason why it cannot be read.
     """
     try:
         place = looker.locate(folder)
         if place.sealed:
-            return "unread", looker.sealed[place.sealed][1]
+            return looker.sealed[place.sealed][1]
         began, mtime = time.time_ns(), os.stat(folder).st_mtime_ns
         if known == mtime:
-            return ("same",)
-        folders, rows = looker.ask(functools.partial(list_copies, base), folder, place.mount)
-        return folders, mtime if mtime < began - YOUNG_NS else 0, rows
+            return mtime, None, None
+        found = looker.ask(functools.partial(list_copies, base), folder, place.mount)
+        return (mtime if mtime < began - YOUNG_NS else 0, *found)
     except OSError as exc:
-        return ("gone",) if exc.errno in GONE_ERRNOS else ("unread", exc.strerror)
+        return () if exc.errno in GONE_ERRNOS else exc.strerror
 
 
-def list_copies(base: str, folder: str) -> Tuple[List[str], List[ItemRow]]:
+def list_copies(base: str, folder: str) -> Tuple[List[str], List[Tuple[Any, ...]]]:
     """Return the directories to go on with, and the movies and episodes, of one directory."""
-    folders, rows = [], []
+    folders, items, now = [], [], int(time.time())
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
-                if not NO_CONTENT.fullmatch(entry.name):
-                    folders.append(entry.path)
+                folders += [] if NO_CONTENT.fullmatch(entry.name) else [entry.path]
             elif is_video(entry.name):
                 work = parse_work(entry.path[len(base) :])
-                if work.kind != "other":
-                    titles = entry.path, work.title, normalise_title(work.title), work.year
-                    episode = work.season, next(iter(work.episodes), None)
-                    tmdb = int(work.ids["tmdb"]) if "tmdb" in work.ids else None
-                    rows.append((*titles, *episode, tmdb, work.resolution))
-    return folders, rows
+                texts = map(to_db, (entry.path, work.title, normalise_title(work.title)))
+                part = work.year, work.season, next(iter(work.episodes), None), work.ids.get("tmdb")
+                item = (*texts, *part, work.resolution, now, now)
+                items += [item] if work.kind != "other" else []
+    return folders, items
 
 
 def index_copies(
@@ -5092,84 +5085,58 @@ def index_copies(
     half since the last run that was not refused.
     """
     conn.execute(_FOLDERS_TABLE)
-    select = "SELECT path, mtime_ns, items FROM cinesync_folders"
-    folders = {from_db(path): (mtime, items) for path, mtime, items in conn.execute(select)}
-    held = folders if base in folders else {}
+    select = "SELECT path, mtime_ns FROM cinesync_folders"
+    known = {from_db(path): mtime for path, mtime in conn.execute(select)}
+    known = known if base in known else {}  # the first time, or another base
+    found = list(_walk_copies(conn, settings, base, known))
+    same = {folder for folder, _, items in found if items is None}
+    fresh = {item[0]: item for _, _, items in found for item in items or ()}
+    last = """SELECT max(run_id), indexed_count FROM cinesync_runs JOIN runs USING (run_id)
+        WHERE cinesync_base = ? AND command = 'cinesync' AND indexed_count > 0"""
     with transaction(conn):
-        if not held:  # the first time, or another base, or the container edition's items
-            conn.execute("DELETE FROM cinesync_folders")
-            conn.execute("UPDATE cinesync_items SET last_seen_utc = 0")
-        _walk_copies(conn, settings, base, held)
-        if not held:
-            conn.execute("DELETE FROM cinesync_items WHERE last_seen_utc = 0")
+        paths = [row[0] for row in conn.execute("SELECT path FROM cinesync_items")]
+        gone = [p for p in paths if p not in fresh and os.path.dirname(from_db(p)) not in same]
+        conn.executemany("DELETE FROM cinesync_items WHERE path = ?", zip(gone if known else paths))
+        conn.executemany(_WRITE_ITEM, fresh.values())
+        conn.execute("DELETE FROM cinesync_folders")
+        mtimes = [(to_db(folder), mtime) for folder, mtime, _ in found]
+        conn.executemany("INSERT INTO cinesync_folders VALUES (?, ?, 0)", mtimes)
         count = int(conn.execute("SELECT count(*) FROM cinesync_items").fetchone()[0])
-        _refuse_shrink(conn, base, count, accept_shrink)
+        before = conn.execute(last, (to_db(base),)).fetchone()[1] or 0
+        if count == 0:
+            raise RefusedError(
+                f"{base} holds no movie and no episode: is CineSync's library there?"
+            )
+        if count * 2 < before and not accept_shrink:
+            raise RefusedError(
+                f"CineSync's library has shrunk from {before:,} to {count:,} items: taken for an "
+                "outage; if that is meant, use --accept-shrink"
+            )
     return count
 
 
 def _walk_copies(
-    conn: sqlite3.Connection, settings: ScanSettings, base: str, held: Mapping[str, Tuple[int, int]]
-) -> None:
-    """Walk CineSync's tree; write what has changed since `held`: {directory: (mtime, items)}."""
+    conn: sqlite3.Connection, settings: ScanSettings, base: str, known: Mapping[str, int]
+) -> Iterator[Tuple[str, int, Optional[List[Any]]]]:
+    """Yield (directory, mtime, items) of CineSync's tree; no items where nothing has changed."""
     below: Dict[str, List[str]] = defaultdict(list)
-    for path in held:
+    for path in known:
         below[os.path.dirname(path)].append(path)
-    todo, seen = [base], set()
+    todo = [base]
 
     def next_request() -> Optional[Request]:
         folder = todo.pop() if todo else None
-        return ("copies", base, folder, held.get(folder, (0, 0))[0]) if folder else None
+        return ("copies", base, folder, known.get(folder, 0)) if folder else None
 
     with contextlib.closing(Watch(conn, settings, {"copies": visit_copies})) as watch:
         for (_, _, folder, _), answer in watch.pool.run(next_request):
-            seen.add(folder)
-            if answer[0] == "same":
-                todo += below.get(folder, ())
-            elif answer[0] == "unread":  # what lies below is not forgotten
-                log.warning("cannot read %s: %s; its items stay", folder, answer[1])
-                seen.update(path for path in held if is_under(path, folder))
-            elif answer[0] == "gone":
-                seen.discard(folder)
-            else:
-                folders, mtime, rows = answer
-                todo += folders
-                _write_folder(conn, folder, mtime, rows, held.get(folder, (0, 0))[1] > 0)
-    for folder in [path for path in held if path not in seen]:
-        _write_folder(conn, folder, 0, [], held[folder][1] > 0)
-        conn.execute("DELETE FROM cinesync_folders WHERE path = ?", (to_db(folder),))
-
-
-def _write_folder(
-    conn: sqlite3.Connection, folder: str, mtime: int, rows: List[ItemRow], had_items: bool
-) -> None:
-    """Make the index hold of a directory what the directory holds."""
-    now = int(time.time())
-    if had_items:
-        condition, values = beneath(folder)
-        present = {row[0] for row in rows}
-        select = f"SELECT path FROM cinesync_items WHERE {condition}"
-        paths = {from_db(row[0]) for row in conn.execute(select, values)} - present
-        gone = [(to_db(path),) for path in paths if os.path.dirname(path) == folder]
-        conn.executemany("DELETE FROM cinesync_items WHERE path = ?", gone)
-    encoded = [(*map(to_db, row[:3]), *row[3:], now, now) for row in rows]
-    conn.executemany(_WRITE_ITEM, encoded)
-    write = "INSERT OR REPLACE INTO cinesync_folders VALUES (?, ?, ?)"
-    conn.execute(write, (to_db(folder), mtime, len(rows)))
-
-
-def _refuse_shrink(conn: sqlite3.Connection, base: str, count: int, accepted: bool) -> None:
-    if count == 0:
-        raise RefusedError(f"{base} holds no movie and no episode: is CineSync's library there?")
-    last = conn.execute(
-        "SELECT indexed_count FROM cinesync_runs JOIN runs USING (run_id) WHERE cinesync_base = ? "
-        "AND command = 'cinesync' AND indexed_count > 0 ORDER BY run_id DESC LIMIT 1",
-        (to_db(base),),
-    ).fetchone()
-    if last and count * 2 < last[0] and not accepted:
-        raise RefusedError(
-            f"CineSync's library has shrunk from {last[0]:,} to {count:,} items: taken for an "
-            "outage; if that is meant, use --accept-shrink"
-        )
+            if isinstance(answer, str):  # what lies below is not forgotten
+                log.warning("cannot read %s: %s; its items stay", folder, answer)
+                yield from ((path, known[path], None) for path in known if is_under(path, folder))
+            elif answer:
+                mtime, folders, items = answer
+                todo += below[folder] if folders is None else folders
+                yield folder, mtime, items
 
 
 # The match, which asks nobody
@@ -5190,7 +5157,7 @@ def match_work(
     An equal id decides, else title and year, or title and one of the folders of CineSync's that
     have a file with the library's folder in common: `shared`.
     """
-    title, copies = normalise_title(wanted.title), [c for c in copies if c.work.kind == wanted.kind]
+    title = normalise_title(wanted.title)
     kin = [copy for copy in copies if _may_be_same_work(copy.work, wanted)]
     same = [copy for copy in kin if set(copy.work.ids.items()) & set(wanted.ids.items())]
     if not same:
@@ -5199,31 +5166,26 @@ def match_work(
     if not same and not wanted.year:
         same = [copy for copy in kin if title_folder(copy.path) in shared]
     for name in ("tmdb", "tvdb", "imdb"):
-        ids = [copy.work.ids.get(name) for copy in same]
-        if len({*ids} - {None}) > 1:
-            return [], _name_rivals(same, ids)
-    parts = [copy for copy in same if _may_be_same_part(copy, wanted)]
+        rivals = {copy.work.ids[name]: copy.path for copy in same if name in copy.work.ids}
+        if len(rivals) > 1:
+            examples = " or ".join(sorted(rivals.values())[:2])
+            return [], f"cannot tell which is meant: {examples}"
+    parts = [copy for copy in same if _may_be_same_part(copy.work, wanted)]
     what = "the series, not this episode" if same else "no copy of it"
     return parts, "" if parts else f"CineSync has {what}"
 
 
 def _may_be_same_work(one: Work, other: Work) -> bool:
-    """Tell whether no id and no year speaks against it."""
+    """Tell whether neither kind nor id nor year speaks against it."""
     ids_differ = any(other.ids.get(name, value) != value for name, value in one.ids.items())
     years_differ = one.year and other.year and abs(one.year - other.year) > 1
-    return not ids_differ and not years_differ
+    return one.kind == other.kind and not ids_differ and not years_differ
 
 
-def _name_rivals(copies: Sequence[Copy], keys: Sequence[Any]) -> str:
-    examples = {key: copy.path for key, copy in zip(keys, copies) if key}
-    return "cannot tell which is meant: " + " or ".join(sorted(examples.values())[:2])
-
-
-def _may_be_same_part(copy: Copy, wanted: Work) -> bool:
+def _may_be_same_part(copy: Work, wanted: Work) -> bool:
     # CineSync's own names keep the first of several episodes only: the file will tell.
-    first = copy.work._replace(episodes=wanted.episodes)
-    is_first = copy.work.episodes == wanted.episodes[:1]
-    return is_same_part(wanted, copy.work) or (is_first and is_same_part(wanted, first))
+    is_first = copy.episodes == wanted.episodes[:1]
+    return is_same_part(wanted, copy._replace(episodes=wanted.episodes) if is_first else copy)
 
 
 def is_same_part(wanted: Work, found: Work) -> bool:
@@ -5246,14 +5208,13 @@ def is_denied(wanted: Work, path: str) -> bool:
     if any(wanted.ids.get(name, value) != value for name, value in found.ids.items()):
         return True
     if wanted.kind == "movie":
-        is_extra = _EXTRA.search(_EXTENSION.sub("", path))
-        differs = is_no_film(path, wanted.title, wanted.year)
-        return bool(is_extra) or found.kind == "episode" or differs
+        is_extra = _EXTRA.search(_EXTENSION.sub("", path)) or found.kind == "episode"
+        return bool(is_extra) or is_no_film(path, wanted.title, wanted.year)
     told = _SEASON_EPISODE.search(stem) or _CROSS_EPISODE.search(stem) or _DATE.search(stem)
-    own = wanted.title if found.year is None else found.title
     if _has_other_year(stem[: told.start()] if told else stem, wanted.title, wanted.year):
         return True
-    if found.year and wanted.year not in (None, found.year) and str(found.year) not in own.split():
+    years = (None, found.year)
+    if found.year and wanted.year not in years and str(found.year) not in found.title.split():
         return True
     if found.episodes or found.date:
         return False
@@ -5265,8 +5226,8 @@ def is_denied(wanted: Work, path: str) -> bool:
 
 
 def is_fit(own: int, found: int) -> bool:
-    """Tell whether a resolution may stand in for a link's own: not SD for HD, nor 2160p for less.
-    0 is unknown.
+    """Tell whether a height may stand in for a link's own: no SD for HD, no 2160p for less; 0 is
+    unknown.
     """
     return not (own >= HD > found > 0) and not (found >= UHD > own)
 
@@ -5276,13 +5237,15 @@ def is_fit(own: int, found: int) -> bool:
 
 @dataclasses.dataclass
 class LinkChange:
-    """A link, what it is to point to, and what became of that."""
+    """A link, what it is to point to ('': nothing, it goes), and what became of that."""
 
     path: str
     old: str
     new: str = ""
-    via: str = ""
-    result: str = NOT_REPLACED
+    via: str = ""  # where that was found, or why it goes
+    work: Work = parse_work("")
+    copies: Sequence[Copy] = ()  # what might replace its file
+    result: str = NOT_CHANGED
     reason: str = ""
     stands: bool = False  # whether the link is the new one, whatever the result
     number: int = 0  # link_changes.change_id
@@ -5309,26 +5272,23 @@ def swap_link(change: LinkChange, old: str, new: str) -> None:
 
     OSError, and the old one stands, if it is not `old` any more or cannot be replaced.
     """
+    folder = os.path.dirname(change.path)
     if not old:
-        make_folder(os.path.dirname(change.path))
+        make_folder(folder)
         os.symlink(new, change.path)
-        _adopt(change.path)
+        _give(change.path, os.stat(folder))
         return
-    if not new:
-        if read_link(change.path) != old:
-            raise OSError(errno.EEXIST, "somebody else has changed it meanwhile")
-        os.unlink(change.path)
-        return
-    before = os.lstat(change.path)
-    os.symlink(new, change.temporary)
     try:
-        after = os.lstat(change.temporary)
-        if (after.st_uid, after.st_gid) != (before.st_uid, before.st_gid):
-            with contextlib.suppress(OSError):
-                os.lchown(change.temporary, before.st_uid, before.st_gid)
+        if new:
+            before = os.lstat(change.path)
+            os.symlink(new, change.temporary)
+            _give(change.temporary, before)
         if read_link(change.path) != old:
             raise OSError(errno.EEXIST, "somebody else has changed it meanwhile")
-        os.replace(change.temporary, change.path)
+        if new:
+            os.replace(change.temporary, change.path)
+        else:
+            os.unlink(change.path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(change.temporary)
@@ -5338,57 +5298,18 @@ def swap_link(change: LinkChange, old: str, new: str) -> None:
 def make_folder(path: str) -> None:
     """Make a directory, and those above it, as the directory is in which they stand."""
     if not os.path.isdir(path):
-        parent = os.path.dirname(path)
-        make_folder(parent)
+        make_folder(os.path.dirname(path))
+        above = os.stat(os.path.dirname(path))
         os.mkdir(path)
-        _adopt(path)
+        _give(path, above)
         with contextlib.suppress(OSError):
-            os.chmod(path, stat.S_IMODE(os.stat(parent).st_mode))
+            os.chmod(path, stat.S_IMODE(above.st_mode))
 
 
-def _adopt(path: str) -> None:
-    """Give what was just made the owner of its directory, where permitted."""
-    above = os.stat(os.path.dirname(path))
+def _give(path: str, like: os.stat_result) -> None:
+    """Give what was just made an owner, where permitted."""
     with contextlib.suppress(OSError):
-        os.lchown(path, above.st_uid, above.st_gid)
-
-
-def change_links(
-    conn: sqlite3.Connection, settings: ScanSettings, run_id: int, changes: Sequence[LinkChange],
-    must_work: bool,
-) -> None:  # fmt: skip
-    """Make changes, journalled; the result of each is 'done', or 'error' with a reason.
-
-    With `must_work` a link that does not lead to its file then is put back.
-    """
-    insert = """INSERT INTO link_changes (run_id, path, old_target, new_target, state, changed_utc)
-        VALUES (?, ?, ?, ?, 'planned', ?)"""
-    # On the disk before a link is changed: in WAL mode a commit is not, by default.
-    conn.execute("PRAGMA synchronous=FULL")
-    with transaction(conn):
-        for change in changes:
-            row = (run_id, *map(to_db, (change.path, change.old, change.new)), utc_now())
-            change.number = int(conn.execute(insert, row).lastrowid or 0)
-    for change in changes:
-        try:
-            swap_link(change, change.old, change.new)
-            change.result, change.stands = DONE, True
-        except OSError as exc:
-            change.result, change.reason = IN_ERROR, exc.strerror or str(exc)
-    done = [change for change in changes if change.result == DONE]
-    _sync_directories(done)
-    _look_at_changed(conn, settings, done)
-    for change in done if must_work else ():
-        status, why = change.verdict
-        if status != OK:
-            change.result, change.reason = IN_ERROR, f"put back, for it is {status}: {why}"
-            try:
-                swap_link(change, change.new, change.old)
-                change.stands = False
-            except OSError as exc:
-                change.reason = f"it is {status}, and cannot be put back: {exc.strerror}"
-    _sync_directories(change for change in done if change.result != DONE)
-    _record_changes(conn, changes)
+        os.lchown(path, like.st_uid, like.st_gid)
 
 
 def _sync_directories(changes: Iterable[LinkChange]) -> None:
@@ -5401,73 +5322,155 @@ def _sync_directories(changes: Iterable[LinkChange]) -> None:
                 os.close(descriptor)
 
 
-def _look_at_changed(
-    conn: sqlite3.Connection, settings: ScanSettings, changes: Iterable[LinkChange]
-) -> None:
-    done = {change.path: change for change in changes if change.result == DONE}
-    problems: Dict[str, str] = {}
-    for look in _look_at(conn, settings, list(done), read=True):
-        done[look.path].verdict = OK, ""
-        if look.blocked or not look.file:  # the kernel may remember what nobody can read now
-            problems[look.path] = look.blocked or look.detail or "its file cannot be read"
-    for path, verdict in recheck_links(conn, settings, list(problems)).items():
-        done[path].verdict = verdict if verdict[0] != OK else (UNREACHABLE, problems[path])
+class Journal(NamedTuple):
+    """Has links changed, each noted in `link_changes` first; without a `run_id` as a preview."""
 
+    conn: sqlite3.Connection
+    settings: ScanSettings
+    run_id: Optional[int]
 
-def _record_changes(conn: sqlite3.Connection, changes: Iterable[LinkChange]) -> None:
-    """Write what became of changes: the journal, and of those that were made the link."""
-    update = "UPDATE link_changes SET state = ?, reason = ?, changed_utc = ? WHERE change_id = ?"
-    with transaction(conn):
+    def carry_out(
+        self, changes: Sequence[LinkChange],
+        choose: Callable[[List[LinkChange]], List[LinkChange]] = list,
+        wanted: Collection[str] = (BROKEN,), limit: Optional[int] = None,
+        deadline: float = math.inf,
+    ) -> Set[str]:  # fmt: skip
+        """Look again at links, and change those in a wanted state that `choose` returns, `limit` of
+        them; return why some could not be judged.
+        """
+        refused: Set[str] = set()
+        ready, left = changes, len(changes) if limit is None else limit
+        for start in range(0, len(changes), CHANGES_AT_ONCE):
+            if not left or (refused and not ready) or time.monotonic() > deadline:
+                break  # in an outage, what hangs would cost its time with each part
+            part = changes[start : start + CHANGES_AT_ONCE]
+            verdicts = recheck_links(self.conn, self.settings, [change.path for change in part])
+            for change in part:
+                status, why = verdicts.get(change.path, (MISSING, ""))
+                if status not in wanted:
+                    change.reason = why or {OK: "it works again"}.get(status, "it is gone")
+                    refused.update([why] if status == UNREACHABLE else ())
+                elif read_link(change.path) != change.old:
+                    change.reason = "it points elsewhere since the last scan"
+            ready = choose([change for change in part if not change.reason])[:left]
+            left -= len(ready)
+            for change in ready:
+                change.result = READY
+            if ready and self.run_id is not None:
+                self.change(ready)
+                refused.update(c.verdict[1] for c in ready if c.result == IN_ERROR and c.verdict[1])
         for change in changes:
-            state, now = DONE if change.new else REMOVED, utc_now()
-            state = state if change.stands else NOT_DONE
-            conn.execute(update, (state, escape(change.reason) or None, now, change.number))
-            if state == NOT_DONE:
-                continue
-            known, (status, why) = find_link(conn, change.path), change.verdict
-            if state == REMOVED:
-                events = write_link(conn, known, change.path, change.old, MISSING)
-                gone = link_event(change.path, change.old, REMOVED, MISSING)
-                _write_events(conn, [gone, *events])
-                continue
-            if known and status != OK:  # undone: it was broken before, and is no new loss
-                known = known._replace(broken_since=known.broken_since or now)
-            relinked = link_event(change.path, change.new, "relinked", status)
-            events = write_link(conn, known, change.path, change.new, status, why)
-            _write_events(conn, [relinked, *events])
+            if change.result == NOT_CHANGED:
+                change.reason = change.reason or "left for the next run"
+        return refused
 
+    def change(self, changes: Sequence[LinkChange], must_work: bool = True) -> None:
+        """Make changes; the result of each is 'done', or 'error' with a reason.
 
-def settle_journal(conn: sqlite3.Connection, settings: ScanSettings) -> None:
-    """Find out how far a killed run came, and clear away what it left beside the links."""
-    rows = conn.execute(
-        "SELECT change_id, path, old_target, new_target FROM link_changes WHERE state = 'planned'"
-    ).fetchall()
-    changes = [LinkChange(from_db(p), from_db(o), from_db(n), number=i) for i, p, o, n in rows]
-    changes = _within_reach(conn, settings, changes)
-    for change in changes:
-        left = read_link(change.temporary)
-        if left and left in (change.new, change.old):  # made, or put back
-            os.unlink(change.temporary)
-        stands = read_link(change.path)
-        if stands == change.new:
-            change.result, change.stands = DONE, True
-        else:
-            is_old = stands == change.old
-            change.reason = "the run was killed" if is_old else "somebody else has changed it"
-    _look_at_changed(conn, settings, changes)
-    _record_changes(conn, changes)
+        With `must_work` a link that does not lead to its file then is put back.
+        """
+        insert = """INSERT INTO link_changes (run_id, path, old_target, new_target, state,
+            changed_utc) VALUES (?, ?, ?, ?, 'planned', ?)"""
+        # On the disk before a link is changed: in WAL mode a commit is not, by default.
+        self.conn.execute("PRAGMA synchronous=FULL")
+        with transaction(self.conn):
+            for change in changes:
+                row = (self.run_id, *map(to_db, (change.path, change.old, change.new)), utc_now())
+                change.number = int(self.conn.execute(insert, row).lastrowid or 0)
+        for change in changes:
+            try:
+                swap_link(change, change.old, change.new)
+                change.result, change.stands = DONE, True
+            except OSError as exc:
+                change.result, change.reason = IN_ERROR, exc.strerror or str(exc)
+        done = [change for change in changes if change.stands]
+        _sync_directories(done)
+        self.look_at(done)
+        failed = [c for c in done if must_work and c.new and c.verdict[0] != OK]
+        for change in failed:
+            status, why = change.verdict
+            change.result, change.reason = IN_ERROR, f"put back, for it is {status}: {why}"
+            try:
+                swap_link(change, change.new, change.old)
+                change.stands = False
+            except OSError as exc:
+                change.reason = f"it is {status}, and cannot be put back: {exc.strerror}"
+        _sync_directories(failed)
+        self.record(changes)
 
+    def look_at(self, changes: Iterable[LinkChange]) -> None:
+        """Find the verdicts on links that have been changed."""
+        done = {change.path: change for change in changes}
+        for look in _look_at(self.conn, self.settings, list(done), read=True):
+            # The kernel may remember what nobody can read now.
+            why = look.blocked or ("" if look.file else look.detail or "its file cannot be read")
+            done[look.path].verdict = (UNREACHABLE, why) if why else (OK, "")
+        doubtful = [path for path, change in done.items() if change.verdict[1]]
+        for path, verdict in recheck_links(self.conn, self.settings, doubtful).items():
+            done[path].verdict = verdict if verdict[0] != OK else done[path].verdict
 
-def _within_reach(
-    conn: sqlite3.Connection, settings: ScanSettings, changes: Iterable[LinkChange]
-) -> List[LinkChange]:
-    """Return the changes whose directories answer, or are not there; the others say why not."""
-    folders = {change.path: os.path.dirname(change.path) for change in changes}
-    places = look_at_places(conn, settings, folders.values())[0] if folders else {}
-    for change in changes:
-        state, reason, _ = places[folders[change.path]]
-        change.reason = "" if state in ("scanned", "missing") else reason
-    return [change for change in changes if not change.reason]
+    def record(self, changes: Iterable[LinkChange]) -> None:
+        """Write what became of changes: the journal, and of those that were made the link."""
+        conn = self.conn
+        update = (
+            "UPDATE link_changes SET state = ?, reason = ?, changed_utc = ? WHERE change_id = ?"
+        )
+        with transaction(conn):
+            for change in changes:
+                action, state = ("relinked", DONE) if change.new else (REMOVED, REMOVED)
+                state, reason = state if change.stands else NOT_DONE, escape(change.reason) or None
+                conn.execute(update, (state, reason, utc_now(), change.number))
+                if not change.stands:
+                    continue
+                known, target = find_link(conn, change.path), change.new or change.old
+                status, why = change.verdict if change.new else (MISSING, "")
+                if known and status != OK:  # undone: it was broken before, and is no new loss
+                    known = known._replace(broken_since=known.broken_since or utc_now())
+                events = write_link(conn, known, change.path, target, status, why)
+                _write_events(conn, [link_event(change.path, target, action, status), *events])
+
+    def settle(self) -> None:
+        """Find out how far a killed run came, and clear away what it left beside the links."""
+        select = """SELECT change_id, path, old_target, new_target FROM link_changes
+            WHERE state = 'planned' AND ? IS NOT NULL"""
+        rows = self.conn.execute(select, (self.run_id,)).fetchall()
+        changes = [LinkChange(from_db(p), from_db(o), from_db(n), number=i) for i, p, o, n in rows]
+        changes = self.within_reach(changes)
+        for change in changes:
+            left = read_link(change.temporary)
+            if left and left in (change.new, change.old):  # made, or put back
+                os.unlink(change.temporary)
+            stands = read_link(change.path)
+            change.stands = stands == change.new
+            if not change.stands:
+                is_old = stands == change.old
+                change.reason = "the run was killed" if is_old else "somebody else has changed it"
+        self.look_at(change for change in changes if change.stands)
+        self.record(changes)
+
+    def within_reach(self, changes: Iterable[LinkChange]) -> List[LinkChange]:
+        """Return the changes whose directories answer, or are not there; the others say why not."""
+        folders = {change.path: os.path.dirname(change.path) for change in changes}
+        places = look_at_places(self.conn, self.settings, folders.values())[0] if folders else {}
+        for change in changes:
+            state, reason, _ = places[folders[change.path]]
+            change.reason = "" if state in ("scanned", "missing") else reason
+        return [change for change in changes if not change.reason]
+
+    def report(
+        self, changes: Collection[LinkChange], verb: str, refused: Collection[str] = ()
+    ) -> JsonObject:
+        """Return what became of changes, as `undo --json` shows it, with the exit code."""
+        words = {READY: f"would {verb}", DONE: f"{verb}d"}
+        items = [{"path": c.path, "from": c.old, "to": c.new, "reason": c.reason,
+            "result": words.get(c.result, c.result)} for c in changes]  # fmt: skip
+        restored = sum(change.result == DONE for change in changes)
+        skipped = sum(change.result in (NOT_CHANGED, IN_ERROR) for change in changes)
+        result = {"applied": self.run_id is not None, "run_id": self.run_id, "items": items,
+            "restored": restored, "skipped": skipped}  # fmt: skip
+        told = {"message": "; ".join(sorted(refused))} if refused else {}
+        code = EXIT_REFUSED if refused else EXIT_PARTIAL if skipped else EXIT_OK
+        return {**result, **told, "exit_code": code}
 
 
 # The repair
@@ -5488,44 +5491,36 @@ def spell_target(file: str, prefixes: Mapping[str, str], path: str, old: str) ->
     return best if os.path.isabs(old) else os.path.relpath(best, folder)
 
 
-@dataclasses.dataclass
-class BrokenLink(LinkChange):
-    """A broken link of the library, and what might replace its file."""
-
-    work: Work = parse_work("")
-    copies: Sequence[Copy] = ()
-
-
 class Relinker:
     """One run of the repair; without a `run_id` a preview that changes no link."""
 
     def __init__(self, conn: sqlite3.Connection, config: Config, run_id: Optional[int]) -> None:
-        self.conn = conn
+        self.conn, self.journal = conn, Journal(conn, config.scan, run_id)
         self.scan, self.settings, self.repair = config.scan, config.cinesync, config.repair
-        self.run_id = run_id
         self.any_resolution = False
+        self.deadline = math.inf  # of time.monotonic()
+        self.indexed = 0
         self.allowed: Dict[str, str] = {}  # as written: as the kernel resolves it
-        self.items: List[BrokenLink] = []
+        self.items: List[LinkChange] = []
         self.waits: List[Wait] = []
-        self.count: Counter[str] = Counter()
         self.refused: Set[str] = set()
         self.problems: List[str] = []
-        self.deadline = math.inf  # of time.monotonic()
 
     def run(self, accept_shrink: bool) -> JsonObject:
         """Index, match and replace; return what `cinesync --json` shows."""
         started = int(time.time())
         try:
             roots = self.open_places()
-            if self.run_id is not None:
-                settle_journal(self.conn, self.scan)
+            self.journal.settle()
             base = self.settings.base
-            self.count["indexed"] = index_copies(self.conn, self.scan, base, accept_shrink)
-            self.relink(self.match(self.load_broken(roots)))
+            self.indexed = index_copies(self.conn, self.scan, base, accept_shrink)
+            links, limit = self.match(self.load_broken(roots)), self.settings.limit
+            why = self.journal.carry_out(links, self.choose, limit=limit, deadline=self.deadline)
+            self.refused.update(why)
         except RefusedError as exc:
             self.refused.add(str(exc))
         result = self.result()
-        if self.run_id is not None:
+        if result["applied"]:
             self.record(started, result)
         return result
 
@@ -5550,45 +5545,36 @@ class Relinker:
         self.allowed = {path: good[path] for path in allowed if path in good}
         return {path: good[path] for path in roots if path in good}
 
-    def load_broken(self, roots: Mapping[str, str]) -> List[BrokenLink]:
+    def load_broken(self, roots: Mapping[str, str]) -> List[LinkChange]:
         """Return the links below some roots that have been broken long enough, oldest first."""
-        server_ids, links, now = load_server_ids(self.conn), [], time.time()
-        losses, settings = load_losses(self.conn), self.repair
-        taken_back = load_taken_back(self.conn)
+        server_ids, losses = load_server_ids(self.conn), load_losses(self.conn)
+        taken_back, settings, now = load_taken_back(self.conn), self.repair, time.time()
         for path, target, since in find_broken(self.conn):
             root = find_ancestor(path, roots)
             if root is None:
                 continue
-            link = BrokenLink(path, target)
+            work = describe_link(path[len(root.rstrip("/")) :], target, server_ids.get(path, {}))
+            link = LinkChange(path, target, work=work)
             self.items.append(link)
-            if path in taken_back:
-                link.reason = "undo has put it back; left alone until it or its target changes"
-                continue
             began = parse_time(since) or 0.0
             wait = plan_wait(settings.min_age, settings.patience, began, losses.get(path))
-            if now < wait.until:
+            if path in taken_back:
+                link.reason = "undo has put it back; left alone until it or its target changes"
+            elif now < wait.until:
                 link.reason = str(wait)
                 self.waits += [wait] if wait.reason == "waiting" else []
-                continue
-            below_root = path[len(root.rstrip("/")) :]
-            link.work = describe_link(below_root, link.old, server_ids.get(path, {}))
-            links.append(link)
-        return links
+        return [link for link in self.items if not link.reason]
 
-    def match(self, links: List[BrokenLink]) -> List[BrokenLink]:
-        """Return the links that CineSync may have copies of, with these."""
-        copies: Dict[Tuple[str, str], List[Copy]] = {}
-        for copy in load_copies(self.conn, self.settings.base, [link.work for link in links]):
-            for key in _keys(copy.work):
-                copies.setdefault(key, []).append(copy)
+    def match(self, links: List[LinkChange]) -> List[LinkChange]:
+        """Return the links that CineSync may have copies of, with these, the best ones first."""
+        copies = load_copies(self.conn, self.settings.base, [link.work for link in links])
         shared = self.find_shared({title_folder(x.path) for x in links if not x.work.year})
         for link in links:
-            found = {copy.path: copy for key in _keys(link.work) for copy in copies.get(key, ())}
+            found = {copy.path: copy for key in _keys(link.work) for copy in copies[key]}
             near = shared.get(title_folder(link.path), ())
             link.copies, link.reason = match_work(link.work, list(found.values()), near)
-        matched = [link for link in links if link.copies]
-        self.count["candidate_found"] = len(matched)
-        return matched
+            link.copies = sorted(link.copies, key=functools.partial(_distance, link.work))
+        return [link for link in links if link.copies]
 
     def find_shared(self, folders: Iterable[str]) -> Dict[str, Set[str]]:
         """Return, of folders of the library, CineSync's that some good link of it shares a file
@@ -5600,71 +5586,37 @@ class Relinker:
             condition, values = beneath(folder)
             select = f"SELECT path FROM symlinks WHERE status = 'ok' AND {condition} LIMIT 8"
             goods.update({from_db(row[0]): folder for row in self.conn.execute(select, values)})
-        works = map(parse_work, goods)
-        wanted = {(normalise_title(w.title), w.season, (w.episodes or (None,))[0]) for w in works}
-        items = self.conn.execute("SELECT path, show_norm, season, episode FROM cinesync_items")
-        near = [from_db(p) for p, title, *part in items if (from_db(title), *part) in wanted]
-        looks = _look_at(self.conn, self.scan, [*goods, *near] if goods and near else [], read=True)
+        copies = load_copies(self.conn, self.settings.base, map(parse_work, goods))
+        near = {copy.path for found in copies.values() for copy in found}
+        looks = _look_at(self.conn, self.scan, [*goods, *near] if near else [], read=True)
         real = {look.path: look.file for look in looks if look.file}
         for good, folder in goods.items():
-            same = (p for p in near if real.get(p, p) == real.get(good))
+            same = (path for path in near if real.get(path, path) == real.get(good))
             found[folder].update(map(title_folder, same))
         return found
 
-    def relink(self, links: List[BrokenLink]) -> None:
-        """Find the file for each link, and point it there; at most `limit` links."""
-        left = self.settings.limit
-        for start in range(0, len(links), CHANGES_AT_ONCE):
-            ready = self.choose(links[start : start + CHANGES_AT_ONCE])[:left] if left else []
-            left -= len(ready)
-            self.count["resolved_target_ok"] += len(ready)
-            for link in ready:
-                link.result = WOULD_REPLACE
-            if ready and self.run_id is not None:
-                change_links(self.conn, self.scan, self.run_id, ready, must_work=True)
-                for link in ready:
-                    link.result = REPLACED if link.result == DONE else link.result
-                    if link.result == IN_ERROR and link.verdict[1]:
-                        self.refused.add(link.verdict[1])
-            if (self.refused and not ready) or time.monotonic() > self.deadline:
-                break  # in an outage, what hangs would cost its time with each part
-        for link in links:
-            if link.result == NOT_REPLACED and not link.reason:
-                link.reason = "left for the next run"
-
-    def choose(self, links: List[BrokenLink]) -> List[LinkChange]:
-        """Look at links and copies this very moment; return the links that can be replaced."""
-        verdicts = recheck_links(self.conn, self.scan, [link.path for link in links])
-        for link in links:
-            link.copies = sorted(link.copies, key=functools.partial(_distance, link.work))
+    def choose(self, links: List[LinkChange]) -> List[LinkChange]:
+        """Look at the copies this very moment; return the links that can be replaced."""
         paths = {copy.path for link in links for copy in link.copies[:COPIES_TRIED]}
         looks = {look.path: look for look in _look_at(self.conn, self.scan, list(paths), read=True)}
         self.refused.update(look.blocked for look in looks.values() if look.blocked)
         with transaction(self.conn):
             update = "UPDATE cinesync_items SET target_ok = ? WHERE path = ?"
-            seen = [(int(bool(look.file)), to_db(path)) for path, look in looks.items()]
+            seen = [(bool(look.file), to_db(path)) for path, look in looks.items()]
             self.conn.executemany(update, seen)
         for link in links:
-            status, why = verdicts.get(link.path, (MISSING, ""))
-            if status == UNREACHABLE:
-                self.refused.add(why)
-            if status != BROKEN:
-                link.reason = why or {OK: "it works again"}.get(status, "it is gone")
-            elif read_link(link.path) != link.old:
-                link.reason = "it points elsewhere since the last scan"
-            else:
-                for copy in link.copies[:COPIES_TRIED]:
-                    look = looks.get(copy.path, Look(copy.path, 0, "it is gone", "", "", ""))
-                    problem = look.blocked or look.detail
-                    link.reason = self.why_not(link, copy, look.file, problem)
-                    if not link.reason:
-                        link.via = copy.path
-                        link.new = spell_target(look.file, self.allowed, link.path, link.old)
-                        break
+            for copy in link.copies[:COPIES_TRIED]:
+                look = looks.get(copy.path, Look(copy.path, NO_LINK, "it is gone"))
+                link.reason = self.why_not(link, copy, look)
+                if not link.reason:
+                    link.via = copy.path
+                    link.new = spell_target(look.file, self.allowed, link.path, link.old)
+                    break
         return [link for link in links if link.new]
 
-    def why_not(self, link: BrokenLink, copy: Copy, file: str, problem: str) -> str:
+    def why_not(self, link: LinkChange, copy: Copy, look: Look) -> str:
         """Return what keeps a copy's file from replacing a link's, '' for nothing."""
+        file, problem = look.file, look.blocked or look.detail
         behind = parse_work(file)
         has_name = (behind.episodes and behind.season is not None) or behind.date
         told = behind if has_name and behind.kind == "episode" else copy.work
@@ -5685,39 +5637,37 @@ class Relinker:
 
     def result(self) -> JsonObject:
         """Return what `cinesync --json` shows."""
-        results = Counter(link.result for link in self.items)
-        code = EXIT_PARTIAL if results[IN_ERROR] or self.problems else EXIT_OK
-        result: JsonObject = {"applied": self.run_id is not None, "run_id": self.run_id}
-        result.update(indexed=self.count["indexed"], checked_broken=len(self.items))
-        result.update({n: self.count[n] for n in ("candidate_found", "resolved_target_ok")})
-        result.update(replaced=results[REPLACED], skipped=results[NOT_REPLACED])
-        result.update(errors=results[IN_ERROR], exit_code=EXIT_REFUSED if self.refused else code)
-        result["waits"] = summarise_waits(self.waits)
+        result = self.journal.report(self.items, "replace", self.refused)
+        for item, link in zip(result["items"], self.items):
+            item.update(old_target=item.pop("from"), new_target=item.pop("to"), via=link.via)
+        count = Counter(link.result for link in self.items)
+        result.update(
+            indexed=self.indexed, checked_broken=len(self.items),
+            candidate_found=sum(bool(link.copies) for link in self.items),
+            resolved_target_ok=len(self.items) - count[NOT_CHANGED],
+            replaced=result.pop("restored"), skipped=count[NOT_CHANGED], errors=count[IN_ERROR],
+            waits=summarise_waits(self.waits),
+        )  # fmt: skip
+        if not self.refused:
+            result["exit_code"] = EXIT_PARTIAL if count[IN_ERROR] or self.problems else EXIT_OK
         if self.refused or self.problems:
             result["message"] = "; ".join([*sorted(self.refused), *self.problems])
             log.warning("%s", result["message"])
-        result["items"] = [
-            {
-                "path": link.path, "old_target": link.old, "new_target": link.new, "via": link.via,
-                "result": link.result, "reason": link.reason,
-            }
-            for link in self.items
-        ]  # fmt: skip
         return result
 
     def record(self, started: int, result: JsonObject) -> None:
         """Write the run's row; without an index, which is what a refused one lacks, no number."""
-        names = ("checked_broken", "candidate_found", "resolved_target_ok", "replaced", "skipped",
-            "errors")  # fmt: skip
+        names = ("run_id", "checked_broken", "candidate_found", "resolved_target_ok", "replaced",
+            "skipped", "errors")  # fmt: skip
+        row = {name: result[name] for name in names}
+        row.update(started_utc=started, finished_utc=int(time.time()), dry_run=0)
         roots, allowed = ",".join(self.settings.roots), ",".join(self.settings.allowed_targets)
-        texts = map(to_db, (roots, self.settings.base, allowed))
-        numbers = (result["indexed"] or None, *(result[name] for name in names))
-        self.conn.execute(
-            "INSERT INTO cinesync_runs (run_id, started_utc, finished_utc, dry_run, repair_roots, "
-            f"cinesync_base, allowed_prefixes, indexed_count, {', '.join(names)}) "
-            f"VALUES (?, ?, ?, 0, ?, ?, ?, ?{', ?' * len(names)})",
-            (self.run_id, started, int(time.time()), *texts, *numbers),
+        row.update(repair_roots=to_db(roots), cinesync_base=to_db(self.settings.base),
+            allowed_prefixes=to_db(allowed), indexed_count=self.indexed or None)  # fmt: skip
+        insert = (
+            f"INSERT INTO cinesync_runs ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
         )
+        self.conn.execute(insert, [*row.values()])
 
 
 def _distance(wanted: Work, copy: Copy) -> Tuple[int, str]:
@@ -5757,28 +5707,38 @@ def load_server_ids(conn: sqlite3.Connection) -> Dict[str, Dict[str, str]]:
     return ids
 
 
-def load_copies(conn: sqlite3.Connection, base: str, wanted: Iterable[Work]) -> Iterator[Copy]:
-    """Yield CineSync's items that have the title or an id of a wanted work, and one of its parts;
-    and of each folder one item, which tells what other works there are by that title.
+def load_copies(
+    conn: sqlite3.Connection, base: str, wanted: Iterable[Work]
+) -> Dict[Tuple[str, str], List[Copy]]:
+    """Return, by title and by id, CineSync's items that have those of a wanted work and one of its
+    parts; and of each folder one item, which tells what other works there are by that title.
     """
     works = list(wanted)
     keys = {key for work in works for key in _keys(work)}
-    titles, ids = {k[1] for k in keys if not k[0]}, {k[1] for k in keys if k[0]}
+    ids = {number for name, number in keys if name}
     parts = {(work.season, number) for work in works for number in work.episodes}
+    found: Dict[Tuple[str, str], List[Copy]] = defaultdict(list)
     folders: Set[str] = set()
     select = "SELECT path, show_norm, season, episode FROM cinesync_items"
-    for name, title, *part in conn.execute(select):
-        path = from_db(name)
-        if from_db(title) in titles or any(not ids.isdisjoint(tag) for tag in _ID.findall(path)):
-            folder = os.path.dirname(path)
-            if folder not in folders or part[1] is None or tuple(part) in parts:
-                folders.add(folder)
-                yield Copy(path, parse_work(path[len(base) :]))
+    for name, title, *part in conn.execute(select) if works else ():
+        path, folder = from_db(name), os.path.dirname(from_db(name))
+        if folder in folders and part[1] is not None and tuple(part) not in parts:
+            continue
+        tags = () if ("", from_db(title)) in keys else _ID.findall(path)
+        if tags == () or any(not ids.isdisjoint(tag) for tag in tags):
+            folders.add(folder)
+            copy = Copy(path, parse_work(path[len(base) :]))
+            for key in _keys(copy.work):
+                found[key].append(copy)
+    return found
 
 
 def _keys(work: Work) -> List[Tuple[str, str]]:
     """Return what a work is looked up by: ('', its title), (name, id)."""
     return [("", normalise_title(work.title)), *work.ids.items()]
+
+
+# What takes changes back, and what a person asks for
 
 
 def load_taken_back(conn: sqlite3.Connection) -> Set[str]:
@@ -5796,8 +5756,7 @@ def list_changing_runs(conn: sqlite3.Connection) -> List[JsonObject]:
         FROM link_changes JOIN runs USING (run_id)
         WHERE state <> 'undone' AND command <> 'undo' AND {_UNDOABLE}
         GROUP BY run_id ORDER BY run_id DESC"""
-    names = ("run_id", "command", "started_utc", "links")
-    return [dict(zip(names, row)) for row in conn.execute(select)]
+    return list(map(dict, conn.execute(select)))
 
 
 def find_changing_run(conn: sqlite3.Connection, wanted: Optional[int]) -> Optional[int]:
@@ -5807,19 +5766,17 @@ def find_changing_run(conn: sqlite3.Connection, wanted: Optional[int]) -> Option
             WHERE {_UNDOABLE} AND command <> 'undo'"""
         number: Optional[int] = conn.execute(query).fetchone()[0]
         return number
-    query = "SELECT summary FROM runs WHERE run_id = ? AND command = 'run'"
-    row = conn.execute(query, (wanted,)).fetchone()
-    summary = json.loads(row["summary"] or "{}") if row else {}
+    row = conn.execute("SELECT command, summary FROM runs WHERE run_id = ?", (wanted,)).fetchone()
+    if row is None:
+        raise UsageError(f"there is no run {wanted}; without a number undo takes the last one")
+    summary = json.loads(row["summary"] or "{}") if row["command"] == "run" else {}
     return int(summary.get("cinesync", {}).get("run_id") or wanted)  # a run changes links as that
 
 
-def plan_undo(
-    conn: sqlite3.Connection, settings: ScanSettings, changes: List[LinkChange]
-) -> List[LinkChange]:
+def plan_undo(journal: Journal, changes: List[LinkChange]) -> List[LinkChange]:
     """Return the changes that can be taken back; the others say why not."""
-    ready = []
-    for change in _within_reach(conn, settings, changes):
-        stands, root = read_link(change.path), find_ancestor(change.path, settings.roots)
+    for change in journal.within_reach(changes):
+        stands, root = read_link(change.path), find_ancestor(change.path, journal.settings.roots)
         is_other = not stands and os.path.lexists(change.path)  # no link
         folder = root or os.path.dirname(change.path)
         if not change.new:
@@ -5827,65 +5784,51 @@ def plan_undo(
         elif not (change.old or os.path.isdir(folder)):
             change.reason = f"{folder} is not there"
         elif stands == change.old and not is_other:
-            change.result = "would restore"
-            ready.append(change)
+            change.result = READY
         elif stands == change.new:
             change.result, change.reason = DONE, "it was put back already"
         else:
             change.reason = "somebody else has changed it since"
-    return ready
+    return [change for change in changes if change.result == READY]
 
 
-def undo_changes(
-    conn: sqlite3.Connection, settings: ScanSettings, wanted: Optional[int], paths: Sequence[str],
-    run_id: Optional[int],
-) -> JsonObject:  # fmt: skip
-    """Put the links of a run back, newest first, and return what `undo --json` shows.
-
-    By default those of the last run that changed links; without a `run_id` of our own as a preview.
+def undo_changes(journal: Journal, wanted: Optional[int], paths: Sequence[str]) -> JsonObject:
+    """Put the links of a run back, newest first, by default the last one that changed links, and
+    return what `undo --json` shows.
     """
-    if run_id is not None:
-        settle_journal(conn, settings)
-    if wanted and not conn.execute("SELECT 1 FROM runs WHERE run_id = ?", (wanted,)).fetchone():
-        raise UsageError(f"there is no run {wanted}; without a number undo takes the last one")
-    wanted = find_changing_run(conn, wanted)
-    rows = conn.execute(
-        "SELECT change_id, path, new_target, old_target, state FROM link_changes "
-        f"WHERE run_id = ? AND {_UNDOABLE} ORDER BY change_id DESC",
-        (wanted,),
-    ).fetchall()
-    rows = [row for row in rows if not paths or from_db(row[1]) in paths]
+    journal.settle()
+    conn, wanted = journal.conn, find_changing_run(journal.conn, wanted)
+    select = f"""SELECT change_id, path, new_target, old_target, state FROM link_changes
+        WHERE run_id = ? AND {_UNDOABLE} ORDER BY change_id DESC"""
+    rows = [row for row in conn.execute(select, (wanted,)) if not paths or from_db(row[1]) in paths]
     changes = {
-        number: LinkChange(from_db(path), from_db(old), from_db(new))
-        for number, path, old, new, state in rows
+        number: LinkChange(from_db(path), from_db(new), from_db(old))
+        for number, path, new, old, state in rows
         if state != UNDONE
     }
-    ready = plan_undo(conn, settings, list(changes.values()))
-    if run_id is not None:
-        change_links(conn, settings, run_id, ready, must_work=False)
+    ready = plan_undo(journal, list(changes.values()))
+    if journal.run_id is not None:
+        journal.change(ready, must_work=False)
         undone = [(number,) for number, change in changes.items() if change.result == DONE]
         with transaction(conn):
             update = "UPDATE link_changes SET state = 'undone' WHERE change_id = ?"
             conn.executemany(update, undone)
-    result: JsonObject = {"applied": run_id is not None, "run_id": wanted}
-    result.update(count_undone(changes.values()))
+    result = {**journal.report(changes.values(), "restore"), "run_id": wanted}
     if not changes:
         done = "is undone already" if rows else "has changed no link"
         result["message"] = f"run {wanted} {done}" if wanted else "no run has changed a link"
     return result
 
 
-def retarget_links(
-    conn: sqlite3.Connection, settings: ScanSettings, old: str, new: str, limit: Optional[int],
-    run_id: Optional[int],
-) -> JsonObject:  # fmt: skip
+def retarget_links(journal: Journal, old: str, new: str, limit: Optional[int]) -> JsonObject:
     """Point the links that cannot be followed and lead beneath `old` to the same place beneath
-    `new`, where a file is, and return what `retarget --json` shows; without a `run_id` a preview.
+    `new`, where a file is, and return what `retarget --json` shows.
 
     Raises RefusedError when `new` is on a mount that is not to be trusted, or is missing or empty.
     """
-    if run_id is not None:
-        settle_journal(conn, settings)
+    journal.settle()
+    conn, settings = journal.conn, journal.settings
+    blocked: Set[str] = set()
     state, reason, _ = look_at_places(conn, settings, [new])[0][new]
     if state != "scanned":
         raise RefusedError(f"{new}: {reason}")
@@ -5893,51 +5836,24 @@ def retarget_links(
     changes: List[LinkChange] = []
     for path, target in ((from_db(p), from_db(t)) for p, t in conn.execute(select)):
         goal = os.path.normpath(os.path.join(os.path.dirname(path), target))
-        if is_under(goal, old) and goal != old and len(changes) != limit:
+        if is_under(goal, old) and goal != old:
             place = os.path.join(new, os.path.relpath(goal, old))
             changes.append(LinkChange(path, target, spell_target(place, {}, path, target), place))
-    blocked: Set[str] = set()
-    for start in range(0, len(changes), CHANGES_AT_ONCE):
-        part = changes[start : start + CHANGES_AT_ONCE]
-        looks = {x.path: x for x in _look_at(conn, settings, [c.via for c in part], read=True)}
+    changes = changes[:limit]
+
+    def find_files(links: List[LinkChange]) -> List[LinkChange]:
+        paths = [link.via for link in links]
+        looks = {look.path: look for look in _look_at(conn, settings, paths, read=True)}
         blocked.update(look.blocked for look in looks.values() if look.blocked)
-        now = recheck_links(conn, settings, [c.path for c in part if run_id is not None])
-        for change in part:
-            look, verdict = looks.get(change.via), now.get(change.path, (MISSING, "it is gone"))
-            if not look or not look.file:
-                why = (look.blocked or look.detail) if look else ""
-                change.reason = f"no file to be read there: {change.via} {why}".rstrip()
-            elif run_id is not None and verdict[0] in (OK, MISSING):
-                change.reason = verdict[1] or "it works again"
-            elif read_link(change.path) != change.old:
-                change.reason = "it points elsewhere since the last scan"
-            else:
-                change.result = WOULD_REPLACE
-        ready = [change for change in part if change.result == WOULD_REPLACE]
-        if ready and run_id is not None:
-            change_links(conn, settings, run_id, ready, must_work=True)
-    counted = count_undone(changes)
-    for item in counted["items"]:
-        item["result"] = REPLACED if item["result"] == "restored" else item["result"]
-    if blocked:
-        counted.update(exit_code=EXIT_REFUSED, message="; ".join(sorted(blocked)))
-    return {"applied": run_id is not None, "run_id": run_id, **counted}
+        for link in links:
+            look = looks.get(link.via, Look(link.via, NO_LINK))
+            if not look.file:
+                why = look.blocked or look.detail
+                link.reason = f"no file to be read there: {link.via} {why}".rstrip()
+        return [link for link in links if not link.reason]
 
-
-def count_undone(changes: Iterable[LinkChange]) -> JsonObject:
-    """Return what became of changes that were to be taken back, with its exit code."""
-    names = {DONE: "restored", IN_ERROR: NOT_REPLACED}
-    items = [
-        {
-            "path": change.path, "from": change.old, "to": change.new,
-            "result": names.get(change.result, change.result), "reason": change.reason,
-        }
-        for change in changes
-    ]  # fmt: skip
-    counts = Counter(item["result"] for item in items)
-    code = EXIT_PARTIAL if counts[NOT_REPLACED] else EXIT_OK
-    numbers = {"restored": counts["restored"], "skipped": counts[NOT_REPLACED]}
-    return {"items": items, **numbers, "exit_code": code}
+    journal.carry_out(changes, find_files, wanted=(BROKEN, UNREACHABLE))
+    return journal.report(changes, "replace", blocked)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -7112,7 +7028,6 @@ def plan_actions(
 # Broken links that nobody can repair are removed, through the journal of all changes to links.
 
 PRUNE_AGE = 30 * DAY
-WOULD_REMOVE = "would remove"
 
 
 def why_kept(is_owned: bool, is_tagged: bool, repair: str, wait: Wait, now: float) -> str:
@@ -7166,53 +7081,30 @@ def find_prunable(
             continue
         why = "its repair has failed for good" if ended else "nobody owns it"
         days = format_time(since)[:10]
-        changes.append(LinkChange(path, target, reason=f"broken since {days}, and {why}"))
+        changes.append(LinkChange(path, target, via=f"broken since {days}, and {why}"))
     return changes, dict(kept)
 
 
 def prune_links(
-    conn: sqlite3.Connection, config: Config, min_age: float, limit: Optional[int],
-    run_id: Optional[int],
-) -> JsonObject:  # fmt: skip
+    journal: Journal, config: Config, min_age: float, limit: Optional[int]
+) -> JsonObject:
     """Remove the links that have been broken for `min_age` seconds and that nobody can repair, and
-    return what `prune --json` shows; without a `run_id` a preview.
-
-    Raises RefusedError where it is not known what a server owns.
+    return what `prune --json` shows.  RefusedError where it is not known what a server owns.
     """
-    if run_id is not None:
-        settle_journal(conn, config.scan)
-    unread = find_unread(conn, config.instances)
+    journal.settle()
+    unread = find_unread(journal.conn, config.instances)
     if unread:
         what = f"what {', '.join(unread)} owns is not known"
         raise RefusedError(f"{what}, so nothing is removed: `ingest` reads it")
-    changes, kept = find_prunable(conn, config, min_age)
-    changes, refused = changes[:limit], set()
-    for start in range(0, len(changes), CHANGES_AT_ONCE):
-        part = changes[start : start + CHANGES_AT_ONCE]
-        verdicts = recheck_links(conn, config.scan, [change.path for change in part])
-        for change in part:
-            status, why = verdicts.get(change.path, (MISSING, ""))
-            if status == UNREACHABLE:
-                refused.add(why)
-            if status != BROKEN:
-                change.reason = why or {OK: "it works again"}.get(status, "it is gone")
-            elif read_link(change.path) != change.old:
-                change.reason = "it points elsewhere since the last scan"
-            else:
-                change.result = WOULD_REMOVE
-        ready = [change for change in part if change.result == WOULD_REMOVE]
-        if ready and run_id is not None:
-            change_links(conn, config.scan, run_id, ready, must_work=False)
-    if run_id is not None:
-        remove_empty_folders(conn, config)
-    counted = count_undone(changes)
-    for item in counted["items"]:
-        item["result"] = REMOVED if item["result"] == "restored" else item["result"]
-    result: JsonObject = {"applied": run_id is not None, "run_id": run_id, "kept": kept}
-    result.update(counted, removed=counted.pop("restored"))
-    if refused:
-        result.update(exit_code=EXIT_REFUSED, message="; ".join(sorted(refused)))
-    return result
+    changes, kept = find_prunable(journal.conn, config, min_age)
+    changes = changes[:limit]
+    refused = journal.carry_out(changes)
+    if journal.run_id is not None:
+        remove_empty_folders(journal.conn, config)
+    for change in changes:
+        change.reason = change.reason or change.via
+    result = journal.report(changes, "remove", refused)
+    return {**result, "removed": result.pop("restored"), "kept": kept}
 
 
 def remove_empty_folders(conn: sqlite3.Connection, config: Config) -> None:
@@ -10154,8 +10046,8 @@ def run_undo(context: Context) -> JsonObject:
             return {"runs": list_changing_runs(conn)}
     paths = [os.path.abspath(path) for path in args.path]
     with context.recorded("undo", not context.applied) as (conn, summary):
-        own = summary.get("run_id")
-        result = undo_changes(conn, context.config.scan, args.run, paths, own)
+        journal = Journal(conn, context.config.scan, summary.get("run_id"))
+        result = undo_changes(journal, args.run, paths)
         summary.update({k: v for k, v in result.items() if k not in ("items", "run_id")})
     return result
 
@@ -10167,7 +10059,8 @@ def run_retarget(context: Context) -> JsonObject:
     if allowed and not any(is_under(args.new, prefix) for prefix in allowed):
         raise UsageError(f"{args.new} lies below no --allow-target")
     with context.recorded("retarget", not context.applied) as (conn, summary):
-        result = retarget_links(conn, scan, args.old, args.new, args.limit, summary.get("run_id"))
+        journal = Journal(conn, scan, summary.get("run_id"))
+        result = retarget_links(journal, args.old, args.new, args.limit)
         summary.update({k: v for k, v in result.items() if k not in ("items", "run_id")})
     return result
 
@@ -10189,8 +10082,8 @@ def run_prune(context: Context) -> JsonObject:
     """Remove the broken links that nobody can repair, or say which would be."""
     args = context.args
     with context.recorded("prune", not context.applied) as (conn, summary):
-        own = summary.get("run_id")
-        result = prune_links(conn, context.config, args.min_age, args.limit, own)
+        journal = Journal(conn, context.config.scan, summary.get("run_id"))
+        result = prune_links(journal, context.config, args.min_age, args.limit)
         summary.update({k: v for k, v in result.items() if k not in ("items", "run_id")})
     return result
 

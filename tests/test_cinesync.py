@@ -91,7 +91,8 @@ class Stage:
             with os.scandir(todo.pop()) as entries:
                 for entry in entries:  # os.walk would look at the targets, and hang like them
                     if entry.is_symlink():
-                        found[entry.path] = os.readlink(entry.path)
+                        with contextlib.suppress(FileNotFoundError):  # a temporary one
+                            found[entry.path] = os.readlink(entry.path)
                     elif entry.is_dir(follow_symlinks=False):
                         todo.append(entry.path)
         return found
