@@ -1482,7 +1482,12 @@ CREATE INDEX ix_movie_files_path ON movie_files(original_path, instance);
 CREATE INDEX ix_episode_files_path ON episode_files(original_path, instance)
 """  # the last two once more: early databases of version 3 lack them
 _V4_COLUMNS = {
-    "symlinks": ("read_utc TEXT", "read_error TEXT"),
+    "symlinks": (
+        "read_utc TEXT",
+        "read_error TEXT",
+        "unreadable_since_utc TEXT",
+        "read_failures INTEGER",
+    ),
     "series": ("year INTEGER", "tags TEXT"),
     "movies": ("tags TEXT",),
 }
@@ -4867,18 +4872,19 @@ def summarise_waits(waits: Iterable[Wait]) -> List[str]:
 PAGE = 4096  # bytes; less than that the kernel does not ask of a mount
 PIECE = 1 << 17  # bytes read in one go: a file that comes slowly does not hang
 UNREADABLE = "unreadable"  # an event, and what `broken --status` calls it; no state of a link
+UNPLAYABLE_PASSES = 3  # that failed over a day at least, before `[verify] repair` lets one go
 Try = Tuple[str, str, int]  # the mount, '' without a file on it; what went wrong, or ''; bytes read
 
 
 def places_to_read(size: int, max_bytes: int, chance: float) -> List[Tuple[int, int]]:
-    """Return (offset, length) of the head of a file and of one more place, together `max_bytes`
-    at the most; `chance`, from 0 to below 1, says which.
+    """Return (offset, length) of the head of a file and of one more place, which `chance` chooses
+    (from 0 to below 1); together `max_bytes` at the most.
     """
     half = max_bytes // 2 // PAGE * PAGE
     if size <= max_bytes or not half:
         return [(0, min(size, max_bytes))]
-    first, last = half // PAGE, (size - half) // PAGE
-    return [(0, half), (PAGE * (first + int(chance * (last - first + 1))), half)]
+    choices = (size - half) // PAGE - half // PAGE + 1
+    return [(0, half), (half + PAGE * int(chance * choices), half)]
 
 
 def read_some(looker: Looker, path: str, max_bytes: int) -> Try:
@@ -4886,22 +4892,20 @@ def read_some(looker: Looker, path: str, max_bytes: int) -> Try:
 
     Not through `Looker.ask`: a file that takes long to fail says nothing of its mount.
     """
-    place = looker.locate(os.path.dirname(path))
+    place = looker.locate(path)
+    if place.sealed:
+        return place.mount, looker.sealed[place.sealed][1], 0
+    if place.hops == looker.locate(os.path.dirname(path)).hops:
+        return "", "", 0  # it is no link any more
     try:
-        if not place.sealed:
-            looker.ask(os.readlink, path, place.mount)
-            place = looker.locate(path)
-        if place.sealed:
-            return place.mount, looker.sealed[place.sealed][1], 0
         if place.errno:
-            return place.mount, os.strerror(place.errno), 0
+            raise OSError(place.errno, os.strerror(place.errno))
         looker.slots.touch(place.real)
         if not stat.S_ISREG(os.stat(place.real).st_mode):
             return "", "", 0
         return place.mount, "", read_places(place.real, max_bytes, looker.slots)
     except OSError as exc:
-        is_link = place.real != looker.locate(os.path.dirname(path)).real
-        return place.mount * is_link, exc.strerror or str(exc), 0
+        return place.mount, exc.strerror or str(exc), 0
 
 
 def read_places(path: str, max_bytes: int, slots: Slots) -> int:
@@ -4925,6 +4929,27 @@ def read_places(path: str, max_bytes: int, slots: Slots) -> int:
     return count
 
 
+def read_links(
+    conn: sqlite3.Connection, settings: ScanSettings, paths: Iterable[str], max_bytes: int,
+    deadline: float = math.inf, tell: Callable[[str], object] = str,
+) -> Tuple[Dict[str, Try], Dict[str, str]]:  # fmt: skip
+    """Read a little of the files behind links, begin none after `deadline` (of time.monotonic());
+    return the tries, and {mount: why} of those that are to blame.
+    """
+    todo, tries = iter(paths), {}
+
+    def next_request() -> Optional[Request]:
+        path = next(todo, None) if time.monotonic() < deadline else None
+        return ("read", path, max_bytes) if path else None
+
+    with contextlib.closing(Watch(conn, settings, {"read": read_some})) as watch:
+        watch.probe()
+        for (_, path, _), answer in watch.pool.run(next_request, at_once=True):
+            tries[path] = answer
+            tell(f"verify: {plural(len(tries), 'file')}")
+    return tries, blame_mounts(tries.values(), watch.pool.sealed)
+
+
 def blame_mounts(tries: Iterable[Try], sealed: Mapping[str, Tuple[str, str]]) -> Dict[str, str]:
     """Return {mount: why} of those that are to blame: sealed off, or most of their files failed."""
     errors: Dict[str, List[str]] = defaultdict(list)
@@ -4933,12 +4958,11 @@ def blame_mounts(tries: Iterable[Try], sealed: Mapping[str, Tuple[str, str]]) ->
     blamed = {}
     for mount, found in errors.items():
         failed = list(filter(None, found))
-        if mount and len(failed) * 2 > len(found):
-            worst = Counter(failed).most_common(1)[0][0]
-            what = f"{len(failed):,} of {plural(len(found), 'file')} could not be read: {worst}"
-            blamed[mount] = f"{mount}: {what}"
         if mount in sealed:
             blamed[mount] = sealed[mount][1]
+        elif mount and len(failed) * 2 > len(found):
+            what = f"{mount}: {len(failed):,} of {plural(len(found), 'file')} could not be read"
+            blamed[mount] = f"{what}: {Counter(failed).most_common(1)[0][0]}"
     return blamed
 
 
@@ -4946,26 +4970,17 @@ def verify_links(
     conn: sqlite3.Connection, settings: ScanSettings, limit: int, max_bytes: int, deadline: float,
     tell: Callable[[str], None],
 ) -> JsonObject:  # fmt: skip
-    """Read of `limit` files behind good links, begin none after `deadline` (of time.monotonic()),
-    and return what `verify --json` shows.
+    """Read of `limit` files behind good links, those first that have waited longest, and return
+    what `verify --json` shows.
     """
     within, values = beneath_any(settings.roots)
-    select = f"""SELECT path, last_target, read_error FROM symlinks
-        WHERE status = 'ok' AND {within} ORDER BY read_utc, path LIMIT ?"""  # never: NULL, first
-    rows = [(from_db(p), from_db(t), e) for p, t, e in conn.execute(select, (*values, limit))]
-    todo, tries = iter(rows), {}
-
-    def next_request() -> Optional[Request]:
-        row = next(todo, None) if time.monotonic() < deadline else None
-        return ("read", row[0], max_bytes) if row else None
-
-    with contextlib.closing(Watch(conn, settings, {"read": read_some})) as watch:
-        watch.probe()
-        for (_, path, _), answer in watch.pool.run(next_request, at_once=True):
-            tries[path] = answer
-            tell(f"verify: {plural(len(tries), 'file')}")
-        blamed = blame_mounts(tries.values(), watch.pool.sealed)
-    items = record_tries(conn, [row for row in rows if row[0] in tries], tries, blamed)
+    select = f"""SELECT path, last_target, CASE WHEN read_error <> '' THEN unreadable_since_utc END,
+        read_failures FROM symlinks WHERE status = 'ok' AND {within}
+        ORDER BY read_utc, path LIMIT ?"""  # never: NULL, first
+    rows = {from_db(row[0]): row for row in conn.execute(select, (*values, limit))}
+    tries, blamed = read_links(conn, settings, rows, max_bytes, deadline, tell)
+    done = [(row, *tries[path]) for path, row in rows.items() if path in tries]
+    items = record_tries(conn, done, blamed)
     found = [count for mount, _, count in tries.values() if mount]
     code = EXIT_REFUSED if blamed else EXIT_PARTIAL if items else EXIT_OK
     told = [*blamed.values()] + [f"{plural(len(items), 'file')} could not be read"] * bool(items)
@@ -4977,31 +4992,63 @@ def verify_links(
 
 
 def record_tries(
-    conn: sqlite3.Connection, rows: Sequence[Tuple[str, str, Optional[str]]],
-    tries: Mapping[str, Try], blamed: Mapping[str, str],
-) -> List[JsonObject]:  # fmt: skip
-    """Record the tries of (path, target, earlier error), and return those that could not be read.
-
-    Every try is a turn.  One on a mount that is to blame, or of no file, leaves the rest as it was.
+    conn: sqlite3.Connection, tries: Iterable[Tuple[Any, str, str, int]], blamed: Collection[str]
+) -> List[JsonObject]:
+    """Record the tries of rows, and return what could not be read.  Each is a turn; one on a mount
+    that is to blame, or of no file, leaves the rest as it was.
     """
     now, items = utc_now(), []
-    last = "SELECT max(ts) FROM events WHERE path = ? AND action = 'unreadable'"
+    update = """UPDATE symlinks SET read_error = ?, unreadable_since_utc = ?, read_failures = ?
+        WHERE path = ?"""
     with transaction(conn):
-        for path, target, known in rows:
-            mount, error, _ = tries[path]
-            conn.execute("UPDATE symlinks SET read_utc = ? WHERE path = ?", (now, to_db(path)))
+        for (path, target, known, failures), mount, error, _ in tries:
+            conn.execute("UPDATE symlinks SET read_utc = ? WHERE path = ?", (now, path))
             if not mount or mount in blamed:
                 continue
-            update = "UPDATE symlinks SET read_error = ? WHERE path = ?"
-            conn.execute(update, (error or None, to_db(path)))
+            since = (known or now) if error else None
+            failures = (failures if known else 0) + 1 if error else 0
+            if (parse_time(since) or 0.0) > time.time() - DAY:
+                failures = min(failures, UNPLAYABLE_PASSES - 1)
+            conn.execute(update, (error or None, since, failures, path))
+            shown = {"path": from_db(path), "target": from_db(target)}
             if bool(error) != bool(known):
                 action = UNREADABLE if error else "readable"
-                _write_events(conn, [link_event(path, target, action, OK)])
-            if error:
-                since = conn.execute(last, (to_db(path),)).fetchone()[0]
-                when = format_time(since) if since else now
-                items.append({"path": path, "target": target, "error": error, "since": when})
+                _write_events(conn, [link_event(shown["path"], shown["target"], action, OK)])
+            items += [{**shown, "error": error, "since": since}] if error else []
     return items
+
+
+def find_unplayable(
+    conn: sqlite3.Connection, config: Config
+) -> Iterator[Tuple[str, str, Optional[str]]]:
+    """Yield, as `find_broken` does, the good links that `[verify] repair` takes for broken."""
+    within, values = beneath_any(config.scan.roots)
+    select = f"""SELECT path, last_target, unreadable_since_utc FROM symlinks
+        WHERE status = 'ok' AND read_error <> '' AND read_failures >= {UNPLAYABLE_PASSES}
+        AND {within} ORDER BY unreadable_since_utc, path"""
+    for path, target, since in conn.execute(select, values) if config.verify.repair else ():
+        yield from_db(path), from_db(target), since
+
+
+def recheck_broken(
+    conn: sqlite3.Connection, config: Config, paths: Sequence[str]
+) -> Dict[str, Tuple[str, str]]:
+    """Look at links again as `recheck_links` does, and read those again that count as broken."""
+    verdicts = recheck_links(conn, config.scan, paths)
+    found = [path for path, _, _ in find_unplayable(conn, config) if path in verdicts]
+    doubtful = [path for path in found if verdicts[path][0] == OK]
+    if doubtful:
+        # Those that could be read of late: whether it is the mount, they tell.
+        select = """SELECT path FROM symlinks WHERE status = 'ok' AND read_utc <> ''
+            AND read_error IS NULL ORDER BY read_utc DESC LIMIT ?"""
+        good = [from_db(row[0]) for row in conn.execute(select, (20 + 2 * len(doubtful),))]
+        tries, blamed = read_links(conn, config.scan, [*doubtful, *good], PIECE)
+        for path in doubtful:
+            mount, error, _ = tries[path]
+            if error:
+                why = blamed.get(mount, "")
+                verdicts[path] = (UNREACHABLE, why) if why else (BROKEN, f"unreadable: {error}")
+    return verdicts
 
 
 # ---------------------------------------------------------------------------------------------
