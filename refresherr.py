@@ -592,7 +592,7 @@ class VerifySettings:
     """Reading a little of the files behind good links."""
     files: int = setting(0, parse_count, "So many files in each run; 0 reads none.", "200")
     repair: bool = setting(False, parse_bool,
-        "Kept for later: nothing is repaired yet because it cannot be read.", "no")
+        "Have links repaired that failed to be read in 3 passes over a day.", "no")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1144,16 +1144,15 @@ _PART = re.compile(  # Part 2, pt2, (2)
 _BEHIND_YEAR = re.compile(
     r"(?i)(?:19|20)\d\d[)\]]?[ ._-]{1,4}#?(\d{1,3})(?:v\d)?(?![\da-z]|[.,]\d)")
 _SECOND_CROSS = re.compile(r"(?i)(?<![^\W_])\d{1,2}x\d{1,3}(?![\da-z])")
-_HEIGHT_NUMBERS = ("480", "576", "720")
-_PART_NUMBERS = {
-    word: number
+_PART_NUMBERS = {word: number
     for words in ("i ii iii iv v vi vii viii ix x", "one two three four five six")
     for number, word in enumerate(words.split(), 1)}
 _ID = re.compile(r"(?i)\b(?:(tmdb|tvdb)(?:id)?[-=:]([1-9]\d*)|(?:imdb(?:id)?[-=:])?(tt\d{5,}))\b")
 _PIXELS = re.compile(
     r"(?i)(?<!\d)(2160|1080|720|576|480)[pi](?![a-z])|\b(3840|1920|1280)x\d|\dx(1080|720|576|480)\b")
 _UHD = re.compile(r"(?i)(?<![a-z0-9])(4k|uhd|ultrahd)(?:remux|movies|shows)*(?![a-z0-9])")
-_HEIGHTS = {"4k": 2160, "uhd": 2160, "ultrahd": 2160, "3840": 2160, "1920": 1080, "1280": 720}
+_HEIGHTS = {"4k": 2160, "uhd": 2160, "ultrahd": 2160, "3840": 2160, "1920": 1080, "1280": 720,
+    "480": 480, "576": 576, "720": 720}
 _TAGS = re.compile(  # [REC] is a film
     r"(?i)\{[^{}]*\}|\[(?!rec\]|(?:19|20)\d\d\])[^\[\]]*\]|^www\.[^ -]+(?: *- *| +)")
 _BRACKETED_YEAR = re.compile(r"[(\[]((?:18|19|20)\d\d)(?: ?[-\u2013] ?(?:\d{4})?)?[)\]]")
@@ -1190,10 +1189,10 @@ class Work(NamedTuple):
 
 
 class Media(NamedTuple):
-    """What people are told of it: `name` is 'Title (Year)', or 'Title' without a year."""
+    """What people are told of it."""
 
     kind: str
-    name: str
+    name: str  # 'Title (Year)', or 'Title' without a year
     season: Optional[int]
     episodes: Tuple[int, ...]
 
@@ -1260,34 +1259,27 @@ def _is_extra(stem: str, title: str, told: Any, season: Optional[int]) -> bool:
     """Tell whether the name of an episode says sample, half of it, or extra."""
     words = set(normalise_title(title).split())
     for match in _BESIDE.finditer(stem):
-        if not words.issuperset(normalise_title(match[0]).split()):
-            behind = not told or not stem[told.end() : match.start()].strip(" ._-([")
-            if match["half"] or (season != 0 and (behind or not match["name"])):
-                return True
+        behind = not told or not stem[told.end() : match.start()].strip(" ._-([")
+        is_meant = match["half"] or (season != 0 and (behind or not match["name"]))
+        if is_meant and not words.issuperset(normalise_title(match[0]).split()):
+            return True
     return False
 
 
 def is_no_film(path: str, title: str, year: Optional[int]) -> bool:
-    """Tell whether the name of a file, or its folder's, denies that it is all of this film: another
-    year or part, a number behind the title, half of it, an extra.
-    """
+    """Tell whether the name of a file, or its folder's, denies that it is all of this film."""
     folder, name = ("/" + path).rsplit("/", 2)[-2:]
     stem, words = _EXTENSION.sub("", name), set(normalise_title(title).split())
     parts = {_part_number(match) for match in _PART.finditer(title)}
     for text in (stem, folder):
         beside = (normalise_title(match[0]).split() for match in _BESIDE.finditer(text))
-        if any(not words.issuperset(word) for word in beside):
+        others = {_part_number(match) for match in _PART.finditer(text)} - parts
+        if others or not all(map(words.issuperset, beside)):
             return True
-        if {_part_number(match) for match in _PART.finditer(text)} - parts:
-            return True
-    last = normalise_title(_parse_title(stem)[0]).split()[-1:]
-    is_numbered = bool(last) and last[0].isdecimal() and last[0] not in words
-    behind = _BEHIND_YEAR.search(stem)
-    if is_numbered or (behind and behind[1] not in words and behind[1] not in _HEIGHT_NUMBERS):
-        return True
-    return _has_other_year(stem, title, year) or (
-        not _BARE_YEAR.search(stem) and _has_other_year(folder, title, year)
-    )
+    numbers = [n for n in normalise_title(_parse_title(stem)[0]).split()[-1:] if n.isdecimal()]
+    numbers += [match[1] for match in _BEHIND_YEAR.finditer(stem) if match[1] not in _HEIGHTS]
+    dated = stem if _BARE_YEAR.search(stem.replace("_", " ")) else folder
+    return not words.issuperset(numbers) or _has_other_year(dated, title, year)
 
 
 def _has_other_year(text: str, title: str, year: Optional[int]) -> bool:
@@ -1314,7 +1306,7 @@ def _read_part(tail: str, episode: int = 0) -> Tuple[int, bool]:
 
 
 def _part_number(match: Any) -> int:
-    digits = match[4] or match[3].lower() if match[3] else match[4]
+    digits = (match[3] or match[4]).lower()
     return _PART_NUMBERS.get(digits) or (int(digits) if digits.isdecimal() else 0)
 
 
@@ -4950,19 +4942,16 @@ def read_links(
     return tries, blame_mounts(tries.values(), watch.pool.sealed)
 
 
-def blame_mounts(tries: Iterable[Try], sealed: Mapping[str, Tuple[str, str]]) -> Dict[str, str]:
+def blame_mounts(tries: Collection[Try], sealed: Mapping[str, Tuple[str, str]]) -> Dict[str, str]:
     """Return {mount: why} of those that are to blame: sealed off, or most of their files failed."""
-    errors: Dict[str, List[str]] = defaultdict(list)
-    for mount, error, _ in tries:
-        errors[mount].append(error)
-    blamed = {}
-    for mount, found in errors.items():
-        failed = list(filter(None, found))
-        if mount in sealed:
-            blamed[mount] = sealed[mount][1]
-        elif mount and len(failed) * 2 > len(found):
-            what = f"{mount}: {len(failed):,} of {plural(len(found), 'file')} could not be read"
-            blamed[mount] = f"{what}: {Counter(failed).most_common(1)[0][0]}"
+    tried = Counter(mount for mount, _, _ in tries if mount)
+    failed = Counter(mount for mount, error, _ in tries if mount and error)
+    errors = {mount: error for mount, error, _ in tries if error}
+    blamed = {mount: sealed[mount][1] for mount in tried if mount in sealed}
+    for mount, count in failed.items():
+        if count * 2 > tried[mount] and mount not in blamed:
+            what = f"{count:,} of {plural(tried[mount], 'file')} could not be read"
+            blamed[mount] = f"{mount}: {what}: {errors[mount]}"
     return blamed
 
 
@@ -4974,13 +4963,17 @@ def verify_links(
     what `verify --json` shows.
     """
     within, values = beneath_any(settings.roots)
-    select = f"""SELECT path, last_target, CASE WHEN read_error <> '' THEN unreadable_since_utc END,
-        read_failures FROM symlinks WHERE status = 'ok' AND {within}
+    select = f"""SELECT path, last_target, read_error, unreadable_since_utc, read_failures
+        FROM symlinks WHERE status = 'ok' AND {within}
         ORDER BY read_utc, path LIMIT ?"""  # never: NULL, first
     rows = {from_db(row[0]): row for row in conn.execute(select, (*values, limit))}
     tries, blamed = read_links(conn, settings, rows, max_bytes, deadline, tell)
-    done = [(row, *tries[path]) for path, row in rows.items() if path in tries]
-    items = record_tries(conn, done, blamed)
+    with transaction(conn):
+        # Each try is a turn; on a mount that is to blame, or of no file, it tells nothing else.
+        turns = [(utc_now(), to_db(path)) for path in tries]
+        conn.executemany("UPDATE symlinks SET read_utc = ? WHERE path = ?", turns)
+        told = [path for path, (mount, _, _) in tries.items() if mount and mount not in blamed]
+        items = [item for path in told for item in record_try(conn, rows[path], tries[path][1])]
     found = [count for mount, _, count in tries.values() if mount]
     code = EXIT_REFUSED if blamed else EXIT_PARTIAL if items else EXIT_OK
     told = [*blamed.values()] + [f"{plural(len(items), 'file')} could not be read"] * bool(items)
@@ -4991,36 +4984,22 @@ def verify_links(
     }  # fmt: skip
 
 
-def record_tries(
-    conn: sqlite3.Connection, tries: Iterable[Tuple[Any, str, str, int]], blamed: Collection[str]
-) -> List[JsonObject]:
-    """Record the tries of rows, and return what could not be read.  Each is a turn; one on a mount
-    that is to blame, or of no file, leaves the rest as it was.
-    """
-    now, items = utc_now(), []
+def record_try(conn: sqlite3.Connection, row: Sequence[Any], error: str) -> List[JsonObject]:
+    """Record the try of a row, and return it if its file could not be read."""
+    path, target, known, since, failures = from_db(row[0]), from_db(row[1]), *row[2:]
+    since, failures = (since, failures + 1) if known and since else (utc_now(), 1)
+    if time.time() - (parse_time(since) or 0.0) < DAY:
+        failures = min(failures, UNPLAYABLE_PASSES - 1)
     update = """UPDATE symlinks SET read_error = ?, unreadable_since_utc = ?, read_failures = ?
         WHERE path = ?"""
-    with transaction(conn):
-        for (path, target, known, failures), mount, error, _ in tries:
-            conn.execute("UPDATE symlinks SET read_utc = ? WHERE path = ?", (now, path))
-            if not mount or mount in blamed:
-                continue
-            since = (known or now) if error else None
-            failures = (failures if known else 0) + 1 if error else 0
-            if (parse_time(since) or 0.0) > time.time() - DAY:
-                failures = min(failures, UNPLAYABLE_PASSES - 1)
-            conn.execute(update, (error or None, since, failures, path))
-            shown = {"path": from_db(path), "target": from_db(target)}
-            if bool(error) != bool(known):
-                action = UNREADABLE if error else "readable"
-                _write_events(conn, [link_event(shown["path"], shown["target"], action, OK)])
-            items += [{**shown, "error": error, "since": since}] if error else []
-    return items
+    conn.execute(update, (error or None, since, failures, row[0]))
+    if bool(error) != bool(known):
+        action = UNREADABLE if error else "readable"
+        _write_events(conn, [link_event(path, target, action, OK)])
+    return [{"path": path, "target": target, "error": error, "since": since}] if error else []
 
 
-def find_unplayable(
-    conn: sqlite3.Connection, config: Config
-) -> Iterator[Tuple[str, str, Optional[str]]]:
+def find_unplayable(conn: sqlite3.Connection, config: Config) -> Iterator[Tuple[str, str, str]]:
     """Yield, as `find_broken` does, the good links that `[verify] repair` takes for broken."""
     within, values = beneath_any(config.scan.roots)
     select = f"""SELECT path, last_target, unreadable_since_utc FROM symlinks
@@ -5035,18 +5014,16 @@ def recheck_broken(
 ) -> Dict[str, Tuple[str, str]]:
     """Look at links again as `recheck_links` does, and read those again that count as broken."""
     verdicts = recheck_links(conn, config.scan, paths)
-    found = [path for path, _, _ in find_unplayable(conn, config) if path in verdicts]
-    doubtful = [path for path in found if verdicts[path][0] == OK]
+    doubtful = [p for p, _, _ in find_unplayable(conn, config) if verdicts.get(p) == (OK, "")]
     if doubtful:
-        # Those that could be read of late: whether it is the mount, they tell.
+        # Those that could be read of late tell whether it is the mount.
         select = """SELECT path FROM symlinks WHERE status = 'ok' AND read_utc <> ''
             AND read_error IS NULL ORDER BY read_utc DESC LIMIT ?"""
         good = [from_db(row[0]) for row in conn.execute(select, (20 + 2 * len(doubtful),))]
         tries, blamed = read_links(conn, config.scan, [*doubtful, *good], PIECE)
-        for path in doubtful:
-            mount, error, _ = tries[path]
+        for path, (mount, error, _) in ((path, tries[path]) for path in doubtful):
             if error:
-                why = blamed.get(mount, "")
+                why = blamed.get(mount)
                 verdicts[path] = (UNREACHABLE, why) if why else (BROKEN, f"unreadable: {error}")
     return verdicts
 
@@ -5064,14 +5041,11 @@ REMOVED = "removed"  # a state, too
 # What undo may take back: not the removals of a dispatch, which go with the server's file record.
 _UNDOABLE = """(state IN ('done', 'undone') OR state = 'removed'
     AND run_id IN (SELECT run_id FROM runs WHERE command = 'prune'))"""
-WOULD_REPLACE, NOT_CHANGED, READY, IN_ERROR = (
-    "would replace",
-    "skipped",
-    "ready",
-    "error",
-)  # and DONE: LinkChange.result
+NOT_CHANGED, READY, IN_ERROR = "skipped", "ready", "error"  # and DONE: LinkChange.result
+WOULD_REPLACE = "would replace"
 CHANGES_AT_ONCE = 250  # links that are looked at, changed and verified together
 COPIES_TRIED = 8  # copies of one episode or movie that are looked at
+FILES_TRIED, LEVELS_TRIED, PLACES_TRIED = 5, 4, 100  # where files may have moved to
 HD, FULL_HD, UHD = 720, 1080, 2160
 # Folders that hold no episode and no movie, though a name in them may look like one.
 NO_CONTENT = re.compile(
@@ -5089,10 +5063,8 @@ _FOLDERS_TABLE = """CREATE TABLE IF NOT EXISTS cinesync_folders (
 
 
 def visit_copies(looker: Looker, base: str, folder: str, known: int) -> Answer:
-    """Look for CineSync's links in a directory below `base`; answers in a worker process.
-
-    Returns (mtime, directories, items), the last two None where it is the one that is known; ()
-    where nothing is, or the reason why it cannot be read.
+    """Return (mtime, directories, items) of a directory of CineSync's, the last two None where the
+    mtime is the known one; () where nothing is; or why it cannot be read.  Answers in a worker.
     """
     try:
         place = looker.locate(folder)
@@ -5126,10 +5098,8 @@ def list_copies(base: str, folder: str) -> Tuple[List[str], List[Tuple[Any, ...]
 def index_copies(
     conn: sqlite3.Connection, settings: ScanSettings, base: str, accept_shrink: bool
 ) -> int:
-    """Bring the index up to date, and return how many movies and episodes it holds.
-
-    Raises RefusedError, and leaves the index as it was, when nothing is left of it, or less than
-    half since the last run that was not refused.
+    """Bring the index up to date, and return how many movies and episodes it holds.  RefusedError,
+    and the index stays, when less than half is left since the last run that was not refused.
     """
     conn.execute(_FOLDERS_TABLE)
     select = "SELECT path, mtime_ns FROM cinesync_folders"
@@ -5199,10 +5169,9 @@ class Copy(NamedTuple):
 def match_work(
     wanted: Work, copies: Sequence[Copy], shared: Collection[str] = ()
 ) -> Tuple[List[Copy], str]:
-    """Return the copies that may hold the wanted movie or episodes; [] and why there is none.
-
-    An equal id decides, else title and year, or title and one of the folders of CineSync's that
-    have a file with the library's folder in common: `shared`.
+    """Return the copies that may hold the wanted movie or episodes; [] and why there is none.  An
+    equal id decides, else title and year, or title and a folder of CineSync's that has a file in
+    common with the library's: `shared`.
     """
     title = normalise_title(wanted.title)
     kin = [copy for copy in copies if _may_be_same_work(copy.work, wanted)]
@@ -5217,33 +5186,29 @@ def match_work(
         if len(rivals) > 1:
             examples = " or ".join(sorted(rivals.values())[:2])
             return [], f"cannot tell which is meant: {examples}"
-    parts = [copy for copy in same if _may_be_same_part(copy.work, wanted)]
+    parts = [copy for copy in same if is_same_part(wanted, copy.work, is_copy=True)]
     what = "the series, not this episode" if same else "no copy of it"
     return parts, "" if parts else f"CineSync has {what}"
 
 
 def _may_be_same_work(one: Work, other: Work) -> bool:
-    """Tell whether neither kind nor id nor year speaks against it."""
     ids_differ = any(other.ids.get(name, value) != value for name, value in one.ids.items())
     years_differ = one.year and other.year and abs(one.year - other.year) > 1
     return one.kind == other.kind and not ids_differ and not years_differ
 
 
-def _may_be_same_part(copy: Work, wanted: Work) -> bool:
-    # CineSync's own names keep the first of several episodes only: the file will tell.
-    is_first = copy.episodes == wanted.episodes[:1]
-    return is_same_part(wanted, copy._replace(episodes=wanted.episodes) if is_first else copy)
-
-
-def is_same_part(wanted: Work, found: Work) -> bool:
-    """Tell whether one work's episodes are the other's; a movie has one part."""
+def is_same_part(wanted: Work, found: Work, is_copy: bool = False) -> bool:
+    """Tell whether one work's episodes are the other's; a movie has one part.  Of several episodes
+    CineSync's own names keep the first: with a copy the file will tell.
+    """
+    is_less = wanted.part[1] or found.part[1] or (wanted.part[0] and found.part[0])
     if wanted.kind == "movie":
         return True
-    is_less = wanted.part[1] or found.part[1] or (wanted.part[0] and found.part[0])
     if wanted.part[0] != found.part[0] and is_less:
         return False
     if wanted.episodes and found.episodes:
-        return (wanted.season, wanted.episodes) == (found.season, found.episodes)
+        episodes = (wanted.episodes, wanted.episodes[: 1 if is_copy else None])
+        return wanted.season == found.season and found.episodes in episodes
     if wanted.number[1]:
         return (wanted.season, wanted.number) == (found.season, found.number)
     return wanted.date != "" and wanted.date == found.date
@@ -5273,9 +5238,7 @@ def is_denied(wanted: Work, path: str) -> bool:
 
 
 def is_fit(own: int, found: int) -> bool:
-    """Tell whether a height may stand in for a link's own: no SD for HD, no 2160p for less; 0 is
-    unknown.
-    """
+    """Tell whether a height (0: unknown) may stand in: no SD for HD, no 2160p for less."""
     return not (own >= HD > found > 0) and not (found >= UHD > own)
 
 
@@ -5290,6 +5253,7 @@ class LinkChange:
     old: str
     new: str = ""
     via: str = ""  # where that was found, or why it goes
+    file: str = ""  # the real file that it must lead to then
     work: Work = parse_work("")
     copies: Sequence[Copy] = ()  # what might replace its file
     result: str = NOT_CHANGED
@@ -5316,8 +5280,7 @@ def read_link(path: str) -> str:
 
 def swap_link(change: LinkChange, old: str, new: str) -> None:
     """Point a link elsewhere: at every moment it is the old one or the new one; '' is none.
-
-    OSError, and the old one stands, if it is not `old` any more or cannot be replaced.
+    OSError, and nothing is changed, if it is not `old` any more or cannot be replaced.
     """
     folder = os.path.dirname(change.path)
     if not old:
@@ -5399,7 +5362,8 @@ class Journal(NamedTuple):
                     refused.update([why] if status == UNREACHABLE else ())
                 elif read_link(change.path) != change.old:
                     change.reason = "it points elsewhere since the last scan"
-            ready = choose([change for change in part if not change.reason])[:left]
+            ready = [change for change in part if not change.reason]
+            ready = choose(ready)[:left] if ready else []
             left -= len(ready)
             for change in ready:
                 change.result = READY
@@ -5412,10 +5376,7 @@ class Journal(NamedTuple):
         return refused
 
     def change(self, changes: Sequence[LinkChange], must_work: bool = True) -> None:
-        """Make changes; the result of each is 'done', or 'error' with a reason.
-
-        With `must_work` a link that does not lead to its file then is put back.
-        """
+        """Make changes; with `must_work` a link that does not lead to its file then is put back."""
         insert = """INSERT INTO link_changes (run_id, path, old_target, new_target, state,
             changed_utc) VALUES (?, ?, ?, ?, 'planned', ?)"""
         # On the disk before a link is changed: in WAL mode a commit is not, by default.
@@ -5450,7 +5411,8 @@ class Journal(NamedTuple):
         done = {change.path: change for change in changes}
         for look in _look_at(self.conn, self.settings, list(done), read=True):
             # The kernel may remember what nobody can read now.
-            why = look.blocked or ("" if look.file else look.detail or "its file cannot be read")
+            is_right = look.file and look.file == (done[look.path].file or look.file)
+            why = look.blocked or ("" if is_right else look.detail or "its file cannot be read")
             done[look.path].verdict = (UNREACHABLE, why) if why else (OK, "")
         doubtful = [path for path, change in done.items() if change.verdict[1]]
         for path, verdict in recheck_links(self.conn, self.settings, doubtful).items():
@@ -5459,9 +5421,7 @@ class Journal(NamedTuple):
     def record(self, changes: Iterable[LinkChange]) -> None:
         """Write what became of changes: the journal, and of those that were made the link."""
         conn = self.conn
-        update = (
-            "UPDATE link_changes SET state = ?, reason = ?, changed_utc = ? WHERE change_id = ?"
-        )
+        update = "UPDATE link_changes SET state=?, reason=?, changed_utc=? WHERE change_id=?"
         with transaction(conn):
             for change in changes:
                 action, state = ("relinked", DONE) if change.new else (REMOVED, REMOVED)
@@ -5523,18 +5483,24 @@ class Journal(NamedTuple):
 # The repair
 
 
-def spell_target(file: str, prefixes: Mapping[str, str], path: str, old: str) -> str:
-    """Return a real file as the user writes it: below {prefix as written: as resolved}, that which
-    has most in common with the link's old target; relative where that was relative.
+def spell_target(
+    file: str, prefixes: Mapping[str, str], path: str, old: str, goal: str = ""
+) -> str:
+    """Return a real file as the user writes it, below {prefix as written: as resolved}, or that of
+    the old target (`goal` as resolved), most like the old one; relative where that was relative.
     """
     folder = os.path.dirname(path)
-    goal = os.path.normpath(os.path.join(folder, old))
+    written = os.path.normpath(os.path.join(folder, old))
+    one, other = written.split("/"), (goal or written).split("/")
+    while one and other and one[-1] == other[-1]:
+        del one[-1], other[-1]
+    own = {"/".join(one): "/".join(other)}
     spelled = [
-        written.rstrip("/") + file[len(real.rstrip("/")) :]
-        for written, real in prefixes.items()
+        prefix.rstrip("/") + file[len(real.rstrip("/")) :]
+        for prefix, real in {**prefixes, **own}.items()
         if is_under(file, real)
     ]
-    best = max(spelled, key=lambda text: len(os.path.commonpath((text, goal))), default=file)
+    best = max(spelled, key=lambda text: len(os.path.commonpath((text, written))), default=file)
     return best if os.path.isabs(old) else os.path.relpath(best, folder)
 
 
@@ -5624,9 +5590,7 @@ class Relinker:
         return [link for link in links if link.copies]
 
     def find_shared(self, folders: Iterable[str]) -> Dict[str, Set[str]]:
-        """Return, of folders of the library, CineSync's that some good link of it shares a file
-        with.
-        """
+        """Return, of the library's folders, those of CineSync's that share a file with it."""
         goods: Dict[str, str] = {}
         found: Dict[str, Set[str]] = defaultdict(set)
         for folder in folders:
@@ -5645,6 +5609,7 @@ class Relinker:
     def choose(self, links: List[LinkChange]) -> List[LinkChange]:
         """Look at the copies this very moment; return the links that can be replaced."""
         paths = {copy.path for link in links for copy in link.copies[:COPIES_TRIED]}
+        paths.update(link.path for link in links)
         looks = {look.path: look for look in _look_at(self.conn, self.scan, list(paths), read=True)}
         self.refused.update(look.blocked for look in looks.values() if look.blocked)
         with transaction(self.conn):
@@ -5652,12 +5617,13 @@ class Relinker:
             seen = [(bool(look.file), to_db(path)) for path, look in looks.items()]
             self.conn.executemany(update, seen)
         for link in links:
+            own = looks.get(link.path, Look(link.path, NO_LINK))
             for copy in link.copies[:COPIES_TRIED]:
                 look = looks.get(copy.path, Look(copy.path, NO_LINK, "it is gone"))
                 link.reason = self.why_not(link, copy, look)
                 if not link.reason:
-                    link.via = copy.path
-                    link.new = spell_target(look.file, self.allowed, link.path, link.old)
+                    link.via, link.file = copy.path, look.file
+                    link.new = spell_target(look.file, self.allowed, link.path, link.old, own.goal)
                     break
         return [link for link in links if link.new]
 
@@ -5724,8 +5690,8 @@ def _distance(wanted: Work, copy: Copy) -> Tuple[int, str]:
 
 
 def describe_link(path: str, target: str, server_ids: Mapping[str, str]) -> Work:
-    """Return the work behind a broken link: its path below its root says it, the lost file's name
-    adds resolution and year, the owning server the ids.
+    """Return the work behind a broken link: by its path below its root, the lost file's name, and
+    what the owning server has told.
     """
     work, lost = parse_work(path), parse_work(target)
     is_same = normalise_title(lost.title) == normalise_title(work.title)
@@ -5869,9 +5835,8 @@ def undo_changes(journal: Journal, wanted: Optional[int], paths: Sequence[str]) 
 
 def retarget_links(journal: Journal, old: str, new: str, limit: Optional[int]) -> JsonObject:
     """Point the links that cannot be followed and lead beneath `old` to the same place beneath
-    `new`, where a file is, and return what `retarget --json` shows.
-
-    Raises RefusedError when `new` is on a mount that is not to be trusted, or is missing or empty.
+    `new`, where the file is, and return what `retarget --json` shows.  RefusedError when `new` is
+    missing, empty, or on a mount that is not to be trusted.
     """
     journal.settle()
     conn, settings = journal.conn, journal.settings
@@ -5879,6 +5844,10 @@ def retarget_links(journal: Journal, old: str, new: str, limit: Optional[int]) -
     state, reason, _ = look_at_places(conn, settings, [new])[0][new]
     if state != "scanned":
         raise RefusedError(f"{new}: {reason}")
+    sizes: Dict[str, int] = {}  # as the servers know them; a page is less than a video, not a link
+    for table in ("movie_files", "episode_files"):
+        select = f"SELECT symlink_path, size_bytes FROM {table} WHERE size_bytes > {PAGE}"
+        sizes.update((from_db(path), size) for path, size in conn.execute(select) if path)
     select = f"SELECT path, last_target FROM symlinks WHERE {IS_LOST} ORDER BY path"
     changes: List[LinkChange] = []
     for path, target in ((from_db(p), from_db(t)) for p, t in conn.execute(select)):
@@ -5889,18 +5858,80 @@ def retarget_links(journal: Journal, old: str, new: str, limit: Optional[int]) -
     changes = changes[:limit]
 
     def find_files(links: List[LinkChange]) -> List[LinkChange]:
-        paths = [link.via for link in links]
-        looks = {look.path: look for look in _look_at(conn, settings, paths, read=True)}
-        blocked.update(look.blocked for look in looks.values() if look.blocked)
-        for link in links:
-            look = looks.get(link.via, Look(link.via, NO_LINK))
-            if not look.file:
-                why = look.blocked or look.detail
-                link.reason = f"no file to be read there: {link.via} {why}".rstrip()
+        with contextlib.closing(Watch(conn, settings, {"file": examine_file})) as watch:
+            watch.probe()
+            answers = watch.pool.ask_all([("file", link.via) for link in links])
+        for link, (size, why) in zip(links, answers):
+            wanted = sizes.get(link.path, size)
+            blocked.update([why] if size is None else ())
+            if why:
+                link.reason = f"no file to be read there: {link.via}: {why}"
+            elif size != wanted:
+                link.reason = f"another file: {link.via} has {size:,} bytes, not {wanted:,}"
         return [link for link in links if not link.reason]
 
     journal.carry_out(changes, find_files, wanted=(BROKEN, UNREACHABLE))
     return journal.report(changes, "replace", blocked)
+
+
+def examine_file(looker: Looker, path: str) -> Tuple[Optional[int], str]:
+    """Return the size of a file that can be read, or -1 and why it cannot, None where nothing is
+    asked of its mount; answers in a worker process.
+    """
+    place = looker.locate(path)
+    if place.sealed:
+        return None, looker.sealed[place.sealed][1]
+    try:
+        return os.path.getsize(looker.ask(read_file, path, place.mount)), ""
+    except OSError as exc:
+        return -1, exc.strerror or str(exc)
+
+
+def list_some(looker: Looker, path: str) -> List[str]:
+    """Return the paths of some names in a directory; answers in a worker process."""
+    place = looker.locate(path)
+    with contextlib.suppress(OSError):
+        names = [] if place.sealed else looker.ask(looker.list_names, path, place.mount)
+        return [os.path.join(path, name) for name in sorted(names)[:PLACES_TRIED]]
+    return []
+
+
+def propose_retarget(
+    conn: sqlite3.Connection, settings: ScanSettings, goals: Collection[str]
+) -> Optional[Tuple[str, str]]:
+    """Return (old, new) where most of some lost files lie beneath `new` as they did beneath `old`:
+    a level higher or lower, or in a sibling; of a bounded number of places.
+    """
+    sample = sorted(goals)[:: len(goals) // FILES_TRIED + 1]
+    answerers = {"file": examine_file, "list": list_some}
+    with contextlib.closing(Watch(conn, settings, answerers)) as watch:
+        watch.probe()
+        top = os.path.commonpath([os.path.dirname(goal) for goal in sample])
+        for old in itertools.islice(ancestors(top), LEVELS_TRIED):
+            above = os.path.dirname(old)
+            listed = watch.pool.ask_all([("list", old), ("list", above)])
+            places = [above, *itertools.chain.from_iterable(listed)]
+            wanted = [(new, goal) for new in places if new != old for goal in sample]
+            asked = [("file", os.path.join(new, os.path.relpath(g, old))) for new, g in wanted]
+            found = zip(wanted, watch.pool.ask_all(asked))
+            count = Counter(new for (new, _), (_, why) in found if not why)
+            for new, number in count.most_common(1):
+                if number * 2 > len(sample):
+                    return old, new
+    return None
+
+
+def describe_moves(conn: sqlite3.Connection, settings: ScanSettings) -> List[str]:
+    """Return which `retarget` would bring back what is held as an outage, mount by mount."""
+    held: Dict[str, Set[str]] = defaultdict(set)
+    select = "SELECT mount_point, goal FROM doubts WHERE defence IN ('empty', 'witness', 'guard')"
+    for mount, goal in conn.execute(select):
+        held[from_db(mount)].add(from_db(goal))
+    told = []
+    for old, new in filter(None, (propose_retarget(conn, settings, g) for g in held.values())):
+        command = f"`retarget {shell_quote(old)} {shell_quote(new)}` points the links there"
+        told.append(f"what is missing beneath {old} is found beneath {new}: {command}")
+    return told
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6933,7 +6964,8 @@ def queue_repairs(conn: sqlite3.Connection, config: Config) -> JsonObject:
     owners: Dict[str, Optional[Owner]] = {}
     seasons: Dict[str, str] = {}
     young: Dict[str, str] = {}  # seasons of which a link is still to grow older: why
-    for path, target, since_utc in find_broken(conn, config.scan.roots):
+    found = find_broken(conn, config.scan.roots)
+    for path, target, since_utc in itertools.chain(found, find_unplayable(conn, config)):
         since = parse_time(since_utc) or 0.0
         owner = find_owner(conn, config.instances, path, target)
         seasons[path] = name_season(config, path, owner)
@@ -6957,7 +6989,7 @@ def queue_repairs(conn: sqlite3.Connection, config: Config) -> JsonObject:
     for path in [path for path in owners if seasons[path] in young]:
         skipped[young[seasons[path]]] += 1  # its season waits for the youngest
         del owners[path]
-    verdicts = recheck_links(conn, config.scan, list(owners))
+    verdicts = recheck_broken(conn, config, list(owners))
     for path in list(owners):
         status, why = verdicts.get(path, (MISSING, ""))
         if status != BROKEN:
@@ -7438,7 +7470,7 @@ class Dispatcher:
         if self.hung:
             return dict.fromkeys(paths, (UNREACHABLE, self.hung))
         started = time.monotonic()
-        verdicts = recheck_links(self.conn, self.config.scan, paths)
+        verdicts = recheck_broken(self.conn, self.config, paths)
         if time.monotonic() - started >= self.config.scan.stat_timeout:
             self.hung = dict(verdicts.values()).get(UNREACHABLE, "")
         return verdicts
@@ -9856,6 +9888,8 @@ def run_scan(context: Context) -> JsonObject:
         if args.exit_code and result["exit_code"] == EXIT_OK and result["totals"]["broken"]:
             result["exit_code"] = EXIT_BROKEN
         result["problems"] = name_scan_problems(conn, result)
+        if result["exit_code"] == EXIT_REFUSED:
+            result["problems"] += describe_moves(conn, settings)
         if result["problems"]:
             head = "no root could be scanned: " * (result["exit_code"] == EXIT_FAILED)
             result["message"] = head + "; ".join(result["problems"])
