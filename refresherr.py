@@ -4869,9 +4869,7 @@ Try = Tuple[str, str, int]  # the mount, '' without a file on it; what went wron
 
 
 def places_to_read(size: int, max_bytes: int, chance: float) -> List[Tuple[int, int]]:
-    """Return (offset, length) of the head of a file and of one more place, which `chance` chooses
-    (from 0 to below 1); together `max_bytes` at the most.
-    """
+    """Return (offset, length) of a file's head and of the place that `chance`, below 1, chooses."""
     half = max_bytes // 2 // PAGE * PAGE
     if size <= max_bytes or not half:
         return [(0, min(size, max_bytes))]
@@ -4880,10 +4878,7 @@ def places_to_read(size: int, max_bytes: int, chance: float) -> List[Tuple[int, 
 
 
 def read_some(looker: Looker, path: str, max_bytes: int) -> Try:
-    """Read a little of the file behind a link; answers in a worker process.
-
-    Not through `Looker.ask`: a file that takes long to fail says nothing of its mount.
-    """
+    """Read a little of the file behind a link; answers in a worker process."""
     place = looker.locate(path)
     if place.sealed:
         return place.mount, looker.sealed[place.sealed][1], 0
@@ -4892,7 +4887,7 @@ def read_some(looker: Looker, path: str, max_bytes: int) -> Try:
     try:
         if place.errno:
             raise OSError(place.errno, os.strerror(place.errno))
-        looker.slots.touch(place.real)
+        looker.slots.touch(place.real)  # not `ask`: a slow failure says nothing of its mount
         if not stat.S_ISREG(os.stat(place.real).st_mode):
             return "", "", 0
         return place.mount, "", read_places(place.real, max_bytes, looker.slots)
@@ -5322,16 +5317,6 @@ def _give(path: str, like: os.stat_result) -> None:
         os.lchown(path, like.st_uid, like.st_gid)
 
 
-def _sync_directories(changes: Iterable[LinkChange]) -> None:
-    for directory in {os.path.dirname(change.path) for change in changes}:
-        with contextlib.suppress(OSError):  # some file systems cannot
-            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
 class Journal(NamedTuple):
     """Has links changed, each noted in `link_changes` first; without a `run_id` as a preview."""
 
@@ -5392,10 +5377,8 @@ class Journal(NamedTuple):
             except OSError as exc:
                 change.result, change.reason = IN_ERROR, exc.strerror or str(exc)
         done = [change for change in changes if change.stands]
-        _sync_directories(done)
         self.look_at(done)
-        failed = [c for c in done if must_work and c.new and c.verdict[0] != OK]
-        for change in failed:
+        for change in (c for c in done if must_work and c.new and c.verdict[0] != OK):
             status, why = change.verdict
             change.result, change.reason = IN_ERROR, f"put back, for it is {status}: {why}"
             try:
@@ -5403,7 +5386,6 @@ class Journal(NamedTuple):
                 change.stands = False
             except OSError as exc:
                 change.reason = f"it is {status}, and cannot be put back: {exc.strerror}"
-        _sync_directories(failed)
         self.record(changes)
 
     def look_at(self, changes: Iterable[LinkChange]) -> None:
@@ -5425,8 +5407,8 @@ class Journal(NamedTuple):
         with transaction(conn):
             for change in changes:
                 action, state = ("relinked", DONE) if change.new else (REMOVED, REMOVED)
-                state, reason = state if change.stands else NOT_DONE, escape(change.reason) or None
-                conn.execute(update, (state, reason, utc_now(), change.number))
+                values = state if change.stands else NOT_DONE, escape(change.reason or change.via)
+                conn.execute(update, (*values, utc_now(), change.number))
                 if not change.stands:
                     continue
                 known, target = find_link(conn, change.path), change.new or change.old
@@ -5543,13 +5525,12 @@ class Relinker:
         base, roots, allowed = settings.base, settings.roots, settings.allowed_targets
         places, _ = look_at_places(self.conn, self.scan, (base, *roots, *allowed))
         state, reason, real_base = places[base]
-        for real in filter(None, (places[root][2] for root in roots) if real_base else ()):
+        for real in filter(None, (places[root][2] for root in roots if real_base)):
             refuse_base(real_base, real)
             refuse_base(real, real_base)  # no better the other way round
         if state != "scanned":
             raise RefusedError(f"CineSync's base {base}: {reason}")
-        for path in (*roots, *allowed):
-            state, reason, _ = places[path]
+        for path, (state, reason, _) in places.items():
             if state == "refused":
                 self.refused.add(reason)
             elif state != "scanned":
@@ -5677,9 +5658,8 @@ class Relinker:
         roots, allowed = ",".join(self.settings.roots), ",".join(self.settings.allowed_targets)
         row.update(repair_roots=to_db(roots), cinesync_base=to_db(self.settings.base),
             allowed_prefixes=to_db(allowed), indexed_count=self.indexed or None)  # fmt: skip
-        insert = (
-            f"INSERT INTO cinesync_runs ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
-        )
+        columns, marks = ", ".join(row), ", ".join("?" * len(row))
+        insert = f"INSERT INTO cinesync_runs ({columns}) VALUES ({marks})"
         self.conn.execute(insert, [*row.values()])
 
 
@@ -5786,25 +5766,6 @@ def find_changing_run(conn: sqlite3.Connection, wanted: Optional[int]) -> Option
     return int(summary.get("cinesync", {}).get("run_id") or wanted)  # a run changes links as that
 
 
-def plan_undo(journal: Journal, changes: List[LinkChange]) -> List[LinkChange]:
-    """Return the changes that can be taken back; the others say why not."""
-    for change in journal.within_reach(changes):
-        stands, root = read_link(change.path), find_ancestor(change.path, journal.settings.roots)
-        is_other = not stands and os.path.lexists(change.path)  # no link
-        folder = root or os.path.dirname(change.path)
-        if not change.new:
-            change.reason = "undo removes no link; prune does"
-        elif not (change.old or os.path.isdir(folder)):
-            change.reason = f"{folder} is not there"
-        elif stands == change.old and not is_other:
-            change.result = READY
-        elif stands == change.new:
-            change.result, change.reason = DONE, "it was put back already"
-        else:
-            change.reason = "somebody else has changed it since"
-    return [change for change in changes if change.result == READY]
-
-
 def undo_changes(journal: Journal, wanted: Optional[int], paths: Sequence[str]) -> JsonObject:
     """Put the links of a run back, newest first, by default the last one that changed links, and
     return what `undo --json` shows.
@@ -5814,23 +5775,38 @@ def undo_changes(journal: Journal, wanted: Optional[int], paths: Sequence[str]) 
     select = f"""SELECT change_id, path, new_target, old_target, state FROM link_changes
         WHERE run_id = ? AND {_UNDOABLE} ORDER BY change_id DESC"""
     rows = [row for row in conn.execute(select, (wanted,)) if not paths or from_db(row[1]) in paths]
-    changes = {
-        number: LinkChange(from_db(path), from_db(new), from_db(old))
-        for number, path, new, old, state in rows
-        if state != UNDONE
-    }
-    ready = plan_undo(journal, list(changes.values()))
+    todo = [row for row in rows if row["state"] != UNDONE]
+    changes = [LinkChange(from_db(p), from_db(new), from_db(old)) for _, p, new, old, _ in todo]
+    for change in journal.within_reach(changes):
+        plan_undo(change, journal.settings.roots)
     if journal.run_id is not None:
-        journal.change(ready, must_work=False)
-        undone = [(number,) for number, change in changes.items() if change.result == DONE]
+        journal.change([change for change in changes if change.result == READY], must_work=False)
+        undone = [row[:1] for row, change in zip(todo, changes) if change.result == DONE]
         with transaction(conn):
             update = "UPDATE link_changes SET state = 'undone' WHERE change_id = ?"
             conn.executemany(update, undone)
-    result = {**journal.report(changes.values(), "restore"), "run_id": wanted}
+    result = {**journal.report(changes, "restore"), "run_id": wanted}
     if not changes:
         done = "is undone already" if rows else "has changed no link"
         result["message"] = f"run {wanted} {done}" if wanted else "no run has changed a link"
     return result
+
+
+def plan_undo(change: LinkChange, roots: Collection[str]) -> None:
+    """Find out whether a change can be taken back, or why not."""
+    stands, folder = read_link(change.path), os.path.dirname(change.path)
+    folder = find_ancestor(folder, roots) or folder
+    is_other = not stands and os.path.lexists(change.path)  # no link
+    if not change.new:
+        change.reason = "undo removes no link; prune does"
+    elif not (change.old or os.path.isdir(folder)):
+        change.reason = f"{folder} is not there"
+    elif stands == change.old and not is_other:
+        change.result = READY
+    elif stands == change.new:
+        change.result, change.reason = DONE, "it was put back already"
+    else:
+        change.reason = "somebody else has changed it since"
 
 
 def retarget_links(journal: Journal, old: str, new: str, limit: Optional[int]) -> JsonObject:
@@ -7110,14 +7086,11 @@ PRUNE_AGE = 30 * DAY
 
 
 def why_kept(is_owned: bool, is_tagged: bool, repair: str, wait: Wait, now: float) -> str:
-    """Return why a broken link may not be removed, '' for nothing.
-
-    `repair` is what `why_not` says at the end of all time: 'exhausted', or 'already_queued'.
+    """Return why a broken link may not be removed, '' for nothing; `repair` is what `why_not` says
+    at the end of all time: 'exhausted', or 'already_queued'.
     """
-    if repair == "already_queued":
-        return repair
-    if is_owned and repair != "exhausted":
-        return "owned"
+    if repair == "already_queued" or (is_owned and repair != "exhausted"):
+        return repair or "owned"
     if is_tagged:
         return "tagged"
     return wait.reason if now < wait.until else ""
@@ -7134,16 +7107,12 @@ def find_unread(conn: sqlite3.Connection, instances: Iterable[Instance]) -> List
 
 def find_prunable(
     conn: sqlite3.Connection, config: Config, min_age: float
-) -> Tuple[List[LinkChange], Dict[str, int]]:
-    """Return the removals of the broken links that nobody can repair, those broken longest first,
-    and for each reason how many others are kept.
-    """
+) -> Iterator[Tuple[LinkChange, str]]:
+    """Yield the removals of the broken links, the oldest first, and why they stay, if they do."""
     repair, history, losses = config.repair, load_history(conn), load_losses(conn)
     spared = {one.name: set(map(str.lower, one.settings.skip_tags)) for one in config.instances}
-    claimed = [root for one in config.instances for root in one.settings.roots]
-    claimed += [above for above, _ in config.relay.routes]
-    kept: Counter[str] = Counter()
-    changes, now = [], time.time()
+    claimed = claimed_folders(config)
+    now = time.time()
     for path, target, since_utc in find_broken(conn, config.scan.roots):
         since = parse_time(since_utc) or now
         owner = find_owner(conn, config.instances, path, target)
@@ -7154,14 +7123,16 @@ def find_prunable(
         )
         ended = why_not(repair, since, history.get(path, ()), math.inf)
         is_owned = owner is not None or find_ancestor(path, claimed) is not None
-        reason = why_kept(is_owned, bool(is_tagged), ended, wait, now)
-        if reason:
-            kept[reason] += 1
-            continue
         why = "its repair has failed for good" if ended else "nobody owns it"
-        days = format_time(since)[:10]
-        changes.append(LinkChange(path, target, via=f"broken since {days}, and {why}"))
-    return changes, dict(kept)
+        why = f"broken since {format_time(since)[:10]}, and {why}"
+        kept = why_kept(is_owned, bool(is_tagged), ended, wait, now)
+        yield LinkChange(path, target, via=why), kept
+
+
+def claimed_folders(config: Config) -> Set[str]:
+    """Return the directories whose links some server or the relay repairs."""
+    roots = {root for one in config.instances for root in one.settings.roots}
+    return {*roots, *(above for above, _ in config.relay.routes)}
 
 
 def prune_links(
@@ -7175,22 +7146,21 @@ def prune_links(
     if unread:
         what = f"what {', '.join(unread)} owns is not known"
         raise RefusedError(f"{what}, so nothing is removed: `ingest` reads it")
-    changes, kept = find_prunable(journal.conn, config, min_age)
-    changes = changes[:limit]
+    found = list(find_prunable(journal.conn, config, min_age))
+    changes = [change for change, kept in found if not kept][:limit]
     refused = journal.carry_out(changes)
     if journal.run_id is not None:
         remove_empty_folders(journal.conn, config)
     for change in changes:
         change.reason = change.reason or change.via
     result = journal.report(changes, "remove", refused)
-    return {**result, "removed": result.pop("restored"), "kept": kept}
+    result["removed"] = result.pop("restored")
+    return {**result, "kept": dict(Counter(kept for _, kept in found if kept))}
 
 
 def remove_empty_folders(conn: sqlite3.Connection, config: Config) -> None:
     """Remove the directories that this run, or one that was killed, has emptied; never a root."""
-    stops = {*config.scan.roots, *config.cinesync.roots}
-    stops.update(root for one in config.instances for root in one.settings.roots)
-    stops.update(above for above, _ in config.relay.routes)
+    stops = {*config.scan.roots, *config.cinesync.roots, *claimed_folders(config)}
     select = """SELECT path FROM link_changes JOIN runs USING (run_id)
         WHERE command = 'prune' AND finished_utc IS NULL AND state = 'removed'"""
     for path in [from_db(row[0]) for row in conn.execute(select)]:
