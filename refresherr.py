@@ -1186,6 +1186,7 @@ class Work(NamedTuple):
     resolution: int  # the height; 0 if not told
     number: Tuple[str, int] = ("", 0)  # an absolute number, behind the title in front of it
     part: Tuple[int, bool] = (0, False)  # of an episode, and whether it is less than the episode
+    path: str = ""  # of an item of CineSync's
 
 
 class Media(NamedTuple):
@@ -5061,33 +5062,25 @@ def visit_copies(looker: Looker, base: str, folder: str, known: int) -> Answer:
     """Return (mtime, directories, items) of a directory of CineSync's, the last two None where the
     mtime is the known one; () where nothing is; or why it cannot be read.  Answers in a worker.
     """
+    place, folders, items = looker.locate(folder), [], []
+    if place.sealed:
+        return looker.sealed[place.sealed][1]
     try:
-        place = looker.locate(folder)
-        if place.sealed:
-            return looker.sealed[place.sealed][1]
-        began, mtime = time.time_ns(), os.stat(folder).st_mtime_ns
+        now, mtime = time.time_ns(), os.stat(folder).st_mtime_ns
         if known == mtime:
             return mtime, None, None
-        found = looker.ask(functools.partial(list_copies, base), folder, place.mount)
-        return (mtime if mtime < began - YOUNG_NS else 0, *found)
-    except OSError as exc:
-        return () if exc.errno in GONE_ERRNOS else exc.strerror
-
-
-def list_copies(base: str, folder: str) -> Tuple[List[str], List[Tuple[Any, ...]]]:
-    """Return the directories to go on with, and the movies and episodes, of one directory."""
-    folders, items, now = [], [], int(time.time())
-    with os.scandir(folder) as entries:
-        for entry in entries:
+        for entry in looker.ask(lambda path: list(os.scandir(path)), folder, place.mount):
             if entry.is_dir(follow_symlinks=False):
                 folders += [] if NO_CONTENT.fullmatch(entry.name) else [entry.path]
             elif is_video(entry.name):
                 work = parse_work(entry.path[len(base) :])
                 texts = map(to_db, (entry.path, work.title, normalise_title(work.title)))
                 part = work.year, work.season, next(iter(work.episodes), None), work.ids.get("tmdb")
-                item = (*texts, *part, work.resolution, now, now)
+                item = (*texts, *part, work.resolution, now // 10**9, now // 10**9)
                 items += [item] if work.kind != "other" else []
-    return folders, items
+    except OSError as exc:
+        return () if exc.errno in GONE_ERRNOS else exc.strerror
+    return mtime if mtime < now - YOUNG_NS else 0, folders, items
 
 
 def index_copies(
@@ -5154,34 +5147,27 @@ def _walk_copies(
 # The match, which asks nobody
 
 
-class Copy(NamedTuple):
-    """An item of CineSync's library."""
-
-    path: str
-    work: Work
-
-
 def match_work(
-    wanted: Work, copies: Sequence[Copy], shared: Collection[str] = ()
-) -> Tuple[List[Copy], str]:
+    wanted: Work, copies: Sequence[Work], shared: Collection[str] = ()
+) -> Tuple[List[Work], str]:
     """Return the copies that may hold the wanted movie or episodes; [] and why there is none.  An
     equal id decides, else title and year, or title and a folder of CineSync's that has a file in
     common with the library's: `shared`.
     """
     title = normalise_title(wanted.title)
-    kin = [copy for copy in copies if _may_be_same_work(copy.work, wanted)]
-    same = [copy for copy in kin if set(copy.work.ids.items()) & set(wanted.ids.items())]
+    kin = [copy for copy in copies if _may_be_same_work(copy, wanted)]
+    same = [copy for copy in kin if set(copy.ids.items()) & set(wanted.ids.items())]
     if not same:
-        kin = [copy for copy in kin if normalise_title(copy.work.title) == title]
-        same = [copy for copy in kin if wanted.year and copy.work.year == wanted.year]
+        kin = [copy for copy in kin if normalise_title(copy.title) == title]
+        same = [copy for copy in kin if wanted.year and copy.year == wanted.year]
     if not same and not wanted.year:
         same = [copy for copy in kin if title_folder(copy.path) in shared]
     for name in ("tmdb", "tvdb", "imdb"):
-        rivals = {copy.work.ids[name]: copy.path for copy in same if name in copy.work.ids}
+        rivals = {copy.ids[name]: copy.path for copy in same if name in copy.ids}
         if len(rivals) > 1:
             examples = " or ".join(sorted(rivals.values())[:2])
             return [], f"cannot tell which is meant: {examples}"
-    parts = [copy for copy in same if is_same_part(wanted, copy.work, is_copy=True)]
+    parts = [copy for copy in same if is_same_part(wanted, copy, is_copy=True)]
     what = "the series, not this episode" if same else "no copy of it"
     return parts, "" if parts else f"CineSync has {what}"
 
@@ -5250,7 +5236,7 @@ class LinkChange:
     via: str = ""  # where that was found, or why it goes
     file: str = ""  # the real file that it must lead to then
     work: Work = parse_work("")
-    copies: Sequence[Copy] = ()  # what might replace its file
+    copies: Sequence[Work] = ()  # what might replace its file
     result: str = NOT_CHANGED
     reason: str = ""
     stands: bool = False  # whether the link is the new one, whatever the result
@@ -5608,12 +5594,12 @@ class Relinker:
                     break
         return [link for link in links if link.new]
 
-    def why_not(self, link: LinkChange, copy: Copy, look: Look) -> str:
+    def why_not(self, link: LinkChange, copy: Work, look: Look) -> str:
         """Return what keeps a copy's file from replacing a link's, '' for nothing."""
         file, problem = look.file, look.blocked or look.detail
         behind = parse_work(file)
         has_name = (behind.episodes and behind.season is not None) or behind.date
-        told = behind if has_name and behind.kind == "episode" else copy.work
+        told = behind if has_name and behind.kind == "episode" else copy
         if problem or not file:
             return f"{copy.path} leads to no file that can be read: {problem or 'it is gone'}"
         if not any(is_under(file, prefix) for prefix in self.allowed.values()):
@@ -5624,7 +5610,7 @@ class Relinker:
             return f"{file} is named like something else"
         if not is_same_part(link.work, told):
             return f"{file} holds other episodes"
-        for height in (copy.work.resolution, behind.resolution):
+        for height in (copy.resolution, behind.resolution):
             if not self.any_resolution and not is_fit(link.work.resolution, height):
                 return f"CineSync has it in {height}p; --any-resolution takes that"
         return ""
@@ -5663,46 +5649,43 @@ class Relinker:
         self.conn.execute(insert, [*row.values()])
 
 
-def _distance(wanted: Work, copy: Copy) -> Tuple[int, str]:
+def _distance(wanted: Work, copy: Work) -> Tuple[int, str]:
     """Order copies: the wanted resolution, then the nearest, at last the unknown ones."""
-    own, found = wanted.resolution or FULL_HD, copy.work.resolution
+    own, found = wanted.resolution or FULL_HD, copy.resolution
     return abs(found - own) if found else UHD, copy.path
 
 
-def describe_link(path: str, target: str, server_ids: Mapping[str, str]) -> Work:
+def describe_link(path: str, target: str, told: Mapping[str, str]) -> Work:
     """Return the work behind a broken link: by its path below its root, the lost file's name, and
     what the owning server has told.
     """
-    work, lost = parse_work(path), parse_work(target)
+    work, lost, ids = parse_work(path), parse_work(target), dict(told)
     is_same = normalise_title(lost.title) == normalise_title(work.title)
+    year = work.year or int(ids.pop("year", 0)) or (lost.year if is_same else None)
     return work._replace(
-        ids={**{name: text for name, text in server_ids.items() if name != "year"}, **work.ids},
-        year=work.year or int(server_ids.get("year", 0)) or (lost.year if is_same else None),
-        resolution=work.resolution or lost.resolution,
+        ids={**ids, **work.ids}, year=year, resolution=work.resolution or lost.resolution,
         number=work.number if work.number[1] else lost.number,
-    )
+    )  # fmt: skip
 
 
 def load_server_ids(conn: sqlite3.Connection) -> Dict[str, Dict[str, str]]:
     """Return {broken link: ids, and the 'year'} of the servers' series and movies."""
+    select = f"""SELECT * FROM (
+        SELECT symlink_path, tmdb_id, tvdb_id, imdb_id, year FROM episode_files f
+            JOIN series t ON t.instance = f.instance AND sonarr_id = sonarr_series_id UNION ALL
+        SELECT symlink_path, tmdb_id, NULL, imdb_id, year FROM movie_files f
+            JOIN movies t ON t.instance = f.instance AND radarr_id = radarr_movie_id)
+        WHERE symlink_path IN (SELECT path FROM symlinks WHERE {IS_BROKEN})"""
     ids: Dict[str, Dict[str, str]] = {}
-    for tables, parent, number, tvdb in (
-        ("episode_files f JOIN series", "sonarr_series_id", "sonarr_id", "tvdb_id"),
-        ("movie_files f JOIN movies", "radarr_movie_id", "radarr_id", "NULL"),
-    ):
-        for path, *values in conn.execute(
-            f"SELECT symlink_path, tmdb_id, {tvdb}, imdb_id, year FROM {tables} t "
-            f"ON t.instance = f.instance AND t.{number} = f.{parent} WHERE symlink_path IN "
-            f"(SELECT path FROM symlinks WHERE {IS_BROKEN})"
-        ):
-            pairs = zip(("tmdb", "tvdb", "imdb", "year"), values)
-            ids[from_db(path)] = {name: str(value) for name, value in pairs if value}
+    for path, *values in conn.execute(select):
+        pairs = zip(("tmdb", "tvdb", "imdb", "year"), values)
+        ids[from_db(path)] = {name: str(value) for name, value in pairs if value}
     return ids
 
 
 def load_copies(
     conn: sqlite3.Connection, base: str, wanted: Iterable[Work]
-) -> Dict[Tuple[str, str], List[Copy]]:
+) -> Dict[Tuple[str, str], List[Work]]:
     """Return, by title and by id, CineSync's items that have those of a wanted work and one of its
     parts; and of each folder one item, which tells what other works there are by that title.
     """
@@ -5710,7 +5693,7 @@ def load_copies(
     keys = {key for work in works for key in _keys(work)}
     ids = {number for name, number in keys if name}
     parts = {(work.season, number) for work in works for number in work.episodes}
-    found: Dict[Tuple[str, str], List[Copy]] = defaultdict(list)
+    found: Dict[Tuple[str, str], List[Work]] = defaultdict(list)
     folders: Set[str] = set()
     select = "SELECT path, show_norm, season, episode FROM cinesync_items"
     for name, title, *part in conn.execute(select) if works else ():
@@ -5720,8 +5703,8 @@ def load_copies(
         tags = () if ("", from_db(title)) in keys else _ID.findall(path)
         if tags == () or any(not ids.isdisjoint(tag) for tag in tags):
             folders.add(folder)
-            copy = Copy(path, parse_work(path[len(base) :]))
-            for key in _keys(copy.work):
+            copy = parse_work(path[len(base) :])._replace(path=path)
+            for key in _keys(copy):
                 found[key].append(copy)
     return found
 

@@ -243,7 +243,7 @@ EPISODE = "/Show (2001)/Season 01/Show - S01E01 1080p.mkv"
     ],
 )  # fmt: skip
 def test_match(wanted: str, copies: Sequence[str], found: Any) -> None:
-    items = [program.Copy(path, program.parse_work(path)) for path in copies]
+    items = [program.parse_work(path)._replace(path=path) for path in copies]
     matched, why = program.match_work(program.parse_work(wanted), items)
     if isinstance(found, int):
         assert (len(matched), why) == (found, "")
@@ -590,14 +590,16 @@ def test_only_what_changed_is_listed_again(stage: Stage, monkeypatch: pytest.Mon
     stage.scan()
     count = stage.cinesync()["indexed"]
     listed = stage.folder / "listed"
-    list_copies = program.list_copies
+    visit_copies = program.visit_copies
 
-    def note(base: str, folder: str) -> Any:
-        with open(listed, "a") as stream:  # in another process
-            stream.write(folder + "\n")
-        return list_copies(base, folder)
+    def note(looker: Any, base: str, folder: str, known: int) -> Any:
+        answer = visit_copies(looker, base, folder, known)
+        if answer and answer[1] is not None:
+            with open(listed, "a") as stream:  # in another process
+                stream.write(folder + "\n")
+        return answer
 
-    monkeypatch.setattr(program, "list_copies", note)
+    monkeypatch.setattr(program, "visit_copies", note)
     assert stage.cinesync()["indexed"] == count
     assert not listed.exists()
     copy = library.copy(Part("Newcomer", 2020), 1080)
@@ -1043,7 +1045,7 @@ def test_ordinary_names_get_the_right_copy() -> None:
                 code = (f"S{season:02}E{episode:02}", f"{season}x{episode:02}")[number % 2]
                 raw = form.format(t=title.replace(" ", "."), y=2001, c=code, e=episode)
                 path = f"/Shows/{title} (2001)/Season {season}/{raw}.mkv"
-                copies.append((season, episode, program.Copy(path, program.parse_work(path))))
+                copies.append((season, episode, program.parse_work(path)._replace(path=path)))
         for season, episode, copy in copies:
             for form in names(ORDINARY):
                 code = (f"S{season:02}E{episode:02}", f"{season}x{episode:02}")[number % 2]
