@@ -4921,18 +4921,13 @@ def read_links(
     conn: sqlite3.Connection, settings: ScanSettings, paths: Iterable[str], max_bytes: int,
     deadline: float = math.inf, tell: Callable[[str], object] = str,
 ) -> Tuple[Dict[str, Try], Dict[str, str]]:  # fmt: skip
-    """Read a little of the files behind links, begin none after `deadline` (of time.monotonic());
-    return the tries, and {mount: why} of those that are to blame.
-    """
-    todo, tries = iter(paths), {}
-
-    def next_request() -> Optional[Request]:
-        path = next(todo, None) if time.monotonic() < deadline else None
-        return ("read", path, max_bytes) if path else None
-
+    """Read of files, begin none after `deadline` (monotonic); return the tries, mounts to blame."""
+    tries: Dict[str, Try] = {}
+    todo = itertools.takewhile(lambda _: time.monotonic() < deadline, paths)
+    asked = (("read", path, max_bytes) for path in todo)
     with contextlib.closing(Watch(conn, settings, {"read": read_some})) as watch:
         watch.probe()
-        for (_, path, _), answer in watch.pool.run(next_request, at_once=True):
+        for (_, path, _), answer in watch.pool.run(functools.partial(next, asked, None), True):
             tries[path] = answer
             tell(f"verify: {plural(len(tries), 'file')}")
     return tries, blame_mounts(tries.values(), watch.pool.sealed)
@@ -4955,9 +4950,7 @@ def verify_links(
     conn: sqlite3.Connection, settings: ScanSettings, limit: int, max_bytes: int, deadline: float,
     tell: Callable[[str], None],
 ) -> JsonObject:  # fmt: skip
-    """Read of `limit` files behind good links, those first that have waited longest, and return
-    what `verify --json` shows.
-    """
+    """Read of `limit` files, those first that have waited longest; return `verify --json`."""
     within, values = beneath_any(settings.roots)
     select = f"""SELECT path, last_target, read_error, unreadable_since_utc, read_failures
         FROM symlinks WHERE status = 'ok' AND {within}
@@ -4968,16 +4961,15 @@ def verify_links(
         # Each try is a turn; on a mount that is to blame, or of no file, it tells nothing else.
         turns = [(utc_now(), to_db(path)) for path in tries]
         conn.executemany("UPDATE symlinks SET read_utc = ? WHERE path = ?", turns)
-        told = [path for path, (mount, _, _) in tries.items() if mount and mount not in blamed]
-        items = [item for path in told for item in record_try(conn, rows[path], tries[path][1])]
+        told = [(path, why) for path, (mount, why, _) in sorted(tries.items())
+            if mount and mount not in blamed]  # fmt: skip
+        items = [item for path, why in told for item in record_try(conn, rows[path], why)]
     found = [count for mount, _, count in tries.values() if mount]
     code = EXIT_REFUSED if blamed else EXIT_PARTIAL if items else EXIT_OK
-    told = [*blamed.values()] + [f"{plural(len(items), 'file')} could not be read"] * bool(items)
-    return {
-        "read": len(found), "unreadable": len(items), "bytes": sum(found), "items": items,
-        "exit_code": code, "refusals": [*blamed.values()],
-        **({"message": "; ".join(told)} if told else {}),
-    }  # fmt: skip
+    words = [*blamed.values()] + [f"{plural(len(items), 'file')} could not be read"] * bool(items)
+    result = {"read": len(found), "unreadable": len(items), "bytes": sum(found), "items": items,
+        "exit_code": code, "refusals": [*blamed.values()]}  # fmt: skip
+    return {**result, "message": "; ".join(words)} if words else result
 
 
 def record_try(conn: sqlite3.Connection, row: Sequence[Any], error: str) -> List[JsonObject]:
@@ -5032,8 +5024,7 @@ def recheck_broken(
 # by worker processes; this one touches nothing but the links themselves, and each change stands in
 # `link_changes` before it is made.
 
-PLANNED, DONE, NOT_DONE, UNDONE = "planned", "done", "failed", "undone"  # link_changes.state
-REMOVED = "removed"  # a state, too
+DONE, NOT_DONE, UNDONE, REMOVED = "done", "failed", "undone", "removed"  # link_changes.state
 # What undo may take back: not the removals of a dispatch, which go with the server's file record.
 _UNDOABLE = """(state IN ('done', 'undone') OR state = 'removed'
     AND run_id IN (SELECT run_id FROM runs WHERE command = 'prune'))"""
@@ -5086,9 +5077,7 @@ def visit_copies(looker: Looker, base: str, folder: str, known: int) -> Answer:
 def index_copies(
     conn: sqlite3.Connection, settings: ScanSettings, base: str, accept_shrink: bool
 ) -> int:
-    """Bring the index up to date, and return how many movies and episodes it holds.  RefusedError,
-    and the index stays, when less than half is left since the last run that was not refused.
-    """
+    """Bring the index up to date, return its size; RefusedError, and it stays, where it shrank."""
     conn.execute(_FOLDERS_TABLE)
     select = "SELECT path, mtime_ns FROM cinesync_folders"
     known = {from_db(path): mtime for path, mtime in conn.execute(select)}
@@ -5109,9 +5098,8 @@ def index_copies(
         count = int(conn.execute("SELECT count(*) FROM cinesync_items").fetchone()[0])
         before = conn.execute(last, (to_db(base),)).fetchone()[1] or 0
         if count == 0:
-            raise RefusedError(
-                f"{base} holds no movie and no episode: is CineSync's library there?"
-            )
+            what = "holds no movie and no episode: is CineSync's library there?"
+            raise RefusedError(f"{base} {what}")
         if count * 2 < before and not accept_shrink:
             raise RefusedError(
                 f"CineSync's library has shrunk from {before:,} to {count:,} items: taken for an "
@@ -5260,9 +5248,7 @@ def read_link(path: str) -> str:
 
 
 def swap_link(change: LinkChange, old: str, new: str) -> None:
-    """Point a link elsewhere: at every moment it is the old one or the new one; '' is none.
-    OSError, and nothing is changed, if it is not `old` any more or cannot be replaced.
-    """
+    """Point a link elsewhere in one step; OSError, and it stays, if it is not `old`; '' is none."""
     folder = os.path.dirname(change.path)
     if not old:
         make_folder(folder)
@@ -5316,9 +5302,7 @@ class Journal(NamedTuple):
         wanted: Collection[str] = (BROKEN,), limit: Optional[int] = None,
         deadline: float = math.inf,
     ) -> Set[str]:  # fmt: skip
-        """Look again at links, and change those in a wanted state that `choose` returns, `limit` of
-        them; return why some could not be judged.
-        """
+        """Look again at links, change what `choose` returns; return why some cannot be judged."""
         refused: Set[str] = set()
         ready, left = changes, len(changes) if limit is None else limit
         for start in range(0, len(changes), CHANGES_AT_ONCE):
@@ -5407,8 +5391,8 @@ class Journal(NamedTuple):
     def settle(self) -> None:
         """Find out how far a killed run came, and clear away what it left beside the links."""
         select = """SELECT change_id, path, old_target, new_target FROM link_changes
-            WHERE state = 'planned' AND ? IS NOT NULL"""
-        rows = self.conn.execute(select, (self.run_id,)).fetchall()
+            WHERE state = 'planned'"""
+        rows = self.conn.execute(select).fetchall() if self.run_id is not None else []
         changes = [LinkChange(from_db(p), from_db(o), from_db(n), number=i) for i, p, o, n in rows]
         changes = self.within_reach(changes)
         for change in changes:
@@ -5439,13 +5423,12 @@ class Journal(NamedTuple):
         words = {READY: f"would {verb}", DONE: f"{verb}d"}
         items = [{"path": c.path, "from": c.old, "to": c.new, "reason": c.reason,
             "result": words.get(c.result, c.result)} for c in changes]  # fmt: skip
-        restored = sum(change.result == DONE for change in changes)
-        skipped = sum(change.result in (NOT_CHANGED, IN_ERROR) for change in changes)
-        result = {"applied": self.run_id is not None, "run_id": self.run_id, "items": items,
-            "restored": restored, "skipped": skipped}  # fmt: skip
-        told = {"message": "; ".join(sorted(refused))} if refused else {}
+        count = Counter(change.result for change in changes)
+        skipped = count[NOT_CHANGED] + count[IN_ERROR]
         code = EXIT_REFUSED if refused else EXIT_PARTIAL if skipped else EXIT_OK
-        return {**result, **told, "exit_code": code}
+        result = {"applied": self.run_id is not None, "run_id": self.run_id, "items": items,
+            "restored": count[DONE], "skipped": skipped, "exit_code": code}  # fmt: skip
+        return {**result, "message": "; ".join(sorted(refused))} if refused else result
 
 
 # The repair
@@ -5637,16 +5620,15 @@ class Relinker:
 
     def record(self, started: int, result: JsonObject) -> None:
         """Write the run's row; without an index, which is what a refused one lacks, no number."""
-        names = ("run_id", "checked_broken", "candidate_found", "resolved_target_ok", "replaced",
-            "skipped", "errors")  # fmt: skip
-        row = {name: result[name] for name in names}
-        row.update(started_utc=started, finished_utc=int(time.time()), dry_run=0)
+        insert = """INSERT INTO cinesync_runs (run_id, started_utc, finished_utc, dry_run,
+            repair_roots, cinesync_base, allowed_prefixes, indexed_count, checked_broken,
+            candidate_found, resolved_target_ok, replaced, skipped, errors) VALUES (:run_id,
+            :started, :finished, 0, :roots, :base, :allowed, nullif(:indexed, 0), :checked_broken,
+            :candidate_found, :resolved_target_ok, :replaced, :skipped, :errors)"""
         roots, allowed = ",".join(self.settings.roots), ",".join(self.settings.allowed_targets)
-        row.update(repair_roots=to_db(roots), cinesync_base=to_db(self.settings.base),
-            allowed_prefixes=to_db(allowed), indexed_count=self.indexed or None)  # fmt: skip
-        columns, marks = ", ".join(row), ", ".join("?" * len(row))
-        insert = f"INSERT INTO cinesync_runs ({columns}) VALUES ({marks})"
-        self.conn.execute(insert, [*row.values()])
+        places = zip(("roots", "base", "allowed"), map(to_db, (roots, self.settings.base, allowed)))
+        times = {"started": started, "finished": int(time.time())}
+        self.conn.execute(insert, {**result, **dict(places), **times})
 
 
 def _distance(wanted: Work, copy: Work) -> Tuple[int, str]:
@@ -5656,9 +5638,7 @@ def _distance(wanted: Work, copy: Work) -> Tuple[int, str]:
 
 
 def describe_link(path: str, target: str, told: Mapping[str, str]) -> Work:
-    """Return the work behind a broken link: by its path below its root, the lost file's name, and
-    what the owning server has told.
-    """
+    """Return the work behind a broken link by its path, its lost file, what a server has told."""
     work, lost, ids = parse_work(path), parse_work(target), dict(told)
     is_same = normalise_title(lost.title) == normalise_title(work.title)
     year = work.year or int(ids.pop("year", 0)) or (lost.year if is_same else None)
@@ -5686,9 +5666,7 @@ def load_server_ids(conn: sqlite3.Connection) -> Dict[str, Dict[str, str]]:
 def load_copies(
     conn: sqlite3.Connection, base: str, wanted: Iterable[Work]
 ) -> Dict[Tuple[str, str], List[Work]]:
-    """Return, by title and by id, CineSync's items that have those of a wanted work and one of its
-    parts; and of each folder one item, which tells what other works there are by that title.
-    """
+    """Return {title or id: items} for works; of each folder one at least, to tell its rivals."""
     works = list(wanted)
     keys = {key for work in works for key in _keys(work)}
     ids = {number for name, number in keys if name}
@@ -5700,8 +5678,8 @@ def load_copies(
         path, folder = from_db(name), os.path.dirname(from_db(name))
         if folder in folders and part[1] is not None and tuple(part) not in parts:
             continue
-        tags = () if ("", from_db(title)) in keys else _ID.findall(path)
-        if tags == () or any(not ids.isdisjoint(tag) for tag in tags):
+        is_named = ("", from_db(title)) in keys
+        if is_named or any(not ids.isdisjoint(tag) for tag in _ID.findall(path)):
             folders.add(folder)
             copy = parse_work(path[len(base) :])._replace(path=path)
             for key in _keys(copy):
@@ -5712,9 +5690,6 @@ def load_copies(
 def _keys(work: Work) -> List[Tuple[str, str]]:
     """Return what a work is looked up by: ('', its title), (name, id)."""
     return [("", normalise_title(work.title)), *work.ids.items()]
-
-
-# What takes changes back, and what a person asks for
 
 
 def load_taken_back(conn: sqlite3.Connection) -> Set[str]:
@@ -5750,9 +5725,7 @@ def find_changing_run(conn: sqlite3.Connection, wanted: Optional[int]) -> Option
 
 
 def undo_changes(journal: Journal, wanted: Optional[int], paths: Sequence[str]) -> JsonObject:
-    """Put the links of a run back, newest first, by default the last one that changed links, and
-    return what `undo --json` shows.
-    """
+    """Put back the links of a run, by default the last one; return what `undo --json` shows."""
     journal.settle()
     conn, wanted = journal.conn, find_changing_run(journal.conn, wanted)
     select = f"""SELECT change_id, path, new_target, old_target, state FROM link_changes
@@ -5793,10 +5766,7 @@ def plan_undo(change: LinkChange, roots: Collection[str]) -> None:
 
 
 def retarget_links(journal: Journal, old: str, new: str, limit: Optional[int]) -> JsonObject:
-    """Point the links that cannot be followed and lead beneath `old` to the same place beneath
-    `new`, where the file is, and return what `retarget --json` shows.  RefusedError when `new` is
-    missing, empty, or on a mount that is not to be trusted.
-    """
+    """Point lost links beneath `old` to the same place beneath `new`; return `retarget --json`."""
     journal.settle()
     conn, settings = journal.conn, journal.settings
     blocked: Set[str] = set()
@@ -5834,9 +5804,7 @@ def retarget_links(journal: Journal, old: str, new: str, limit: Optional[int]) -
 
 
 def examine_file(looker: Looker, path: str) -> Tuple[Optional[int], str]:
-    """Return the size of a file that can be read, or -1 and why it cannot, None where nothing is
-    asked of its mount; answers in a worker process.
-    """
+    """Return the size of a file; -1 and why it cannot be read; None if its mount is not asked."""
     place = looker.locate(path)
     if place.sealed:
         return None, looker.sealed[place.sealed][1]
@@ -5855,28 +5823,20 @@ def list_some(looker: Looker, path: str) -> List[str]:
     return []
 
 
-def propose_retarget(
-    conn: sqlite3.Connection, settings: ScanSettings, goals: Collection[str]
-) -> Optional[Tuple[str, str]]:
-    """Return (old, new) where most of some lost files lie beneath `new` as they did beneath `old`:
-    a level higher or lower, or in a sibling; of a bounded number of places.
-    """
-    sample = sorted(goals)[:: len(goals) // FILES_TRIED + 1]
-    answerers = {"file": examine_file, "list": list_some}
-    with contextlib.closing(Watch(conn, settings, answerers)) as watch:
-        watch.probe()
-        top = os.path.commonpath([os.path.dirname(goal) for goal in sample])
-        for old in itertools.islice(ancestors(top), LEVELS_TRIED):
-            above = os.path.dirname(old)
-            listed = watch.pool.ask_all([("list", old), ("list", above)])
-            places = [above, *itertools.chain.from_iterable(listed)]
-            wanted = [(new, goal) for new in places if new != old for goal in sample]
-            asked = [("file", os.path.join(new, os.path.relpath(g, old))) for new, g in wanted]
-            found = zip(wanted, watch.pool.ask_all(asked))
-            count = Counter(new for (new, _), (_, why) in found if not why)
-            for new, number in count.most_common(1):
-                if number * 2 > len(sample):
-                    return old, new
+def propose_retarget(pool: WorkerPool, goals: Sequence[str]) -> Optional[Tuple[str, str]]:
+    """Return (old, new), close by, where most of some lost files lie beneath `new` now."""
+    goals = goals[:: len(goals) // FILES_TRIED + 1]
+    top = os.path.commonpath([os.path.dirname(goal) for goal in goals])
+    for old in itertools.islice(ancestors(top), LEVELS_TRIED):
+        above = os.path.dirname(old)
+        listed = itertools.chain.from_iterable(pool.ask_all([("list", old), ("list", above)]))
+        wanted = [(new, goal) for new in (above, *listed) if new != old for goal in goals]
+        asked = [("file", os.path.join(new, os.path.relpath(goal, old))) for new, goal in wanted]
+        found = zip(wanted, pool.ask_all(asked))
+        count = Counter(new for (new, _), (_, why) in found if not why)
+        for new, number in count.most_common(1):
+            if number * 2 > len(goals):
+                return old, new
     return None
 
 
@@ -5886,8 +5846,12 @@ def describe_moves(conn: sqlite3.Connection, settings: ScanSettings) -> List[str
     select = "SELECT mount_point, goal FROM doubts WHERE defence IN ('empty', 'witness', 'guard')"
     for mount, goal in conn.execute(select):
         held[from_db(mount)].add(from_db(goal))
+    answerers = {"file": examine_file, "list": list_some}
+    with contextlib.closing(Watch(conn, settings, answerers)) as watch:
+        watch.probe()
+        moves = [propose_retarget(watch.pool, sorted(goals)) for goals in held.values()]
     told = []
-    for old, new in filter(None, (propose_retarget(conn, settings, g) for g in held.values())):
+    for old, new in filter(None, moves):
         command = f"`retarget {shell_quote(old)} {shell_quote(new)}` points the links there"
         told.append(f"what is missing beneath {old} is found beneath {new}: {command}")
     return told
@@ -7069,9 +7033,7 @@ PRUNE_AGE = 30 * DAY
 
 
 def why_kept(is_owned: bool, is_tagged: bool, repair: str, wait: Wait, now: float) -> str:
-    """Return why a broken link may not be removed, '' for nothing; `repair` is what `why_not` says
-    at the end of all time: 'exhausted', or 'already_queued'.
-    """
+    """Return why a broken link stays, '' for nothing; `repair` is `why_not`'s last word on it."""
     if repair == "already_queued" or (is_owned and repair != "exhausted"):
         return repair or "owned"
     if is_tagged:
@@ -7121,9 +7083,7 @@ def claimed_folders(config: Config) -> Set[str]:
 def prune_links(
     journal: Journal, config: Config, min_age: float, limit: Optional[int]
 ) -> JsonObject:
-    """Remove the links that have been broken for `min_age` seconds and that nobody can repair, and
-    return what `prune --json` shows.  RefusedError where it is not known what a server owns.
-    """
+    """Remove the broken links that nobody can repair; return what `prune --json` shows."""
     journal.settle()
     unread = find_unread(journal.conn, config.instances)
     if unread:
