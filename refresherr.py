@@ -5050,8 +5050,8 @@ _FOLDERS_TABLE = """CREATE TABLE IF NOT EXISTS cinesync_folders (
 
 
 def visit_copies(looker: Looker, base: str, folder: str, known: int) -> Answer:
-    """Return (mtime, directories, items) of a directory of CineSync's, the last two None where the
-    mtime is the known one; () where nothing is; or why it cannot be read.  Answers in a worker.
+    """Return (mtime, directories, items), the last two None where the mtime is the known one; ()
+    where nothing is, or why it cannot be read.  Answers in a worker process.
     """
     place, folders, items = looker.locate(folder), [], []
     if place.sealed:
@@ -5138,9 +5138,8 @@ def _walk_copies(
 def match_work(
     wanted: Work, copies: Sequence[Work], shared: Collection[str] = ()
 ) -> Tuple[List[Work], str]:
-    """Return the copies that may hold the wanted movie or episodes; [] and why there is none.  An
-    equal id decides, else title and year, or title and a folder of CineSync's that has a file in
-    common with the library's: `shared`.
+    """Return the copies that may be what is wanted, or [] and why not: by an equal id, by title and
+    year, or by title and a folder of CineSync's that has a file in common with it: `shared`.
     """
     title = normalise_title(wanted.title)
     kin = [copy for copy in copies if _may_be_same_work(copy, wanted)]
@@ -5167,9 +5166,7 @@ def _may_be_same_work(one: Work, other: Work) -> bool:
 
 
 def is_same_part(wanted: Work, found: Work, is_copy: bool = False) -> bool:
-    """Tell whether one work's episodes are the other's; a movie has one part.  Of several episodes
-    CineSync's own names keep the first: with a copy the file will tell.
-    """
+    """Tell whether one work's episodes are the other's; a copy's name may keep but the first."""
     is_less = wanted.part[1] or found.part[1] or (wanted.part[0] and found.part[0])
     if wanted.kind == "movie":
         return True
@@ -5266,10 +5263,9 @@ def swap_link(change: LinkChange, old: str, new: str) -> None:
             os.replace(change.temporary, change.path)
         else:
             os.unlink(change.path)
-    except BaseException:
-        with contextlib.suppress(OSError):
+    finally:
+        with contextlib.suppress(OSError):  # it is there still where something went wrong
             os.unlink(change.temporary)
-        raise
 
 
 def make_folder(path: str) -> None:
@@ -5437,8 +5433,8 @@ class Journal(NamedTuple):
 def spell_target(
     file: str, prefixes: Mapping[str, str], path: str, old: str, goal: str = ""
 ) -> str:
-    """Return a real file as the user writes it, below {prefix as written: as resolved}, or that of
-    the old target (`goal` as resolved), most like the old one; relative where that was relative.
+    """Return a real file as the user writes it: below {prefix as written: as resolved} or the old
+    target's own (`goal` is that resolved), most like the old one; relative where that was relative.
     """
     folder = os.path.dirname(path)
     written = os.path.normpath(os.path.join(folder, old))
@@ -5846,9 +5842,10 @@ def describe_moves(conn: sqlite3.Connection, settings: ScanSettings) -> List[str
     select = "SELECT mount_point, goal FROM doubts WHERE defence IN ('empty', 'witness', 'guard')"
     for mount, goal in conn.execute(select):
         held[from_db(mount)].add(from_db(goal))
+    if not held:
+        return []
     answerers = {"file": examine_file, "list": list_some}
     with contextlib.closing(Watch(conn, settings, answerers)) as watch:
-        watch.probe()
         moves = [propose_retarget(watch.pool, sorted(goals)) for goals in held.values()]
     told = []
     for old, new in filter(None, moves):
@@ -9801,7 +9798,7 @@ def run_scan(context: Context) -> JsonObject:
         if args.exit_code and result["exit_code"] == EXIT_OK and result["totals"]["broken"]:
             result["exit_code"] = EXIT_BROKEN
         result["problems"] = name_scan_problems(conn, result)
-        if result["exit_code"] == EXIT_REFUSED:
+        if all(mount["state"] == HEALTHY for mount in result["mounts"]) and result["problems"]:
             result["problems"] += describe_moves(conn, settings)
         if result["problems"]:
             head = "no root could be scanned: " * (result["exit_code"] == EXIT_FAILED)
