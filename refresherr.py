@@ -507,7 +507,7 @@ class VerifySettings:
     """Reading a little of the files behind good links."""
     files: int = setting(parse_count, "So many files in each run; 0: none.", "0", sample="200")
     repair: bool = setting(parse_bool,
-        "Kept for later: nothing is repaired yet because it cannot be read.", "no")
+        "Have links repaired that failed to be read in 3 passes over a day.", "no")
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
@@ -1009,16 +1009,15 @@ _PART = re.compile(  # Part 2, pt2, (2)
 _BEHIND_YEAR = re.compile(
     r"(?i)(?:19|20)\d\d[)\]]?[ ._-]{1,4}#?(\d{1,3})(?:v\d)?(?![\da-z]|[.,]\d)")
 _SECOND_CROSS = re.compile(r"(?i)(?<![^\W_])\d{1,2}x\d{1,3}(?![\da-z])")
-_HEIGHT_NUMBERS = ("480", "576", "720")
-_PART_NUMBERS = {
-    word: number
+_PART_NUMBERS = {word: number
     for words in ("i ii iii iv v vi vii viii ix x", "one two three four five six")
     for number, word in enumerate(words.split(), 1)}
 _ID = re.compile(r"(?i)\b(?:(tmdb|tvdb)(?:id)?[-=:]([1-9]\d*)|(?:imdb(?:id)?[-=:])?(tt\d{5,}))\b")
 _PIXELS = re.compile(
     r"(?i)(?<!\d)(2160|1080|720|576|480)[pi](?![a-z])|\b(3840|1920|1280)x\d|\dx(1080|720|576|480)\b")
 _UHD = re.compile(r"(?i)(?<![a-z0-9])(4k|uhd|ultrahd)(?:remux|movies|shows)*(?![a-z0-9])")
-_HEIGHTS = {"4k": 2160, "uhd": 2160, "ultrahd": 2160, "3840": 2160, "1920": 1080, "1280": 720}
+_HEIGHTS = {"4k": 2160, "uhd": 2160, "ultrahd": 2160, "3840": 2160, "1920": 1080, "1280": 720,
+    "480": 480, "576": 576, "720": 720}
 _TAGS = re.compile(  # [REC] is a film
     r"(?i)\{[^{}]*\}|\[(?!rec\]|(?:19|20)\d\d\])[^\[\]]*\]|^www\.[^ -]+(?: *- *| +)")
 _BRACKETED_YEAR = re.compile(r"[(\[]((?:18|19|20)\d\d)(?: ?[-\u2013] ?(?:\d{4})?)?[)\]]")
@@ -1052,13 +1051,14 @@ class Work(NamedTuple):
     resolution: int  # the height; 0 if not told
     number: Tuple[str, int] = ("", 0)  # an absolute number, behind the title in front of it
     part: Tuple[int, bool] = (0, False)  # of an episode, and whether it is less than the episode
+    path: str = ""  # of an item of CineSync's
 
 
 class Media(NamedTuple):
-    """What people are told of it: `name` is 'Title (Year)', or 'Title' without a year."""
+    """What people are told of it."""
 
     kind: str
-    name: str
+    name: str  # 'Title (Year)', or 'Title' without a year
     season: Optional[int]
     episodes: Tuple[int, ...]
 
@@ -1125,34 +1125,27 @@ def _is_extra(stem: str, title: str, told: Any, season: Optional[int]) -> bool:
     """Tell whether the name of an episode says sample, half of it, or extra."""
     words = set(normalise_title(title).split())
     for match in _BESIDE.finditer(stem):
-        if not words.issuperset(normalise_title(match[0]).split()):
-            behind = not told or not stem[told.end() : match.start()].strip(" ._-([")
-            if match["half"] or (season != 0 and (behind or not match["name"])):
-                return True
+        behind = not told or not stem[told.end() : match.start()].strip(" ._-([")
+        is_meant = match["half"] or (season != 0 and (behind or not match["name"]))
+        if is_meant and not words.issuperset(normalise_title(match[0]).split()):
+            return True
     return False
 
 
 def is_no_film(path: str, title: str, year: Optional[int]) -> bool:
-    """Tell whether the name of a file, or its folder's, denies that it is all of this film: another
-    year or part, a number behind the title, half of it, an extra.
-    """
+    """Tell whether the name of a file, or its folder's, denies that it is all of this film."""
     folder, name = ("/" + path).rsplit("/", 2)[-2:]
     stem, words = _EXTENSION.sub("", name), set(normalise_title(title).split())
     parts = {_part_number(match) for match in _PART.finditer(title)}
     for text in (stem, folder):
         beside = (normalise_title(match[0]).split() for match in _BESIDE.finditer(text))
-        if any(not words.issuperset(word) for word in beside):
+        others = {_part_number(match) for match in _PART.finditer(text)} - parts
+        if others or not all(map(words.issuperset, beside)):
             return True
-        if {_part_number(match) for match in _PART.finditer(text)} - parts:
-            return True
-    last = normalise_title(_parse_title(stem)[0]).split()[-1:]
-    is_numbered = bool(last) and last[0].isdecimal() and last[0] not in words
-    behind = _BEHIND_YEAR.search(stem)
-    if is_numbered or (behind and behind[1] not in words and behind[1] not in _HEIGHT_NUMBERS):
-        return True
-    return _has_other_year(stem, title, year) or (
-        not _BARE_YEAR.search(stem) and _has_other_year(folder, title, year)
-    )
+    numbers = [n for n in normalise_title(_parse_title(stem)[0]).split()[-1:] if n.isdecimal()]
+    numbers += [match[1] for match in _BEHIND_YEAR.finditer(stem) if match[1] not in _HEIGHTS]
+    dated = stem if _BARE_YEAR.search(stem.replace("_", " ")) else folder
+    return not words.issuperset(numbers) or _has_other_year(dated, title, year)
 
 
 def _has_other_year(text: str, title: str, year: Optional[int]) -> bool:
@@ -1179,7 +1172,7 @@ def _read_part(tail: str, episode: int = 0) -> Tuple[int, bool]:
 
 
 def _part_number(match: Any) -> int:
-    digits = match[4] or match[3].lower() if match[3] else match[4]
+    digits = (match[3] or match[4]).lower()
     return _PART_NUMBERS.get(digits) or (int(digits) if digits.isdecimal() else 0)
 
 
@@ -1332,6 +1325,8 @@ UPDATE actions SET last_error = redact(last_error) WHERE last_error <> ''
 #   too many titles than too few, which would be let go.
 _V4_CHANGES = """
 ALTER TABLE symlinks ADD COLUMN read_utc TEXT;
+ALTER TABLE symlinks ADD COLUMN unreadable_since_utc TEXT;
+ALTER TABLE symlinks ADD COLUMN read_failures INTEGER;
 ALTER TABLE symlinks ADD COLUMN read_error TEXT;
 ALTER TABLE series ADD COLUMN year INTEGER;
 ALTER TABLE series ADD COLUMN tags TEXT;
@@ -4488,41 +4483,35 @@ def summarise_waits(waits: Iterable[Wait]) -> List[str]:
 PAGE = 4096  # bytes; less than that the kernel does not ask of a mount
 PIECE = 1 << 17  # bytes read in one go: a file that comes slowly does not hang
 UNREADABLE = "unreadable"  # an event, and what `broken --status` calls it; no state of a link
+UNPLAYABLE_PASSES = 3  # that failed over a day at least, before `[verify] repair` lets one go
 Try = Tuple[str, str, int]  # the mount, '' without a file on it; what went wrong, or ''; bytes read
 
 
 def places_to_read(size: int, max_bytes: int, chance: float) -> List[Tuple[int, int]]:
-    """Return (offset, length) of the head of a file and of one more place, together `max_bytes`
-    at the most; `chance`, from 0 to below 1, says which.
-    """
+    """Return (offset, length) of a file's head and of the place that `chance`, below 1, chooses."""
     half = max_bytes // 2 // PAGE * PAGE
     if size <= max_bytes or not half:
         return [(0, min(size, max_bytes))]
-    first, last = half // PAGE, (size - half) // PAGE
-    return [(0, half), (PAGE * (first + int(chance * (last - first + 1))), half)]
+    choices = (size - half) // PAGE - half // PAGE + 1
+    return [(0, half), (half + PAGE * int(chance * choices), half)]
 
 
 def read_some(looker: Looker, path: str, max_bytes: int) -> Try:
-    """Read a little of the file behind a link; answers in a worker process.
-
-    Not through `Looker.ask`: a file that takes long to fail says nothing of its mount.
-    """
-    place = looker.locate(os.path.dirname(path))
+    """Read a little of the file behind a link; answers in a worker process."""
+    place = looker.locate(path)
+    if place.sealed:
+        return place.mount, looker.sealed[place.sealed][1], 0
+    if place.hops == looker.locate(os.path.dirname(path)).hops:
+        return "", "", 0  # it is no link any more
     try:
-        if not place.sealed:
-            looker.ask(os.readlink, path, place.mount)
-            place = looker.locate(path)
-        if place.sealed:
-            return place.mount, looker.sealed[place.sealed][1], 0
         if place.errno:
-            return place.mount, os.strerror(place.errno), 0
-        looker.slots.touch(place.real)
+            raise OSError(place.errno, os.strerror(place.errno))
+        looker.slots.touch(place.real)  # not `ask`: a slow failure says nothing of its mount
         if not stat.S_ISREG(os.stat(place.real).st_mode):
             return "", "", 0
         return place.mount, "", read_places(place.real, max_bytes, looker.slots)
     except OSError as exc:
-        is_link = place.real != looker.locate(os.path.dirname(path)).real
-        return place.mount * is_link, exc.strerror or str(exc), 0
+        return place.mount, exc.strerror or str(exc), 0
 
 
 def read_places(path: str, max_bytes: int, slots: Slots) -> int:
@@ -4546,20 +4535,32 @@ def read_places(path: str, max_bytes: int, slots: Slots) -> int:
     return count
 
 
-def blame_mounts(tries: Iterable[Try], sealed: Mapping[str, Tuple[str, str]]) -> Dict[str, str]:
+def read_links(
+    conn: sqlite3.Connection, settings: ScanSettings, paths: Iterable[str], max_bytes: int,
+    deadline: float = math.inf, tell: Callable[[str], object] = str,
+) -> Tuple[Dict[str, Try], Dict[str, str]]:  # fmt: skip
+    """Read of files, begin none after `deadline` (monotonic); return the tries, mounts to blame."""
+    tries: Dict[str, Try] = {}
+    todo = itertools.takewhile(lambda _: time.monotonic() < deadline, paths)
+    asked = (("read", path, max_bytes) for path in todo)
+    with contextlib.closing(Watch(conn, settings, {"read": read_some})) as watch:
+        watch.probe()
+        for (_, path, _), answer in watch.pool.run(functools.partial(next, asked, None), True):
+            tries[path] = answer
+            tell(f"verify: {plural(len(tries), 'file')}")
+    return tries, blame_mounts(tries.values(), watch.pool.sealed)
+
+
+def blame_mounts(tries: Collection[Try], sealed: Mapping[str, Tuple[str, str]]) -> Dict[str, str]:
     """Return {mount: why} of those that are to blame: sealed off, or most of their files failed."""
-    errors: Dict[str, List[str]] = defaultdict(list)
-    for mount, error, _ in tries:
-        errors[mount].append(error)
-    blamed = {}
-    for mount, found in errors.items():
-        failed = list(filter(None, found))
-        if mount and len(failed) * 2 > len(found):
-            worst = Counter(failed).most_common(1)[0][0]
-            what = f"{len(failed):,} of {plural(len(found), 'file')} could not be read: {worst}"
-            blamed[mount] = f"{mount}: {what}"
-        if mount in sealed:
-            blamed[mount] = sealed[mount][1]
+    tried = Counter(mount for mount, _, _ in tries if mount)
+    failed = Counter(mount for mount, error, _ in tries if mount and error)
+    errors = {mount: error for mount, error, _ in tries if error}
+    blamed = {mount: sealed[mount][1] for mount in tried if mount in sealed}
+    for mount, count in failed.items():
+        if count * 2 > tried[mount] and mount not in blamed:
+            what = f"{count:,} of {plural(tried[mount], 'file')} could not be read"
+            blamed[mount] = f"{mount}: {what}: {errors[mount]}"
     return blamed
 
 
@@ -4567,62 +4568,70 @@ def verify_links(
     conn: sqlite3.Connection, settings: ScanSettings, limit: int, max_bytes: int, deadline: float,
     tell: Callable[[str], None],
 ) -> JsonObject:  # fmt: skip
-    """Read of `limit` files behind good links, begin none after `deadline` (of time.monotonic()),
-    and return what `verify --json` shows.
-    """
+    """Read of `limit` files, those first that have waited longest; return `verify --json`."""
     within, values = beneath_any(settings.roots)
-    select = f"""SELECT path, last_target, read_error FROM symlinks
-        WHERE status = 'ok' AND {within} ORDER BY read_utc, path LIMIT ?"""  # never: NULL, first
-    rows = [(from_db(p), from_db(t), e) for p, t, e in conn.execute(select, (*values, limit))]
-    todo, tries = iter(rows), {}
-
-    def next_request() -> Optional[Request]:
-        row = next(todo, None) if time.monotonic() < deadline else None
-        return ("read", row[0], max_bytes) if row else None
-
-    with contextlib.closing(Watch(conn, settings, {"read": read_some})) as watch:
-        watch.probe()
-        for (_, path, _), answer in watch.pool.run(next_request, at_once=True):
-            tries[path] = answer
-            tell(f"verify: {plural(len(tries), 'file')}")
-        blamed = blame_mounts(tries.values(), watch.pool.sealed)
-    items = record_tries(conn, [row for row in rows if row[0] in tries], tries, blamed)
+    select = f"""SELECT path, last_target, read_error, unreadable_since_utc, read_failures
+        FROM symlinks WHERE status = 'ok' AND {within}
+        ORDER BY read_utc, path LIMIT ?"""  # never: NULL, first
+    rows = {from_db(row[0]): row for row in conn.execute(select, (*values, limit))}
+    tries, blamed = read_links(conn, settings, rows, max_bytes, deadline, tell)
+    with transaction(conn):
+        # Each try is a turn; on a mount that is to blame, or of no file, it tells nothing else.
+        turns = [(utc_now(), to_db(path)) for path in tries]
+        conn.executemany("UPDATE symlinks SET read_utc = ? WHERE path = ?", turns)
+        told = [(path, why) for path, (mount, why, _) in sorted(tries.items())
+            if mount and mount not in blamed]  # fmt: skip
+        items = [item for path, why in told for item in record_try(conn, rows[path], why)]
     found = [count for mount, _, count in tries.values() if mount]
     code = EXIT_REFUSED if blamed else EXIT_PARTIAL if items else EXIT_OK
-    told = [*blamed.values()] + [f"{plural(len(items), 'file')} could not be read"] * bool(items)
-    return {
-        "read": len(found), "unreadable": len(items), "bytes": sum(found), "items": items,
-        "exit_code": code, "refusals": [*blamed.values()],
-        **({"message": "; ".join(told)} if told else {}),
-    }  # fmt: skip
+    words = [*blamed.values()] + [f"{plural(len(items), 'file')} could not be read"] * bool(items)
+    result = {"read": len(found), "unreadable": len(items), "bytes": sum(found), "items": items,
+        "exit_code": code, "refusals": [*blamed.values()]}  # fmt: skip
+    return {**result, "message": "; ".join(words)} if words else result
 
 
-def record_tries(
-    conn: sqlite3.Connection, rows: Sequence[Tuple[str, str, Optional[str]]],
-    tries: Mapping[str, Try], blamed: Mapping[str, str],
-) -> List[JsonObject]:  # fmt: skip
-    """Record the tries of (path, target, earlier error), and return those that could not be read.
+def record_try(conn: sqlite3.Connection, row: Sequence[Any], error: str) -> List[JsonObject]:
+    """Record the try of a row, and return it if its file could not be read."""
+    path, target, known, since, failures = from_db(row[0]), from_db(row[1]), *row[2:]
+    since, failures = (since, failures + 1) if known and since else (utc_now(), 1)
+    if time.time() - (parse_time(since) or 0.0) < DAY:
+        failures = min(failures, UNPLAYABLE_PASSES - 1)
+    update = """UPDATE symlinks SET read_error = ?, unreadable_since_utc = ?, read_failures = ?
+        WHERE path = ?"""
+    conn.execute(update, (error or None, since, failures, row[0]))
+    if bool(error) != bool(known):
+        action = UNREADABLE if error else "readable"
+        _write_events(conn, [link_event(path, target, action, OK)])
+    return [{"path": path, "target": target, "error": error, "since": since}] if error else []
 
-    Every try is a turn.  One on a mount that is to blame, or of no file, leaves the rest as it was.
-    """
-    now, items = utc_now(), []
-    last = "SELECT max(ts) FROM events WHERE path = ? AND action = 'unreadable'"
-    with transaction(conn):
-        for path, target, known in rows:
-            mount, error, _ = tries[path]
-            conn.execute("UPDATE symlinks SET read_utc = ? WHERE path = ?", (now, to_db(path)))
-            if not mount or mount in blamed:
-                continue
-            update = "UPDATE symlinks SET read_error = ? WHERE path = ?"
-            conn.execute(update, (error or None, to_db(path)))
-            if bool(error) != bool(known):
-                action = UNREADABLE if error else "readable"
-                _write_events(conn, [link_event(path, target, action, OK)])
+
+def find_unplayable(conn: sqlite3.Connection, config: Config) -> Iterator[Tuple[str, str, str]]:
+    """Yield, as `find_broken` does, the good links that `[verify] repair` takes for broken."""
+    within, values = beneath_any(config.scan.roots)
+    select = f"""SELECT path, last_target, unreadable_since_utc FROM symlinks
+        WHERE status = 'ok' AND read_error <> '' AND read_failures >= {UNPLAYABLE_PASSES}
+        AND {within} ORDER BY unreadable_since_utc, path"""
+    for path, target, since in conn.execute(select, values) if config.verify.repair else ():
+        yield from_db(path), from_db(target), since
+
+
+def recheck_broken(
+    conn: sqlite3.Connection, config: Config, paths: Sequence[str]
+) -> Dict[str, Tuple[str, str]]:
+    """Look at links again as `recheck_links` does, and read those again that count as broken."""
+    verdicts = recheck_links(conn, config.scan, paths)
+    doubtful = [p for p, _, _ in find_unplayable(conn, config) if verdicts.get(p) == (OK, "")]
+    if doubtful:
+        # Those that could be read of late tell whether it is the mount.
+        select = """SELECT path FROM symlinks WHERE status = 'ok' AND read_utc <> ''
+            AND read_error IS NULL ORDER BY read_utc DESC LIMIT ?"""
+        good = [from_db(row[0]) for row in conn.execute(select, (20 + 2 * len(doubtful),))]
+        tries, blamed = read_links(conn, config.scan, [*doubtful, *good], PIECE)
+        for path, (mount, error, _) in ((path, tries[path]) for path in doubtful):
             if error:
-                since = conn.execute(last, (to_db(path),)).fetchone()[0]
-                when = format_time(since) if since else now
-                items.append({"path": path, "target": target, "error": error, "since": when})
-    return items
+                why = blamed.get(mount)
+                verdicts[path] = (UNREACHABLE, why) if why else (BROKEN, f"unreadable: {error}")
+    return verdicts
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4633,229 +4642,157 @@ def record_tries(
 # by worker processes; this one touches nothing but the links themselves, and each change stands in
 # `link_changes` before it is made.
 
-PLANNED, DONE, NOT_DONE, UNDONE = "planned", "done", "failed", "undone"  # link_changes.state
-REMOVED = "removed"  # a state, too
+DONE, NOT_DONE, UNDONE, REMOVED = "done", "failed", "undone", "removed"  # link_changes.state
 # What undo may take back: not the removals of a dispatch, which go with the server's file record.
 _UNDOABLE = """(state IN ('done', 'undone') OR state = 'removed'
     AND run_id IN (SELECT run_id FROM runs WHERE command = 'prune'))"""
-REPLACED, WOULD_REPLACE, NOT_REPLACED, IN_ERROR = "replaced", "would replace", "skipped", "error"
+NOT_CHANGED, READY, IN_ERROR = "skipped", "ready", "error"  # and DONE: LinkChange.result
+WOULD_REPLACE = "would replace"
 CHANGES_AT_ONCE = 250  # links that are looked at, changed and verified together
 COPIES_TRIED = 8  # copies of one episode or movie that are looked at
+FILES_TRIED, LEVELS_TRIED, PLACES_TRIED = 5, 4, 100  # where files may have moved to
 HD, FULL_HD, UHD = 720, 1080, 2160
 # Folders that hold no episode and no movie, though a name in them may look like one.
 NO_CONTENT = re.compile(
     r"(?i)sports|behind the scenes|deleted scenes|extras?|featurettes?|interviews|samples?|scenes|"
     r"shorts|trailers?"
 )
-_WRITE_ITEM = """
-INSERT INTO cinesync_items (path, show_title, show_norm, year, season, episode, tmdb_id,
-                            resolution_rank, first_seen_utc, last_seen_utc)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-ON CONFLICT(path) DO UPDATE SET
-    show_title = excluded.show_title, show_norm = excluded.show_norm, year = excluded.year,
-    season = excluded.season, episode = excluded.episode, tmdb_id = excluded.tmdb_id,
-    resolution_rank = excluded.resolution_rank, last_seen_utc = excluded.last_seen_utc,
-    target_ok = NULL
-"""
-_FOLDERS_TABLE = """
-CREATE TABLE IF NOT EXISTS cinesync_folders (
-    path TEXT PRIMARY KEY, mtime_ns INTEGER NOT NULL, items INTEGER NOT NULL)
-"""
-ItemRow = Tuple[Any, ...]  # the first eight columns of _WRITE_ITEM
+_WRITE_ITEM = """INSERT INTO cinesync_items (path, show_title, show_norm, year, season, episode,
+    tmdb_id, resolution_rank, first_seen_utc, last_seen_utc) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT(path) DO UPDATE SET last_seen_utc = excluded.last_seen_utc, target_ok = NULL"""
+_FOLDERS_TABLE = """CREATE TABLE IF NOT EXISTS cinesync_folders (
+    path TEXT PRIMARY KEY, mtime_ns INTEGER NOT NULL, items INTEGER NOT NULL)"""
 
 
 # The index: CineSync's tree -> cinesync_items
 
 
 def visit_copies(looker: Looker, base: str, folder: str, known: int) -> Answer:
-    """Look for CineSync's links in a directory below `base`; answers in a worker process.
-
-    Returns (directories, mtime, [ItemRow]); ('same',) where the mtime is the one that is known,
-    ('gone',), or ('unread', reason).
+    """Return (mtime, directories, items), the last two None where the mtime is the known one; ()
+    where nothing is, or why it cannot be read.  Answers in a worker process.
     """
+    place, folders, items = looker.locate(folder), [], []
+    if place.sealed:
+        return looker.sealed[place.sealed][1]
     try:
-        place = looker.locate(folder)
-        if place.sealed:
-            return "unread", looker.sealed[place.sealed][1]
-        began, mtime = time.time_ns(), os.stat(folder).st_mtime_ns
+        now, mtime = time.time_ns(), os.stat(folder).st_mtime_ns
         if known == mtime:
-            return ("same",)
-        folders, rows = looker.ask(functools.partial(list_copies, base), folder, place.mount)
-        return folders, mtime if mtime < began - YOUNG_NS else 0, rows
-    except OSError as exc:
-        return ("gone",) if exc.errno in GONE_ERRNOS else ("unread", exc.strerror)
-
-
-def list_copies(base: str, folder: str) -> Tuple[List[str], List[ItemRow]]:
-    """Return the directories to go on with, and the movies and episodes, of one directory."""
-    folders, rows = [], []
-    with os.scandir(folder) as entries:
-        for entry in entries:
+            return mtime, None, None
+        for entry in looker.ask(lambda path: list(os.scandir(path)), folder, place.mount):
             if entry.is_dir(follow_symlinks=False):
-                if not NO_CONTENT.fullmatch(entry.name):
-                    folders.append(entry.path)
+                folders += [] if NO_CONTENT.fullmatch(entry.name) else [entry.path]
             elif is_video(entry.name):
                 work = parse_work(entry.path[len(base) :])
-                if work.kind != "other":
-                    titles = entry.path, work.title, normalise_title(work.title), work.year
-                    episode = work.season, next(iter(work.episodes), None)
-                    tmdb = int(work.ids["tmdb"]) if "tmdb" in work.ids else None
-                    rows.append((*titles, *episode, tmdb, work.resolution))
-    return folders, rows
+                texts = map(to_db, (entry.path, work.title, normalise_title(work.title)))
+                part = work.year, work.season, next(iter(work.episodes), None), work.ids.get("tmdb")
+                item = (*texts, *part, work.resolution, now // 10**9, now // 10**9)
+                items += [item] if work.kind != "other" else []
+    except OSError as exc:
+        return () if exc.errno in GONE_ERRNOS else exc.strerror
+    return mtime if mtime < now - YOUNG_NS else 0, folders, items
 
 
 def index_copies(
     conn: sqlite3.Connection, settings: ScanSettings, base: str, accept_shrink: bool
 ) -> int:
-    """Bring the index up to date, and return how many movies and episodes it holds.
-
-    Raises RefusedError, and leaves the index as it was, when nothing is left of it, or less than
-    half since the last run that was not refused.
-    """
+    """Bring the index up to date, return its size; RefusedError, and it stays, where it shrank."""
     conn.execute(_FOLDERS_TABLE)
-    select = "SELECT path, mtime_ns, items FROM cinesync_folders"
-    folders = {from_db(path): (mtime, items) for path, mtime, items in conn.execute(select)}
-    held = folders if base in folders else {}
+    select = "SELECT path, mtime_ns FROM cinesync_folders"
+    known = {from_db(path): mtime for path, mtime in conn.execute(select)}
+    known = known if base in known else {}  # the first time, or another base
+    found = list(_walk_copies(conn, settings, base, known))
+    same = {folder for folder, _, items in found if items is None}
+    fresh = {item[0]: item for _, _, items in found for item in items or ()}
+    last = """SELECT max(run_id), indexed_count FROM cinesync_runs JOIN runs USING (run_id)
+        WHERE cinesync_base = ? AND command = 'cinesync' AND indexed_count > 0"""
     with transaction(conn):
-        if not held:  # the first time, or another base, or the container edition's items
-            conn.execute("DELETE FROM cinesync_folders")
-            conn.execute("UPDATE cinesync_items SET last_seen_utc = 0")
-        _walk_copies(conn, settings, base, held)
-        if not held:
-            conn.execute("DELETE FROM cinesync_items WHERE last_seen_utc = 0")
+        paths = [row[0] for row in conn.execute("SELECT path FROM cinesync_items")]
+        gone = [p for p in paths if p not in fresh and os.path.dirname(from_db(p)) not in same]
+        conn.executemany("DELETE FROM cinesync_items WHERE path = ?", zip(gone if known else paths))
+        conn.executemany(_WRITE_ITEM, fresh.values())
+        conn.execute("DELETE FROM cinesync_folders")
+        mtimes = [(to_db(folder), mtime) for folder, mtime, _ in found]
+        conn.executemany("INSERT INTO cinesync_folders VALUES (?, ?, 0)", mtimes)
         count = int(conn.execute("SELECT count(*) FROM cinesync_items").fetchone()[0])
-        _refuse_shrink(conn, base, count, accept_shrink)
+        before = conn.execute(last, (to_db(base),)).fetchone()[1] or 0
+        if count == 0:
+            what = "holds no movie and no episode: is CineSync's library there?"
+            raise RefusedError(f"{base} {what}")
+        if count * 2 < before and not accept_shrink:
+            raise RefusedError(
+                f"CineSync's library has shrunk from {before:,} to {count:,} items: taken for an "
+                "outage; if that is meant, use --accept-shrink"
+            )
     return count
 
 
 def _walk_copies(
-    conn: sqlite3.Connection, settings: ScanSettings, base: str, held: Mapping[str, Tuple[int, int]]
-) -> None:
-    """Walk CineSync's tree; write what has changed since `held`: {directory: (mtime, items)}."""
+    conn: sqlite3.Connection, settings: ScanSettings, base: str, known: Mapping[str, int]
+) -> Iterator[Tuple[str, int, Optional[List[Any]]]]:
+    """Yield (directory, mtime, items) of CineSync's tree; no items where nothing has changed."""
     below: Dict[str, List[str]] = defaultdict(list)
-    for path in held:
+    for path in known:
         below[os.path.dirname(path)].append(path)
-    todo, seen = [base], set()
+    todo = [base]
 
     def next_request() -> Optional[Request]:
         folder = todo.pop() if todo else None
-        return ("copies", base, folder, held.get(folder, (0, 0))[0]) if folder else None
+        return ("copies", base, folder, known.get(folder, 0)) if folder else None
 
     with contextlib.closing(Watch(conn, settings, {"copies": visit_copies})) as watch:
         for (_, _, folder, _), answer in watch.pool.run(next_request):
-            seen.add(folder)
-            if answer[0] == "same":
-                todo += below.get(folder, ())
-            elif answer[0] == "unread":  # what lies below is not forgotten
-                log.warning("cannot read %s: %s; its items stay", folder, answer[1])
-                seen.update(path for path in held if is_under(path, folder))
-            elif answer[0] == "gone":
-                seen.discard(folder)
-            else:
-                folders, mtime, rows = answer
-                todo += folders
-                _write_folder(conn, folder, mtime, rows, held.get(folder, (0, 0))[1] > 0)
-    for folder in [path for path in held if path not in seen]:
-        _write_folder(conn, folder, 0, [], held[folder][1] > 0)
-        conn.execute("DELETE FROM cinesync_folders WHERE path = ?", (to_db(folder),))
-
-
-def _write_folder(
-    conn: sqlite3.Connection, folder: str, mtime: int, rows: List[ItemRow], had_items: bool
-) -> None:
-    """Make the index hold of a directory what the directory holds."""
-    now = int(time.time())
-    if had_items:
-        condition, values = beneath(folder)
-        present = {row[0] for row in rows}
-        select = f"SELECT path FROM cinesync_items WHERE {condition}"
-        paths = {from_db(row[0]) for row in conn.execute(select, values)} - present
-        gone = [(to_db(path),) for path in paths if os.path.dirname(path) == folder]
-        conn.executemany("DELETE FROM cinesync_items WHERE path = ?", gone)
-    encoded = [(*map(to_db, row[:3]), *row[3:], now, now) for row in rows]
-    conn.executemany(_WRITE_ITEM, encoded)
-    write = "INSERT OR REPLACE INTO cinesync_folders VALUES (?, ?, ?)"
-    conn.execute(write, (to_db(folder), mtime, len(rows)))
-
-
-def _refuse_shrink(conn: sqlite3.Connection, base: str, count: int, accepted: bool) -> None:
-    if count == 0:
-        raise RefusedError(f"{base} holds no movie and no episode: is CineSync's library there?")
-    last = conn.execute(
-        "SELECT indexed_count FROM cinesync_runs JOIN runs USING (run_id) WHERE cinesync_base = ? "
-        "AND command = 'cinesync' AND indexed_count > 0 ORDER BY run_id DESC LIMIT 1",
-        (to_db(base),),
-    ).fetchone()
-    if last and count * 2 < last[0] and not accepted:
-        raise RefusedError(
-            f"CineSync's library has shrunk from {last[0]:,} to {count:,} items: taken for an "
-            "outage; if that is meant, use --accept-shrink"
-        )
+            if isinstance(answer, str):  # what lies below is not forgotten
+                log.warning("cannot read %s: %s; its items stay", folder, answer)
+                yield from ((path, known[path], None) for path in known if is_under(path, folder))
+            elif answer:
+                mtime, folders, items = answer
+                todo += below[folder] if folders is None else folders
+                yield folder, mtime, items
 
 
 # The match, which asks nobody
 
 
-class Copy(NamedTuple):
-    """An item of CineSync's library."""
-
-    path: str
-    work: Work
-
-
 def match_work(
-    wanted: Work, copies: Sequence[Copy], shared: Collection[str] = ()
-) -> Tuple[List[Copy], str]:
-    """Return the copies that may hold the wanted movie or episodes; [] and why there is none.
-
-    An equal id decides, else title and year, or title and one of the folders of CineSync's that
-    have a file with the library's folder in common: `shared`.
+    wanted: Work, copies: Sequence[Work], shared: Collection[str] = ()
+) -> Tuple[List[Work], str]:
+    """Return the copies that may be what is wanted, or [] and why not: by an equal id, by title and
+    year, or by title and a folder of CineSync's that has a file in common with it: `shared`.
     """
-    title, copies = normalise_title(wanted.title), [c for c in copies if c.work.kind == wanted.kind]
-    kin = [copy for copy in copies if _may_be_same_work(copy.work, wanted)]
-    same = [copy for copy in kin if set(copy.work.ids.items()) & set(wanted.ids.items())]
+    title = normalise_title(wanted.title)
+    kin = [copy for copy in copies if _may_be_same_work(copy, wanted)]
+    same = [copy for copy in kin if set(copy.ids.items()) & set(wanted.ids.items())]
     if not same:
-        kin = [copy for copy in kin if normalise_title(copy.work.title) == title]
-        same = [copy for copy in kin if wanted.year and copy.work.year == wanted.year]
+        kin = [copy for copy in kin if normalise_title(copy.title) == title]
+        same = [copy for copy in kin if wanted.year and copy.year == wanted.year]
     if not same and not wanted.year:
         same = [copy for copy in kin if title_folder(copy.path) in shared]
     for name in ("tmdb", "tvdb", "imdb"):
-        ids = [copy.work.ids.get(name) for copy in same]
-        if len({*ids} - {None}) > 1:
-            return [], _name_rivals(same, ids)
-    parts = [copy for copy in same if _may_be_same_part(copy, wanted)]
+        rivals = {copy.ids[name]: copy.path for copy in same if name in copy.ids}
+        if len(rivals) > 1:
+            examples = " or ".join(sorted(rivals.values())[:2])
+            return [], f"cannot tell which is meant: {examples}"
+    parts = [copy for copy in same if is_same_part(wanted, copy, is_copy=True)]
     what = "the series, not this episode" if same else "no copy of it"
     return parts, "" if parts else f"CineSync has {what}"
 
 
 def _may_be_same_work(one: Work, other: Work) -> bool:
-    """Tell whether no id and no year speaks against it."""
     ids_differ = any(other.ids.get(name, value) != value for name, value in one.ids.items())
     years_differ = one.year and other.year and abs(one.year - other.year) > 1
-    return not ids_differ and not years_differ
+    return one.kind == other.kind and not ids_differ and not years_differ
 
 
-def _name_rivals(copies: Sequence[Copy], keys: Sequence[Any]) -> str:
-    examples = {key: copy.path for key, copy in zip(keys, copies) if key}
-    return "cannot tell which is meant: " + " or ".join(sorted(examples.values())[:2])
-
-
-def _may_be_same_part(copy: Copy, wanted: Work) -> bool:
-    # CineSync's own names keep the first of several episodes only: the file will tell.
-    first = copy.work._replace(episodes=wanted.episodes)
-    is_first = copy.work.episodes == wanted.episodes[:1]
-    return is_same_part(wanted, copy.work) or (is_first and is_same_part(wanted, first))
-
-
-def is_same_part(wanted: Work, found: Work) -> bool:
-    """Tell whether one work's episodes are the other's; a movie has one part."""
+def is_same_part(wanted: Work, found: Work, is_copy: bool = False) -> bool:
+    """Tell whether one work's episodes are the other's; a copy's name may keep but the first."""
+    is_less = wanted.part[1] or found.part[1] or (wanted.part[0] and found.part[0])
     if wanted.kind == "movie":
         return True
-    is_less = wanted.part[1] or found.part[1] or (wanted.part[0] and found.part[0])
     if wanted.part[0] != found.part[0] and is_less:
         return False
     if wanted.episodes and found.episodes:
-        return (wanted.season, wanted.episodes) == (found.season, found.episodes)
+        episodes = (wanted.episodes, wanted.episodes[: 1 if is_copy else None])
+        return wanted.season == found.season and found.episodes in episodes
     if wanted.number[1]:
         return (wanted.season, wanted.number) == (found.season, found.number)
     return wanted.date != "" and wanted.date == found.date
@@ -4867,14 +4804,13 @@ def is_denied(wanted: Work, path: str) -> bool:
     if any(wanted.ids.get(name, value) != value for name, value in found.ids.items()):
         return True
     if wanted.kind == "movie":
-        is_extra = _EXTRA.search(_EXTENSION.sub("", path))
-        differs = is_no_film(path, wanted.title, wanted.year)
-        return bool(is_extra) or found.kind == "episode" or differs
+        is_extra = _EXTRA.search(_EXTENSION.sub("", path)) or found.kind == "episode"
+        return bool(is_extra) or is_no_film(path, wanted.title, wanted.year)
     told = _SEASON_EPISODE.search(stem) or _CROSS_EPISODE.search(stem) or _DATE.search(stem)
-    own = wanted.title if found.year is None else found.title
     if _has_other_year(stem[: told.start()] if told else stem, wanted.title, wanted.year):
         return True
-    if found.year and wanted.year not in (None, found.year) and str(found.year) not in own.split():
+    years = (None, found.year)
+    if found.year and wanted.year not in years and str(found.year) not in found.title.split():
         return True
     if found.episodes or found.date:
         return False
@@ -4886,9 +4822,7 @@ def is_denied(wanted: Work, path: str) -> bool:
 
 
 def is_fit(own: int, found: int) -> bool:
-    """Tell whether a resolution may stand in for a link's own: not SD for HD, nor 2160p for less.
-    0 is unknown.
-    """
+    """Tell whether a height (0: unknown) may stand in: no SD for HD, no 2160p for less."""
     return not (own >= HD > found > 0) and not (found >= UHD > own)
 
 
@@ -4897,13 +4831,16 @@ def is_fit(own: int, found: int) -> bool:
 
 @dataclasses.dataclass
 class LinkChange:
-    """A link, what it is to point to, and what became of that."""
+    """A link, what it is to point to ('': nothing, it goes), and what became of that."""
 
     path: str
     old: str
     new: str = ""
-    via: str = ""
-    result: str = NOT_REPLACED
+    via: str = ""  # where that was found, or why it goes
+    file: str = ""  # the real file that it must lead to then
+    work: Work = parse_work("")
+    copies: Sequence[Work] = ()  # what might replace its file
+    result: str = NOT_CHANGED
     reason: str = ""
     stands: bool = False  # whether the link is the new one, whatever the result
     number: int = 0  # link_changes.change_id
@@ -4926,227 +4863,242 @@ def read_link(path: str) -> str:
 
 
 def swap_link(change: LinkChange, old: str, new: str) -> None:
-    """Point a link elsewhere: at every moment it is the old one or the new one; '' is none.
-
-    OSError, and the old one stands, if it is not `old` any more or cannot be replaced.
-    """
+    """Point a link elsewhere in one step; OSError, and it stays, if it is not `old`; '' is none."""
+    folder = os.path.dirname(change.path)
     if not old:
-        make_folder(os.path.dirname(change.path))
+        make_folder(folder)
         os.symlink(new, change.path)
-        _adopt(change.path)
+        _give(change.path, os.stat(folder))
         return
-    if not new:
-        if read_link(change.path) != old:
-            raise OSError(errno.EEXIST, "somebody else has changed it meanwhile")
-        os.unlink(change.path)
-        return
-    before = os.lstat(change.path)
-    os.symlink(new, change.temporary)
     try:
-        after = os.lstat(change.temporary)
-        if (after.st_uid, after.st_gid) != (before.st_uid, before.st_gid):
-            with contextlib.suppress(OSError):
-                os.lchown(change.temporary, before.st_uid, before.st_gid)
+        if new:
+            before = os.lstat(change.path)
+            os.symlink(new, change.temporary)
+            _give(change.temporary, before)
         if read_link(change.path) != old:
             raise OSError(errno.EEXIST, "somebody else has changed it meanwhile")
-        os.replace(change.temporary, change.path)
-    except BaseException:
-        with contextlib.suppress(OSError):
+        if new:
+            os.replace(change.temporary, change.path)
+        else:
+            os.unlink(change.path)
+    finally:
+        with contextlib.suppress(OSError):  # it is there still where something went wrong
             os.unlink(change.temporary)
-        raise
 
 
 def make_folder(path: str) -> None:
     """Make a directory, and those above it, as the directory is in which they stand."""
     if not os.path.isdir(path):
-        parent = os.path.dirname(path)
-        make_folder(parent)
+        make_folder(os.path.dirname(path))
+        above = os.stat(os.path.dirname(path))
         os.mkdir(path)
-        _adopt(path)
+        _give(path, above)
         with contextlib.suppress(OSError):
-            os.chmod(path, stat.S_IMODE(os.stat(parent).st_mode))
+            os.chmod(path, stat.S_IMODE(above.st_mode))
 
 
-def _adopt(path: str) -> None:
-    """Give what was just made the owner of its directory, where permitted."""
-    above = os.stat(os.path.dirname(path))
+def _give(path: str, like: os.stat_result) -> None:
+    """Give what was just made an owner, where permitted."""
     with contextlib.suppress(OSError):
-        os.lchown(path, above.st_uid, above.st_gid)
+        os.lchown(path, like.st_uid, like.st_gid)
 
 
-def change_links(
-    conn: sqlite3.Connection, settings: ScanSettings, run_id: int, changes: Sequence[LinkChange],
-    must_work: bool,
-) -> None:  # fmt: skip
-    """Make changes, journalled; the result of each is 'done', or 'error' with a reason.
+class Journal(NamedTuple):
+    """Has links changed, each noted in `link_changes` first; without a `run_id` as a preview."""
 
-    With `must_work` a link that does not lead to its file then is put back.
-    """
-    insert = """INSERT INTO link_changes (run_id, path, old_target, new_target, state, changed_utc)
-        VALUES (?, ?, ?, ?, 'planned', ?)"""
-    # On the disk before a link is changed: in WAL mode a commit is not, by default.
-    conn.execute("PRAGMA synchronous=FULL")
-    with transaction(conn):
+    conn: sqlite3.Connection
+    settings: ScanSettings
+    run_id: Optional[int]
+
+    def carry_out(
+        self, changes: Sequence[LinkChange],
+        choose: Callable[[List[LinkChange]], List[LinkChange]] = list,
+        wanted: Collection[str] = (BROKEN,), limit: Optional[int] = None,
+        deadline: float = math.inf,
+    ) -> Set[str]:  # fmt: skip
+        """Look again at links, change what `choose` returns; return why some cannot be judged."""
+        refused: Set[str] = set()
+        ready, left = changes, len(changes) if limit is None else limit
+        for start in range(0, len(changes), CHANGES_AT_ONCE):
+            if not left or (refused and not ready) or time.monotonic() > deadline:
+                break  # in an outage, what hangs would cost its time with each part
+            part = changes[start : start + CHANGES_AT_ONCE]
+            verdicts = recheck_links(self.conn, self.settings, [change.path for change in part])
+            for change in part:
+                status, why = verdicts.get(change.path, (MISSING, ""))
+                if status not in wanted:
+                    change.reason = why or {OK: "it works again"}.get(status, "it is gone")
+                    refused.update([why] if status == UNREACHABLE else ())
+                elif read_link(change.path) != change.old:
+                    change.reason = "it points elsewhere since the last scan"
+            ready = [change for change in part if not change.reason]
+            ready = choose(ready)[:left] if ready else []
+            left -= len(ready)
+            for change in ready:
+                change.result = READY
+            if ready and self.run_id is not None:
+                self.change(ready)
+                refused.update(c.verdict[1] for c in ready if c.result == IN_ERROR and c.verdict[1])
         for change in changes:
-            row = (run_id, *map(to_db, (change.path, change.old, change.new)), utc_now())
-            change.number = int(conn.execute(insert, row).lastrowid or 0)
-    for change in changes:
-        try:
-            swap_link(change, change.old, change.new)
-            change.result, change.stands = DONE, True
-        except OSError as exc:
-            change.result, change.reason = IN_ERROR, exc.strerror or str(exc)
-    done = [change for change in changes if change.result == DONE]
-    _sync_directories(done)
-    _look_at_changed(conn, settings, done)
-    for change in done if must_work else ():
-        status, why = change.verdict
-        if status != OK:
+            if change.result == NOT_CHANGED:
+                change.reason = change.reason or "left for the next run"
+        return refused
+
+    def change(self, changes: Sequence[LinkChange], must_work: bool = True) -> None:
+        """Make changes; with `must_work` a link that does not lead to its file then is put back."""
+        insert = """INSERT INTO link_changes (run_id, path, old_target, new_target, state,
+            changed_utc) VALUES (?, ?, ?, ?, 'planned', ?)"""
+        # On the disk before a link is changed: in WAL mode a commit is not, by default.
+        self.conn.execute("PRAGMA synchronous=FULL")
+        with transaction(self.conn):
+            for change in changes:
+                row = (self.run_id, *map(to_db, (change.path, change.old, change.new)), utc_now())
+                change.number = int(self.conn.execute(insert, row).lastrowid or 0)
+        for change in changes:
+            try:
+                swap_link(change, change.old, change.new)
+                change.result, change.stands = DONE, True
+            except OSError as exc:
+                change.result, change.reason = IN_ERROR, exc.strerror or str(exc)
+        done = [change for change in changes if change.stands]
+        self.look_at(done)
+        for change in (c for c in done if must_work and c.new and c.verdict[0] != OK):
+            status, why = change.verdict
             change.result, change.reason = IN_ERROR, f"put back, for it is {status}: {why}"
             try:
                 swap_link(change, change.new, change.old)
                 change.stands = False
             except OSError as exc:
                 change.reason = f"it is {status}, and cannot be put back: {exc.strerror}"
-    _sync_directories(change for change in done if change.result != DONE)
-    _record_changes(conn, changes)
+        self.record(changes)
 
+    def look_at(self, changes: Iterable[LinkChange]) -> None:
+        """Find the verdicts on links that have been changed."""
+        done = {change.path: change for change in changes}
+        for look in _look_at(self.conn, self.settings, list(done), read=True):
+            # The kernel may remember what nobody can read now.
+            is_right = look.file and look.file == (done[look.path].file or look.file)
+            why = look.blocked or ("" if is_right else look.detail or "its file cannot be read")
+            done[look.path].verdict = (UNREACHABLE, why) if why else (OK, "")
+        doubtful = [path for path, change in done.items() if change.verdict[1]]
+        for path, verdict in recheck_links(self.conn, self.settings, doubtful).items():
+            done[path].verdict = verdict if verdict[0] != OK else done[path].verdict
 
-def _sync_directories(changes: Iterable[LinkChange]) -> None:
-    for directory in {os.path.dirname(change.path) for change in changes}:
-        with contextlib.suppress(OSError):  # some file systems cannot
-            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    def record(self, changes: Iterable[LinkChange]) -> None:
+        """Write what became of changes: the journal, and of those that were made the link."""
+        conn = self.conn
+        update = "UPDATE link_changes SET state=?, reason=?, changed_utc=? WHERE change_id=?"
+        with transaction(conn):
+            for change in changes:
+                action, state = ("relinked", DONE) if change.new else (REMOVED, REMOVED)
+                values = state if change.stands else NOT_DONE, escape(change.reason or change.via)
+                conn.execute(update, (*values, utc_now(), change.number))
+                if not change.stands:
+                    continue
+                known, target = find_link(conn, change.path), change.new or change.old
+                status, why = change.verdict if change.new else (MISSING, "")
+                if known and status != OK:  # undone: it was broken before, and is no new loss
+                    known = known._replace(broken_since=known.broken_since or utc_now())
+                events = write_link(conn, known, change.path, target, status, why)
+                _write_events(conn, [link_event(change.path, target, action, status), *events])
 
-
-def _look_at_changed(
-    conn: sqlite3.Connection, settings: ScanSettings, changes: Iterable[LinkChange]
-) -> None:
-    done = {change.path: change for change in changes if change.result == DONE}
-    problems: Dict[str, str] = {}
-    for look in _look_at(conn, settings, list(done), read=True):
-        done[look.path].verdict = OK, ""
-        if look.blocked or not look.file:  # the kernel may remember what nobody can read now
-            problems[look.path] = look.blocked or look.detail or "its file cannot be read"
-    for path, verdict in recheck_links(conn, settings, list(problems)).items():
-        done[path].verdict = verdict if verdict[0] != OK else (UNREACHABLE, problems[path])
-
-
-def _record_changes(conn: sqlite3.Connection, changes: Iterable[LinkChange]) -> None:
-    """Write what became of changes: the journal, and of those that were made the link."""
-    update = "UPDATE link_changes SET state = ?, reason = ?, changed_utc = ? WHERE change_id = ?"
-    with transaction(conn):
+    def settle(self) -> None:
+        """Find out how far a killed run came, and clear away what it left beside the links."""
+        select = """SELECT change_id, path, old_target, new_target FROM link_changes
+            WHERE state = 'planned'"""
+        rows = self.conn.execute(select).fetchall() if self.run_id is not None else []
+        changes = [LinkChange(from_db(p), from_db(o), from_db(n), number=i) for i, p, o, n in rows]
+        changes = self.within_reach(changes)
         for change in changes:
-            state, now = DONE if change.new else REMOVED, utc_now()
-            state = state if change.stands else NOT_DONE
-            conn.execute(update, (state, escape(change.reason) or None, now, change.number))
-            if state == NOT_DONE:
-                continue
-            known, (status, why) = find_link(conn, change.path), change.verdict
-            if state == REMOVED:
-                events = write_link(conn, known, change.path, change.old, MISSING)
-                gone = link_event(change.path, change.old, REMOVED, MISSING)
-                _write_events(conn, [gone, *events])
-                continue
-            if known and status != OK:  # undone: it was broken before, and is no new loss
-                known = known._replace(broken_since=known.broken_since or now)
-            relinked = link_event(change.path, change.new, "relinked", status)
-            events = write_link(conn, known, change.path, change.new, status, why)
-            _write_events(conn, [relinked, *events])
+            left = read_link(change.temporary)
+            if left and left in (change.new, change.old):  # made, or put back
+                os.unlink(change.temporary)
+            stands = read_link(change.path)
+            change.stands = stands == change.new
+            if not change.stands:
+                is_old = stands == change.old
+                change.reason = "the run was killed" if is_old else "somebody else has changed it"
+        self.look_at(change for change in changes if change.stands)
+        self.record(changes)
 
+    def within_reach(self, changes: Iterable[LinkChange]) -> List[LinkChange]:
+        """Return the changes whose directories answer, or are not there; the others say why not."""
+        folders = {change.path: os.path.dirname(change.path) for change in changes}
+        places = look_at_places(self.conn, self.settings, folders.values())[0] if folders else {}
+        for change in changes:
+            state, reason, _ = places[folders[change.path]]
+            change.reason = "" if state in ("scanned", "missing") else reason
+        return [change for change in changes if not change.reason]
 
-def settle_journal(conn: sqlite3.Connection, settings: ScanSettings) -> None:
-    """Find out how far a killed run came, and clear away what it left beside the links."""
-    rows = conn.execute(
-        "SELECT change_id, path, old_target, new_target FROM link_changes WHERE state = 'planned'"
-    ).fetchall()
-    changes = [LinkChange(from_db(p), from_db(o), from_db(n), number=i) for i, p, o, n in rows]
-    changes = _within_reach(conn, settings, changes)
-    for change in changes:
-        left = read_link(change.temporary)
-        if left and left in (change.new, change.old):  # made, or put back
-            os.unlink(change.temporary)
-        stands = read_link(change.path)
-        if stands == change.new:
-            change.result, change.stands = DONE, True
-        else:
-            is_old = stands == change.old
-            change.reason = "the run was killed" if is_old else "somebody else has changed it"
-    _look_at_changed(conn, settings, changes)
-    _record_changes(conn, changes)
-
-
-def _within_reach(
-    conn: sqlite3.Connection, settings: ScanSettings, changes: Iterable[LinkChange]
-) -> List[LinkChange]:
-    """Return the changes whose directories answer, or are not there; the others say why not."""
-    folders = {change.path: os.path.dirname(change.path) for change in changes}
-    places = look_at_places(conn, settings, folders.values())[0] if folders else {}
-    for change in changes:
-        state, reason, _ = places[folders[change.path]]
-        change.reason = "" if state in ("scanned", "missing") else reason
-    return [change for change in changes if not change.reason]
+    def report(
+        self, changes: Collection[LinkChange], verb: str, refused: Collection[str] = ()
+    ) -> JsonObject:
+        """Return what became of changes, as `undo --json` shows it, with the exit code."""
+        words = {READY: f"would {verb}", DONE: f"{verb}d"}
+        items = [{"path": c.path, "from": c.old, "to": c.new, "reason": c.reason,
+            "result": words.get(c.result, c.result)} for c in changes]  # fmt: skip
+        count = Counter(change.result for change in changes)
+        skipped = count[NOT_CHANGED] + count[IN_ERROR]
+        code = EXIT_REFUSED if refused else EXIT_PARTIAL if skipped else EXIT_OK
+        result = {"applied": self.run_id is not None, "run_id": self.run_id, "items": items,
+            "restored": count[DONE], "skipped": skipped, "exit_code": code}  # fmt: skip
+        return {**result, "message": "; ".join(sorted(refused))} if refused else result
 
 
 # The repair
 
 
-def spell_target(file: str, prefixes: Mapping[str, str], path: str, old: str) -> str:
-    """Return a real file as the user writes it: below {prefix as written: as resolved}, that which
-    has most in common with the link's old target; relative where that was relative.
+def spell_target(
+    file: str, prefixes: Mapping[str, str], path: str, old: str, goal: str = ""
+) -> str:
+    """Return a real file as the user writes it: below {prefix as written: as resolved} or the old
+    target's own (`goal` is that resolved), most like the old one; relative where that was relative.
     """
     folder = os.path.dirname(path)
-    goal = os.path.normpath(os.path.join(folder, old))
+    written = os.path.normpath(os.path.join(folder, old))
+    one, other = written.split("/"), (goal or written).split("/")
+    while one and other and one[-1] == other[-1]:
+        del one[-1], other[-1]
+    own = {"/".join(one): "/".join(other)}
     spelled = [
-        written.rstrip("/") + file[len(real.rstrip("/")) :]
-        for written, real in prefixes.items()
+        prefix.rstrip("/") + file[len(real.rstrip("/")) :]
+        for prefix, real in {**prefixes, **own}.items()
         if is_under(file, real)
     ]
-    best = max(spelled, key=lambda text: len(os.path.commonpath((text, goal))), default=file)
+    best = max(spelled, key=lambda text: len(os.path.commonpath((text, written))), default=file)
     return best if os.path.isabs(old) else os.path.relpath(best, folder)
-
-
-@dataclasses.dataclass
-class BrokenLink(LinkChange):
-    """A broken link of the library, and what might replace its file."""
-
-    work: Work = parse_work("")
-    copies: Sequence[Copy] = ()
 
 
 class Relinker:
     """One run of the repair; without a `run_id` a preview that changes no link."""
 
     def __init__(self, conn: sqlite3.Connection, config: Config, run_id: Optional[int]) -> None:
-        self.conn = conn
+        self.conn, self.journal = conn, Journal(conn, config.scan, run_id)
         self.scan, self.settings, self.repair = config.scan, config.cinesync, config.repair
-        self.run_id = run_id
         self.any_resolution = False
+        self.deadline = math.inf  # of time.monotonic()
+        self.indexed = 0
         self.allowed: Dict[str, str] = {}  # as written: as the kernel resolves it
-        self.items: List[BrokenLink] = []
+        self.items: List[LinkChange] = []
         self.waits: List[Wait] = []
-        self.count: Counter[str] = Counter()
         self.refused: Set[str] = set()
         self.problems: List[str] = []
-        self.deadline = math.inf  # of time.monotonic()
 
     def run(self, accept_shrink: bool) -> JsonObject:
         """Index, match and replace; return what `cinesync --json` shows."""
         started = int(time.time())
         try:
             roots = self.open_places()
-            if self.run_id is not None:
-                settle_journal(self.conn, self.scan)
+            self.journal.settle()
             base = self.settings.base
-            self.count["indexed"] = index_copies(self.conn, self.scan, base, accept_shrink)
-            self.relink(self.match(self.load_broken(roots)))
+            self.indexed = index_copies(self.conn, self.scan, base, accept_shrink)
+            links, limit = self.match(self.load_broken(roots)), self.settings.limit
+            why = self.journal.carry_out(links, self.choose, limit=limit, deadline=self.deadline)
+            self.refused.update(why)
         except RefusedError as exc:
             self.refused.add(str(exc))
         result = self.result()
-        if self.run_id is not None:
+        if result["applied"]:
             self.record(started, result)
         return result
 
@@ -5156,13 +5108,12 @@ class Relinker:
         base, roots, allowed = settings.base, settings.roots, settings.allowed_targets
         places, _ = look_at_places(self.conn, self.scan, (base, *roots, *allowed))
         state, reason, real_base = places[base]
-        for real in filter(None, (places[root][2] for root in roots) if real_base else ()):
+        for real in filter(None, (places[root][2] for root in roots if real_base)):
             refuse_base(real_base, real)
             refuse_base(real, real_base)  # no better the other way round
         if state != "scanned":
             raise RefusedError(f"CineSync's base {base}: {reason}")
-        for path in (*roots, *allowed):
-            state, reason, _ = places[path]
+        for path, (state, reason, _) in places.items():
             if state == "refused":
                 self.refused.add(reason)
             elif state != "scanned":
@@ -5171,124 +5122,81 @@ class Relinker:
         self.allowed = {path: good[path] for path in allowed if path in good}
         return {path: good[path] for path in roots if path in good}
 
-    def load_broken(self, roots: Mapping[str, str]) -> List[BrokenLink]:
+    def load_broken(self, roots: Mapping[str, str]) -> List[LinkChange]:
         """Return the links below some roots that have been broken long enough, oldest first."""
-        server_ids, links, now = load_server_ids(self.conn), [], time.time()
-        losses, settings = load_losses(self.conn), self.repair
-        taken_back = load_taken_back(self.conn)
+        server_ids, losses = load_server_ids(self.conn), load_losses(self.conn)
+        taken_back, settings, now = load_taken_back(self.conn), self.repair, time.time()
         for path, target, since in find_broken(self.conn):
             root = find_ancestor(path, roots)
             if root is None:
                 continue
-            link = BrokenLink(path, target)
+            work = describe_link(path[len(root.rstrip("/")) :], target, server_ids.get(path, {}))
+            link = LinkChange(path, target, work=work)
             self.items.append(link)
-            if path in taken_back:
-                link.reason = "undo has put it back; left alone until it or its target changes"
-                continue
             began = parse_time(since) or 0.0
             wait = plan_wait(settings.min_age, settings.patience, began, losses.get(path))
-            if now < wait.until:
+            if path in taken_back:
+                link.reason = "undo has put it back; left alone until it or its target changes"
+            elif now < wait.until:
                 link.reason = str(wait)
                 self.waits += [wait] if wait.reason == "waiting" else []
-                continue
-            below_root = path[len(root.rstrip("/")) :]
-            link.work = describe_link(below_root, link.old, server_ids.get(path, {}))
-            links.append(link)
-        return links
+        return [link for link in self.items if not link.reason]
 
-    def match(self, links: List[BrokenLink]) -> List[BrokenLink]:
-        """Return the links that CineSync may have copies of, with these."""
-        copies: Dict[Tuple[str, str], List[Copy]] = {}
-        for copy in load_copies(self.conn, self.settings.base, [link.work for link in links]):
-            for key in _keys(copy.work):
-                copies.setdefault(key, []).append(copy)
+    def match(self, links: List[LinkChange]) -> List[LinkChange]:
+        """Return the links that CineSync may have copies of, with these, the best ones first."""
+        copies = load_copies(self.conn, self.settings.base, [link.work for link in links])
         shared = self.find_shared({title_folder(x.path) for x in links if not x.work.year})
         for link in links:
-            found = {copy.path: copy for key in _keys(link.work) for copy in copies.get(key, ())}
+            found = {copy.path: copy for key in _keys(link.work) for copy in copies[key]}
             near = shared.get(title_folder(link.path), ())
             link.copies, link.reason = match_work(link.work, list(found.values()), near)
-        matched = [link for link in links if link.copies]
-        self.count["candidate_found"] = len(matched)
-        return matched
+            link.copies = sorted(link.copies, key=functools.partial(_distance, link.work))
+        return [link for link in links if link.copies]
 
     def find_shared(self, folders: Iterable[str]) -> Dict[str, Set[str]]:
-        """Return, of folders of the library, CineSync's that some good link of it shares a file
-        with.
-        """
+        """Return, of the library's folders, those of CineSync's that share a file with it."""
         goods: Dict[str, str] = {}
         found: Dict[str, Set[str]] = defaultdict(set)
         for folder in folders:
             condition, values = beneath(folder)
             select = f"SELECT path FROM symlinks WHERE status = 'ok' AND {condition} LIMIT 8"
             goods.update({from_db(row[0]): folder for row in self.conn.execute(select, values)})
-        works = map(parse_work, goods)
-        wanted = {(normalise_title(w.title), w.season, (w.episodes or (None,))[0]) for w in works}
-        items = self.conn.execute("SELECT path, show_norm, season, episode FROM cinesync_items")
-        near = [from_db(p) for p, title, *part in items if (from_db(title), *part) in wanted]
-        looks = _look_at(self.conn, self.scan, [*goods, *near] if goods and near else [], read=True)
+        copies = load_copies(self.conn, self.settings.base, map(parse_work, goods))
+        near = {copy.path for found in copies.values() for copy in found}
+        looks = _look_at(self.conn, self.scan, [*goods, *near] if near else [], read=True)
         real = {look.path: look.file for look in looks if look.file}
         for good, folder in goods.items():
-            same = (p for p in near if real.get(p, p) == real.get(good))
+            same = (path for path in near if real.get(path, path) == real.get(good))
             found[folder].update(map(title_folder, same))
         return found
 
-    def relink(self, links: List[BrokenLink]) -> None:
-        """Find the file for each link, and point it there; at most `limit` links."""
-        left = self.settings.limit
-        for start in range(0, len(links), CHANGES_AT_ONCE):
-            ready = self.choose(links[start : start + CHANGES_AT_ONCE])[:left] if left else []
-            left -= len(ready)
-            self.count["resolved_target_ok"] += len(ready)
-            for link in ready:
-                link.result = WOULD_REPLACE
-            if ready and self.run_id is not None:
-                change_links(self.conn, self.scan, self.run_id, ready, must_work=True)
-                for link in ready:
-                    link.result = REPLACED if link.result == DONE else link.result
-                    if link.result == IN_ERROR and link.verdict[1]:
-                        self.refused.add(link.verdict[1])
-            if (self.refused and not ready) or time.monotonic() > self.deadline:
-                break  # in an outage, what hangs would cost its time with each part
-        for link in links:
-            if link.result == NOT_REPLACED and not link.reason:
-                link.reason = "left for the next run"
-
-    def choose(self, links: List[BrokenLink]) -> List[LinkChange]:
-        """Look at links and copies this very moment; return the links that can be replaced."""
-        verdicts = recheck_links(self.conn, self.scan, [link.path for link in links])
-        for link in links:
-            link.copies = sorted(link.copies, key=functools.partial(_distance, link.work))
+    def choose(self, links: List[LinkChange]) -> List[LinkChange]:
+        """Look at the copies this very moment; return the links that can be replaced."""
         paths = {copy.path for link in links for copy in link.copies[:COPIES_TRIED]}
+        paths.update(link.path for link in links)
         looks = {look.path: look for look in _look_at(self.conn, self.scan, list(paths), read=True)}
         self.refused.update(look.blocked for look in looks.values() if look.blocked)
         with transaction(self.conn):
             update = "UPDATE cinesync_items SET target_ok = ? WHERE path = ?"
-            seen = [(int(bool(look.file)), to_db(path)) for path, look in looks.items()]
+            seen = [(bool(look.file), to_db(path)) for path, look in looks.items()]
             self.conn.executemany(update, seen)
         for link in links:
-            status, why = verdicts.get(link.path, (MISSING, ""))
-            if status == UNREACHABLE:
-                self.refused.add(why)
-            if status != BROKEN:
-                link.reason = why or {OK: "it works again"}.get(status, "it is gone")
-            elif read_link(link.path) != link.old:
-                link.reason = "it points elsewhere since the last scan"
-            else:
-                for copy in link.copies[:COPIES_TRIED]:
-                    look = looks.get(copy.path, Look(copy.path, 0, "it is gone", "", "", ""))
-                    problem = look.blocked or look.detail
-                    link.reason = self.why_not(link, copy, look.file, problem)
-                    if not link.reason:
-                        link.via = copy.path
-                        link.new = spell_target(look.file, self.allowed, link.path, link.old)
-                        break
+            own = looks.get(link.path, Look(link.path, NO_LINK))
+            for copy in link.copies[:COPIES_TRIED]:
+                look = looks.get(copy.path, Look(copy.path, NO_LINK, "it is gone"))
+                link.reason = self.why_not(link, copy, look)
+                if not link.reason:
+                    link.via, link.file = copy.path, look.file
+                    link.new = spell_target(look.file, self.allowed, link.path, link.old, own.goal)
+                    break
         return [link for link in links if link.new]
 
-    def why_not(self, link: BrokenLink, copy: Copy, file: str, problem: str) -> str:
+    def why_not(self, link: LinkChange, copy: Work, look: Look) -> str:
         """Return what keeps a copy's file from replacing a link's, '' for nothing."""
+        file, problem = look.file, look.blocked or look.detail
         behind = parse_work(file)
         has_name = (behind.episodes and behind.season is not None) or behind.date
-        told = behind if has_name and behind.kind == "episode" else copy.work
+        told = behind if has_name and behind.kind == "episode" else copy
         if problem or not file:
             return f"{copy.path} leads to no file that can be read: {problem or 'it is gone'}"
         if not any(is_under(file, prefix) for prefix in self.allowed.values()):
@@ -5299,102 +5207,98 @@ class Relinker:
             return f"{file} is named like something else"
         if not is_same_part(link.work, told):
             return f"{file} holds other episodes"
-        for height in (copy.work.resolution, behind.resolution):
+        for height in (copy.resolution, behind.resolution):
             if not self.any_resolution and not is_fit(link.work.resolution, height):
                 return f"CineSync has it in {height}p; --any-resolution takes that"
         return ""
 
     def result(self) -> JsonObject:
         """Return what `cinesync --json` shows."""
-        results = Counter(link.result for link in self.items)
-        code = EXIT_PARTIAL if results[IN_ERROR] or self.problems else EXIT_OK
-        result: JsonObject = {"applied": self.run_id is not None, "run_id": self.run_id}
-        result.update(indexed=self.count["indexed"], checked_broken=len(self.items))
-        result.update({n: self.count[n] for n in ("candidate_found", "resolved_target_ok")})
-        result.update(replaced=results[REPLACED], skipped=results[NOT_REPLACED])
-        result.update(errors=results[IN_ERROR], exit_code=EXIT_REFUSED if self.refused else code)
-        result["waits"] = summarise_waits(self.waits)
+        result = self.journal.report(self.items, "replace", self.refused)
+        for item, link in zip(result["items"], self.items):
+            item.update(old_target=item.pop("from"), new_target=item.pop("to"), via=link.via)
+        count = Counter(link.result for link in self.items)
+        result.update(
+            indexed=self.indexed, checked_broken=len(self.items),
+            candidate_found=sum(bool(link.copies) for link in self.items),
+            resolved_target_ok=len(self.items) - count[NOT_CHANGED],
+            replaced=result.pop("restored"), skipped=count[NOT_CHANGED], errors=count[IN_ERROR],
+            waits=summarise_waits(self.waits),
+        )  # fmt: skip
+        if not self.refused:
+            result["exit_code"] = EXIT_PARTIAL if count[IN_ERROR] or self.problems else EXIT_OK
         if self.refused or self.problems:
             result["message"] = "; ".join([*sorted(self.refused), *self.problems])
             log.warning("%s", result["message"])
-        result["items"] = [
-            {
-                "path": link.path, "old_target": link.old, "new_target": link.new, "via": link.via,
-                "result": link.result, "reason": link.reason,
-            }
-            for link in self.items
-        ]  # fmt: skip
         return result
 
     def record(self, started: int, result: JsonObject) -> None:
         """Write the run's row; without an index, which is what a refused one lacks, no number."""
-        names = ("checked_broken", "candidate_found", "resolved_target_ok", "replaced", "skipped",
-            "errors")  # fmt: skip
+        insert = """INSERT INTO cinesync_runs (run_id, started_utc, finished_utc, dry_run,
+            repair_roots, cinesync_base, allowed_prefixes, indexed_count, checked_broken,
+            candidate_found, resolved_target_ok, replaced, skipped, errors) VALUES (:run_id,
+            :started, :finished, 0, :roots, :base, :allowed, nullif(:indexed, 0), :checked_broken,
+            :candidate_found, :resolved_target_ok, :replaced, :skipped, :errors)"""
         roots, allowed = ",".join(self.settings.roots), ",".join(self.settings.allowed_targets)
-        texts = map(to_db, (roots, self.settings.base, allowed))
-        numbers = (result["indexed"] or None, *(result[name] for name in names))
-        self.conn.execute(
-            "INSERT INTO cinesync_runs (run_id, started_utc, finished_utc, dry_run, repair_roots, "
-            f"cinesync_base, allowed_prefixes, indexed_count, {', '.join(names)}) "
-            f"VALUES (?, ?, ?, 0, ?, ?, ?, ?{', ?' * len(names)})",
-            (self.run_id, started, int(time.time()), *texts, *numbers),
-        )
+        places = zip(("roots", "base", "allowed"), map(to_db, (roots, self.settings.base, allowed)))
+        times = {"started": started, "finished": int(time.time())}
+        self.conn.execute(insert, {**result, **dict(places), **times})
 
 
-def _distance(wanted: Work, copy: Copy) -> Tuple[int, str]:
+def _distance(wanted: Work, copy: Work) -> Tuple[int, str]:
     """Order copies: the wanted resolution, then the nearest, at last the unknown ones."""
-    own, found = wanted.resolution or FULL_HD, copy.work.resolution
+    own, found = wanted.resolution or FULL_HD, copy.resolution
     return abs(found - own) if found else UHD, copy.path
 
 
-def describe_link(path: str, target: str, server_ids: Mapping[str, str]) -> Work:
-    """Return the work behind a broken link: its path below its root says it, the lost file's name
-    adds resolution and year, the owning server the ids.
-    """
-    work, lost = parse_work(path), parse_work(target)
+def describe_link(path: str, target: str, told: Mapping[str, str]) -> Work:
+    """Return the work behind a broken link by its path, its lost file, what a server has told."""
+    work, lost, ids = parse_work(path), parse_work(target), dict(told)
     is_same = normalise_title(lost.title) == normalise_title(work.title)
+    year = work.year or int(ids.pop("year", 0)) or (lost.year if is_same else None)
     return work._replace(
-        ids={**{name: text for name, text in server_ids.items() if name != "year"}, **work.ids},
-        year=work.year or int(server_ids.get("year", 0)) or (lost.year if is_same else None),
-        resolution=work.resolution or lost.resolution,
+        ids={**ids, **work.ids}, year=year, resolution=work.resolution or lost.resolution,
         number=work.number if work.number[1] else lost.number,
-    )
+    )  # fmt: skip
 
 
 def load_server_ids(conn: sqlite3.Connection) -> Dict[str, Dict[str, str]]:
     """Return {broken link: ids, and the 'year'} of the servers' series and movies."""
+    select = f"""SELECT * FROM (
+        SELECT symlink_path, tmdb_id, tvdb_id, imdb_id, year FROM episode_files f
+            JOIN series t ON t.instance = f.instance AND sonarr_id = sonarr_series_id UNION ALL
+        SELECT symlink_path, tmdb_id, NULL, imdb_id, year FROM movie_files f
+            JOIN movies t ON t.instance = f.instance AND radarr_id = radarr_movie_id)
+        WHERE symlink_path IN (SELECT path FROM symlinks WHERE {IS_BROKEN})"""
     ids: Dict[str, Dict[str, str]] = {}
-    for tables, parent, number, tvdb in (
-        ("episode_files f JOIN series", "sonarr_series_id", "sonarr_id", "tvdb_id"),
-        ("movie_files f JOIN movies", "radarr_movie_id", "radarr_id", "NULL"),
-    ):
-        for path, *values in conn.execute(
-            f"SELECT symlink_path, tmdb_id, {tvdb}, imdb_id, year FROM {tables} t "
-            f"ON t.instance = f.instance AND t.{number} = f.{parent} WHERE symlink_path IN "
-            f"(SELECT path FROM symlinks WHERE {IS_BROKEN})"
-        ):
-            pairs = zip(("tmdb", "tvdb", "imdb", "year"), values)
-            ids[from_db(path)] = {name: str(value) for name, value in pairs if value}
+    for path, *values in conn.execute(select):
+        pairs = zip(("tmdb", "tvdb", "imdb", "year"), values)
+        ids[from_db(path)] = {name: str(value) for name, value in pairs if value}
     return ids
 
 
-def load_copies(conn: sqlite3.Connection, base: str, wanted: Iterable[Work]) -> Iterator[Copy]:
-    """Yield CineSync's items that have the title or an id of a wanted work, and one of its parts;
-    and of each folder one item, which tells what other works there are by that title.
-    """
+def load_copies(
+    conn: sqlite3.Connection, base: str, wanted: Iterable[Work]
+) -> Dict[Tuple[str, str], List[Work]]:
+    """Return {title or id: items} for works; of each folder one at least, to tell its rivals."""
     works = list(wanted)
     keys = {key for work in works for key in _keys(work)}
-    titles, ids = {k[1] for k in keys if not k[0]}, {k[1] for k in keys if k[0]}
+    ids = {number for name, number in keys if name}
     parts = {(work.season, number) for work in works for number in work.episodes}
+    found: Dict[Tuple[str, str], List[Work]] = defaultdict(list)
     folders: Set[str] = set()
     select = "SELECT path, show_norm, season, episode FROM cinesync_items"
-    for name, title, *part in conn.execute(select):
-        path = from_db(name)
-        if from_db(title) in titles or any(not ids.isdisjoint(tag) for tag in _ID.findall(path)):
-            folder = os.path.dirname(path)
-            if folder not in folders or part[1] is None or tuple(part) in parts:
-                folders.add(folder)
-                yield Copy(path, parse_work(path[len(base) :]))
+    for name, title, *part in conn.execute(select) if works else ():
+        path, folder = from_db(name), os.path.dirname(from_db(name))
+        if folder in folders and part[1] is not None and tuple(part) not in parts:
+            continue
+        is_named = ("", from_db(title)) in keys
+        if is_named or any(not ids.isdisjoint(tag) for tag in _ID.findall(path)):
+            folders.add(folder)
+            copy = parse_work(path[len(base) :])._replace(path=path)
+            for key in _keys(copy):
+                found[key].append(copy)
+    return found
 
 
 def _keys(work: Work) -> List[Tuple[str, str]]:
@@ -5417,8 +5321,7 @@ def list_changing_runs(conn: sqlite3.Connection) -> List[JsonObject]:
         FROM link_changes JOIN runs USING (run_id)
         WHERE state <> 'undone' AND command <> 'undo' AND {_UNDOABLE}
         GROUP BY run_id ORDER BY run_id DESC"""
-    names = ("run_id", "command", "started_utc", "links")
-    return [dict(zip(names, row)) for row in conn.execute(select)]
+    return list(map(dict, conn.execute(select)))
 
 
 def find_changing_run(conn: sqlite3.Connection, wanted: Optional[int]) -> Optional[int]:
@@ -5428,137 +5331,146 @@ def find_changing_run(conn: sqlite3.Connection, wanted: Optional[int]) -> Option
             WHERE {_UNDOABLE} AND command <> 'undo'"""
         number: Optional[int] = conn.execute(query).fetchone()[0]
         return number
-    query = "SELECT summary FROM runs WHERE run_id = ? AND command = 'run'"
-    row = conn.execute(query, (wanted,)).fetchone()
-    summary = json.loads(row["summary"] or "{}") if row else {}
+    row = conn.execute("SELECT command, summary FROM runs WHERE run_id = ?", (wanted,)).fetchone()
+    if row is None:
+        raise UsageError(f"there is no run {wanted}; without a number undo takes the last one")
+    summary = json.loads(row["summary"] or "{}") if row["command"] == "run" else {}
     return int(summary.get("cinesync", {}).get("run_id") or wanted)  # a run changes links as that
 
 
-def plan_undo(
-    conn: sqlite3.Connection, settings: ScanSettings, changes: List[LinkChange]
-) -> List[LinkChange]:
-    """Return the changes that can be taken back; the others say why not."""
-    ready = []
-    for change in _within_reach(conn, settings, changes):
-        stands, root = read_link(change.path), find_ancestor(change.path, settings.roots)
-        is_other = not stands and os.path.lexists(change.path)  # no link
-        folder = root or os.path.dirname(change.path)
-        if not change.new:
-            change.reason = "undo removes no link; prune does"
-        elif not (change.old or os.path.isdir(folder)):
-            change.reason = f"{folder} is not there"
-        elif stands == change.old and not is_other:
-            change.result = "would restore"
-            ready.append(change)
-        elif stands == change.new:
-            change.result, change.reason = DONE, "it was put back already"
-        else:
-            change.reason = "somebody else has changed it since"
-    return ready
-
-
-def undo_changes(
-    conn: sqlite3.Connection, settings: ScanSettings, wanted: Optional[int], paths: Sequence[str],
-    run_id: Optional[int],
-) -> JsonObject:  # fmt: skip
-    """Put the links of a run back, newest first, and return what `undo --json` shows.
-
-    By default those of the last run that changed links; without a `run_id` of our own as a preview.
-    """
-    if run_id is not None:
-        settle_journal(conn, settings)
-    if wanted and not conn.execute("SELECT 1 FROM runs WHERE run_id = ?", (wanted,)).fetchone():
-        raise UsageError(f"there is no run {wanted}; without a number undo takes the last one")
-    wanted = find_changing_run(conn, wanted)
-    rows = conn.execute(
-        "SELECT change_id, path, new_target, old_target, state FROM link_changes "
-        f"WHERE run_id = ? AND {_UNDOABLE} ORDER BY change_id DESC",
-        (wanted,),
-    ).fetchall()
-    rows = [row for row in rows if not paths or from_db(row[1]) in paths]
-    changes = {
-        number: LinkChange(from_db(path), from_db(old), from_db(new))
-        for number, path, old, new, state in rows
-        if state != UNDONE
-    }
-    ready = plan_undo(conn, settings, list(changes.values()))
-    if run_id is not None:
-        change_links(conn, settings, run_id, ready, must_work=False)
-        undone = [(number,) for number, change in changes.items() if change.result == DONE]
+def undo_changes(journal: Journal, wanted: Optional[int], paths: Sequence[str]) -> JsonObject:
+    """Put back the links of a run, by default the last one; return what `undo --json` shows."""
+    journal.settle()
+    conn, wanted = journal.conn, find_changing_run(journal.conn, wanted)
+    select = f"""SELECT change_id, path, new_target, old_target, state FROM link_changes
+        WHERE run_id = ? AND {_UNDOABLE} ORDER BY change_id DESC"""
+    rows = [row for row in conn.execute(select, (wanted,)) if not paths or from_db(row[1]) in paths]
+    todo = [row for row in rows if row["state"] != UNDONE]
+    changes = [LinkChange(from_db(p), from_db(new), from_db(old)) for _, p, new, old, _ in todo]
+    for change in journal.within_reach(changes):
+        plan_undo(change, journal.settings.roots)
+    if journal.run_id is not None:
+        journal.change([change for change in changes if change.result == READY], must_work=False)
+        undone = [row[:1] for row, change in zip(todo, changes) if change.result == DONE]
         with transaction(conn):
             update = "UPDATE link_changes SET state = 'undone' WHERE change_id = ?"
             conn.executemany(update, undone)
-    result: JsonObject = {"applied": run_id is not None, "run_id": wanted}
-    result.update(count_undone(changes.values()))
+    result = {**journal.report(changes, "restore"), "run_id": wanted}
     if not changes:
         done = "is undone already" if rows else "has changed no link"
         result["message"] = f"run {wanted} {done}" if wanted else "no run has changed a link"
     return result
 
 
-def retarget_links(
-    conn: sqlite3.Connection, settings: ScanSettings, old: str, new: str, limit: Optional[int],
-    run_id: Optional[int],
-) -> JsonObject:  # fmt: skip
-    """Point the links that cannot be followed and lead beneath `old` to the same place beneath
-    `new`, where a file is, and return what `retarget --json` shows; without a `run_id` a preview.
+def plan_undo(change: LinkChange, roots: Collection[str]) -> None:
+    """Find out whether a change can be taken back, or why not."""
+    stands, folder = read_link(change.path), os.path.dirname(change.path)
+    folder = find_ancestor(folder, roots) or folder
+    is_other = not stands and os.path.lexists(change.path)  # no link
+    if not change.new:
+        change.reason = "undo removes no link; prune does"
+    elif not (change.old or os.path.isdir(folder)):
+        change.reason = f"{folder} is not there"
+    elif stands == change.old and not is_other:
+        change.result = READY
+    elif stands == change.new:
+        change.result, change.reason = DONE, "it was put back already"
+    else:
+        change.reason = "somebody else has changed it since"
 
-    Raises RefusedError when `new` is on a mount that is not to be trusted, or is missing or empty.
-    """
-    if run_id is not None:
-        settle_journal(conn, settings)
+
+def retarget_links(journal: Journal, old: str, new: str, limit: Optional[int]) -> JsonObject:
+    """Point lost links beneath `old` to the same place beneath `new`; return `retarget --json`."""
+    journal.settle()
+    conn, settings = journal.conn, journal.settings
+    blocked: Set[str] = set()
     state, reason, _ = look_at_places(conn, settings, [new])[0][new]
     if state != "scanned":
         raise RefusedError(f"{new}: {reason}")
+    sizes: Dict[str, int] = {}  # as the servers know them; a page is less than a video, not a link
+    for table in ("movie_files", "episode_files"):
+        select = f"SELECT symlink_path, size_bytes FROM {table} WHERE size_bytes > {PAGE}"
+        sizes.update((from_db(path), size) for path, size in conn.execute(select) if path)
     select = f"SELECT path, last_target FROM symlinks WHERE {IS_LOST} ORDER BY path"
     changes: List[LinkChange] = []
     for path, target in ((from_db(p), from_db(t)) for p, t in conn.execute(select)):
         goal = os.path.normpath(os.path.join(os.path.dirname(path), target))
-        if is_under(goal, old) and goal != old and len(changes) != limit:
+        if is_under(goal, old) and goal != old:
             place = os.path.join(new, os.path.relpath(goal, old))
             changes.append(LinkChange(path, target, spell_target(place, {}, path, target), place))
-    blocked: Set[str] = set()
-    for start in range(0, len(changes), CHANGES_AT_ONCE):
-        part = changes[start : start + CHANGES_AT_ONCE]
-        looks = {x.path: x for x in _look_at(conn, settings, [c.via for c in part], read=True)}
-        blocked.update(look.blocked for look in looks.values() if look.blocked)
-        now = recheck_links(conn, settings, [c.path for c in part if run_id is not None])
-        for change in part:
-            look, verdict = looks.get(change.via), now.get(change.path, (MISSING, "it is gone"))
-            if not look or not look.file:
-                why = (look.blocked or look.detail) if look else ""
-                change.reason = f"no file to be read there: {change.via} {why}".rstrip()
-            elif run_id is not None and verdict[0] in (OK, MISSING):
-                change.reason = verdict[1] or "it works again"
-            elif read_link(change.path) != change.old:
-                change.reason = "it points elsewhere since the last scan"
-            else:
-                change.result = WOULD_REPLACE
-        ready = [change for change in part if change.result == WOULD_REPLACE]
-        if ready and run_id is not None:
-            change_links(conn, settings, run_id, ready, must_work=True)
-    counted = count_undone(changes)
-    for item in counted["items"]:
-        item["result"] = REPLACED if item["result"] == "restored" else item["result"]
-    if blocked:
-        counted.update(exit_code=EXIT_REFUSED, message="; ".join(sorted(blocked)))
-    return {"applied": run_id is not None, "run_id": run_id, **counted}
+    changes = changes[:limit]
+
+    def find_files(links: List[LinkChange]) -> List[LinkChange]:
+        with contextlib.closing(Watch(conn, settings, {"file": examine_file})) as watch:
+            watch.probe()
+            answers = watch.pool.ask_all([("file", link.via) for link in links])
+        for link, (size, why) in zip(links, answers):
+            wanted = sizes.get(link.path, size)
+            blocked.update([why] if size is None else ())
+            if why:
+                link.reason = f"no file to be read there: {link.via}: {why}"
+            elif size != wanted:
+                link.reason = f"another file: {link.via} has {size:,} bytes, not {wanted:,}"
+        return [link for link in links if not link.reason]
+
+    journal.carry_out(changes, find_files, wanted=(BROKEN, UNREACHABLE))
+    return journal.report(changes, "replace", blocked)
 
 
-def count_undone(changes: Iterable[LinkChange]) -> JsonObject:
-    """Return what became of changes that were to be taken back, with its exit code."""
-    names = {DONE: "restored", IN_ERROR: NOT_REPLACED}
-    items = [
-        {
-            "path": change.path, "from": change.old, "to": change.new,
-            "result": names.get(change.result, change.result), "reason": change.reason,
-        }
-        for change in changes
-    ]  # fmt: skip
-    counts = Counter(item["result"] for item in items)
-    code = EXIT_PARTIAL if counts[NOT_REPLACED] else EXIT_OK
-    numbers = {"restored": counts["restored"], "skipped": counts[NOT_REPLACED]}
-    return {"items": items, **numbers, "exit_code": code}
+def examine_file(looker: Looker, path: str) -> Tuple[Optional[int], str]:
+    """Return the size of a file; -1 and why it cannot be read; None if its mount is not asked."""
+    place = looker.locate(path)
+    if place.sealed:
+        return None, looker.sealed[place.sealed][1]
+    try:
+        return os.path.getsize(looker.ask(read_file, path, place.mount)), ""
+    except OSError as exc:
+        return -1, exc.strerror or str(exc)
+
+
+def list_some(looker: Looker, path: str) -> List[str]:
+    """Return the paths of some names in a directory; answers in a worker process."""
+    place = looker.locate(path)
+    with contextlib.suppress(OSError):
+        if not place.sealed:
+            names = looker.list_for(path, place.mount, EVERYTHING)[0]
+            return [os.path.join(path, name) for name in sorted(names)[:PLACES_TRIED]]
+    return []
+
+
+def propose_retarget(pool: WorkerPool, goals: Sequence[str]) -> Optional[Tuple[str, str]]:
+    """Return (old, new), close by, where most of some lost files lie beneath `new` now."""
+    goals = goals[:: len(goals) // FILES_TRIED + 1]
+    top = os.path.commonpath([os.path.dirname(goal) for goal in goals])
+    for old in itertools.islice(ancestors(top), LEVELS_TRIED):
+        above = os.path.dirname(old)
+        listed = itertools.chain.from_iterable(pool.ask_all([("list", old), ("list", above)]))
+        wanted = [(new, goal) for new in (above, *listed) if new != old for goal in goals]
+        asked = [("file", os.path.join(new, os.path.relpath(goal, old))) for new, goal in wanted]
+        found = zip(wanted, pool.ask_all(asked))
+        count = Counter(new for (new, _), (_, why) in found if not why)
+        for new, number in count.most_common(1):
+            if number * 2 > len(goals):
+                return old, new
+    return None
+
+
+def describe_moves(conn: sqlite3.Connection, settings: ScanSettings) -> List[str]:
+    """Return which `retarget` would bring back what is held as an outage, mount by mount."""
+    held: Dict[str, Set[str]] = defaultdict(set)
+    select = "SELECT mount_point, goal FROM doubts WHERE defence IN ('empty', 'witness', 'guard')"
+    for mount, goal in conn.execute(select):
+        held[from_db(mount)].add(from_db(goal))
+    if not held:
+        return []
+    answerers = {"file": examine_file, "list": list_some}
+    with contextlib.closing(Watch(conn, settings, answerers)) as watch:
+        moves = [propose_retarget(watch.pool, sorted(goals)) for goals in held.values()]
+    told = []
+    for old, new in filter(None, moves):
+        command = f"`retarget {shell_quote(old)} {shell_quote(new)}` points the links there"
+        told.append(f"what is missing beneath {old} is found beneath {new}: {command}")
+    return told
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6502,7 +6414,8 @@ def queue_repairs(conn: sqlite3.Connection, config: Config) -> JsonObject:
     owners: Dict[str, Optional[Owner]] = {}
     seasons: Dict[str, str] = {}
     young: Dict[str, str] = {}  # seasons of which a link is still to grow older: why
-    for path, target, since_utc in find_broken(conn, config.scan.roots):
+    found = find_broken(conn, config.scan.roots)
+    for path, target, since_utc in itertools.chain(found, find_unplayable(conn, config)):
         since = parse_time(since_utc) or 0.0
         owner = find_owner(conn, config.instances, path, target)
         seasons[path] = name_season(config, path, owner)
@@ -6526,7 +6439,7 @@ def queue_repairs(conn: sqlite3.Connection, config: Config) -> JsonObject:
     for path in [path for path in owners if seasons[path] in young]:
         skipped[young[seasons[path]]] += 1  # its season waits for the youngest
         del owners[path]
-    verdicts = recheck_links(conn, config.scan, list(owners))
+    verdicts = recheck_broken(conn, config, list(owners))
     for path in list(owners):
         status, why = verdicts.get(path, (MISSING, ""))
         if status != BROKEN:
@@ -6644,18 +6557,12 @@ def plan_actions(
 # Broken links that nobody can repair are removed, through the journal of all changes to links.
 
 PRUNE_AGE = 30 * DAY
-WOULD_REMOVE = "would remove"
 
 
 def why_kept(is_owned: bool, is_tagged: bool, repair: str, wait: Wait, now: float) -> str:
-    """Return why a broken link may not be removed, '' for nothing.
-
-    `repair` is what `why_not` says at the end of all time: 'exhausted', or 'already_queued'.
-    """
-    if repair == "already_queued":
-        return repair
-    if is_owned and repair != "exhausted":
-        return "owned"
+    """Return why a broken link stays, '' for nothing; `repair` is `why_not`'s last word on it."""
+    if repair == "already_queued" or (is_owned and repair != "exhausted"):
+        return repair or "owned"
     if is_tagged:
         return "tagged"
     return wait.reason if now < wait.until else ""
@@ -6672,16 +6579,12 @@ def find_unread(conn: sqlite3.Connection, instances: Iterable[Instance]) -> List
 
 def find_prunable(
     conn: sqlite3.Connection, config: Config, min_age: float
-) -> Tuple[List[LinkChange], Dict[str, int]]:
-    """Return the removals of the broken links that nobody can repair, those broken longest first,
-    and for each reason how many others are kept.
-    """
+) -> Iterator[Tuple[LinkChange, str]]:
+    """Yield the removals of the broken links, the oldest first, and why they stay, if they do."""
     repair, history, losses = config.repair, load_history(conn), load_losses(conn)
     spared = {one.name: set(map(str.lower, one.settings.skip_tags)) for one in config.instances}
-    claimed = [root for one in config.instances for root in one.settings.roots]
-    claimed += [above for above, _ in config.relay.routes]
-    kept: Counter[str] = Counter()
-    changes, now = [], time.time()
+    claimed = claimed_folders(config)
+    now = time.time()
     for path, target, since_utc in find_broken(conn, config.scan.roots):
         since = parse_time(since_utc) or now
         owner = find_owner(conn, config.instances, path, target)
@@ -6692,66 +6595,42 @@ def find_prunable(
         )
         ended = why_not(repair, since, history.get(path, ()), math.inf)
         is_owned = owner is not None or find_ancestor(path, claimed) is not None
-        reason = why_kept(is_owned, bool(is_tagged), ended, wait, now)
-        if reason:
-            kept[reason] += 1
-            continue
         why = "its repair has failed for good" if ended else "nobody owns it"
-        days = format_time(since)[:10]
-        changes.append(LinkChange(path, target, reason=f"broken since {days}, and {why}"))
-    return changes, dict(kept)
+        why = f"broken since {format_time(since)[:10]}, and {why}"
+        kept = why_kept(is_owned, bool(is_tagged), ended, wait, now)
+        yield LinkChange(path, target, via=why), kept
+
+
+def claimed_folders(config: Config) -> Set[str]:
+    """Return the directories whose links some server or the relay repairs."""
+    roots = {root for one in config.instances for root in one.settings.roots}
+    return {*roots, *(above for above, _ in config.relay.routes)}
 
 
 def prune_links(
-    conn: sqlite3.Connection, config: Config, min_age: float, limit: Optional[int],
-    run_id: Optional[int],
-) -> JsonObject:  # fmt: skip
-    """Remove the links that have been broken for `min_age` seconds and that nobody can repair, and
-    return what `prune --json` shows; without a `run_id` a preview.
-
-    Raises RefusedError where it is not known what a server owns.
-    """
-    if run_id is not None:
-        settle_journal(conn, config.scan)
-    unread = find_unread(conn, config.instances)
+    journal: Journal, config: Config, min_age: float, limit: Optional[int]
+) -> JsonObject:
+    """Remove the broken links that nobody can repair; return what `prune --json` shows."""
+    journal.settle()
+    unread = find_unread(journal.conn, config.instances)
     if unread:
         what = f"what {', '.join(unread)} owns is not known"
         raise RefusedError(f"{what}, so nothing is removed: `ingest` reads it")
-    changes, kept = find_prunable(conn, config, min_age)
-    changes, refused = changes[:limit], set()
-    for start in range(0, len(changes), CHANGES_AT_ONCE):
-        part = changes[start : start + CHANGES_AT_ONCE]
-        verdicts = recheck_links(conn, config.scan, [change.path for change in part])
-        for change in part:
-            status, why = verdicts.get(change.path, (MISSING, ""))
-            if status == UNREACHABLE:
-                refused.add(why)
-            if status != BROKEN:
-                change.reason = why or {OK: "it works again"}.get(status, "it is gone")
-            elif read_link(change.path) != change.old:
-                change.reason = "it points elsewhere since the last scan"
-            else:
-                change.result = WOULD_REMOVE
-        ready = [change for change in part if change.result == WOULD_REMOVE]
-        if ready and run_id is not None:
-            change_links(conn, config.scan, run_id, ready, must_work=False)
-    if run_id is not None:
-        remove_empty_folders(conn, config)
-    counted = count_undone(changes)
-    for item in counted["items"]:
-        item["result"] = REMOVED if item["result"] == "restored" else item["result"]
-    result: JsonObject = {"applied": run_id is not None, "run_id": run_id, "kept": kept}
-    result.update(counted, removed=counted.pop("restored"))
-    if refused:
-        result.update(exit_code=EXIT_REFUSED, message="; ".join(sorted(refused)))
-    return result
+    found = list(find_prunable(journal.conn, config, min_age))
+    changes = [change for change, kept in found if not kept][:limit]
+    refused = journal.carry_out(changes)
+    if journal.run_id is not None:
+        remove_empty_folders(journal.conn, config)
+    for change in changes:
+        change.reason = change.reason or change.via
+    result = journal.report(changes, "remove", refused)
+    result["removed"] = result.pop("restored")
+    return {**result, "kept": dict(Counter(kept for _, kept in found if kept))}
 
 
 def remove_empty_folders(conn: sqlite3.Connection, config: Config) -> None:
     """Remove the directories that this run, or one that was killed, has emptied; never a root."""
-    stops = {*config.scan.roots, *config.cinesync.roots}
-    stops.update(root for one in config.instances for root in one.settings.roots)
-    stops.update(above for above, _ in config.relay.routes)
+    stops = {*config.scan.roots, *config.cinesync.roots, *claimed_folders(config)}
     select = """SELECT path FROM link_changes JOIN runs USING (run_id)
         WHERE command = 'prune' AND finished_utc IS NULL AND state = 'removed'"""
     for path in [from_db(row[0]) for row in conn.execute(select)]:
@@ -7031,7 +6910,7 @@ class Dispatcher:
         if self.hung:
             return dict.fromkeys(paths, (UNREACHABLE, self.hung))
         started = time.monotonic()
-        verdicts = recheck_links(self.conn, self.config.scan, paths)
+        verdicts = recheck_broken(self.conn, self.config, paths)
         if time.monotonic() - started >= self.config.scan.stat_timeout:
             self.hung = dict(verdicts.values()).get(UNREACHABLE, "")
         return verdicts
@@ -9449,6 +9328,8 @@ def run_scan(context: Context) -> JsonObject:
         if args.exit_code and result["exit_code"] == EXIT_OK and result["totals"]["broken"]:
             result["exit_code"] = EXIT_BROKEN
         result["problems"] = name_scan_problems(conn, result)
+        if all(mount["state"] == HEALTHY for mount in result["mounts"]) and result["problems"]:
+            result["problems"] += describe_moves(conn, settings)
         if result["problems"]:
             head = "no root could be scanned: " * (result["exit_code"] == EXIT_FAILED)
             result["message"] = head + "; ".join(result["problems"])
@@ -9686,8 +9567,8 @@ def run_undo(context: Context) -> JsonObject:
             return {"runs": list_changing_runs(conn)}
     paths = [os.path.abspath(path) for path in args.path]
     with context.recorded("undo", not context.applied) as (conn, summary):
-        own = summary.get("run_id")
-        result = undo_changes(conn, context.config.scan, args.run, paths, own)
+        journal = Journal(conn, context.config.scan, summary.get("run_id"))
+        result = undo_changes(journal, args.run, paths)
         summary.update({k: v for k, v in result.items() if k not in ("items", "run_id")})
     return result
 
@@ -9699,7 +9580,8 @@ def run_retarget(context: Context) -> JsonObject:
     if allowed and not any(is_under(args.new, prefix) for prefix in allowed):
         raise UsageError(f"{args.new} lies below no --allow-target")
     with context.recorded("retarget", not context.applied) as (conn, summary):
-        result = retarget_links(conn, scan, args.old, args.new, args.limit, summary.get("run_id"))
+        journal = Journal(conn, scan, summary.get("run_id"))
+        result = retarget_links(journal, args.old, args.new, args.limit)
         summary.update({k: v for k, v in result.items() if k not in ("items", "run_id")})
     return result
 
@@ -9721,8 +9603,8 @@ def run_prune(context: Context) -> JsonObject:
     """Remove the broken links that nobody can repair, or say which would be."""
     args = context.args
     with context.recorded("prune", not context.applied) as (conn, summary):
-        own = summary.get("run_id")
-        result = prune_links(conn, context.config, args.min_age, args.limit, own)
+        journal = Journal(conn, context.config.scan, summary.get("run_id"))
+        result = prune_links(journal, context.config, args.min_age, args.limit)
         summary.update({k: v for k, v in result.items() if k not in ("items", "run_id")})
     return result
 

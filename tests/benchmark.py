@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, NamedTuple, Set, Tuple
 
-from cinesync_library import CineSyncLibrary
+from cinesync_library import CineSyncLibrary, Part
 from fake_servers import FakeArr, FakeRadarr, FakeSonarr, populate, populate_movies
 from fuse_fs import FuseMount, fuse_available
 
@@ -405,6 +405,32 @@ def measure_hung_mount(table: Table, scratch: Path, links: int) -> None:
             table.note(f"stat_timeout {STALL_LIMIT:.0f} s, exit status {code}")
 
 
+def measure_retarget(table: Table, scratch: Path, links: int) -> None:
+    """Pointing links to where their files have moved, against a relink of as many."""
+    library, new = CineSyncLibrary(scratch), scratch / "new"
+    for number in range(links):
+        part = Part(f"Show {number // 20}", 1990, 1, (number % 20 + 1,))
+        library.copy(part, 1080)
+        gone = os.readlink(library.library_link(part, 1080, broken=number % 20 > 0))
+        moved = new / os.path.relpath(gone, library.mount)
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        moved.write_bytes(b"video")
+    places: List[object] = ["--base", library.base, "--root", library.media]
+    places += ["--allow-target", library.mount, "--limit", links, "--min-age", 0, "--patience", 0]
+    scan = scan_command(scratch / "data", library.media)
+    program = scan[: scan.index("scan")]
+    subprocess.call(list(map(str, scan)), stdin=QUIET, stdout=QUIET)  # an outage, says the guard
+    seconds(*scan, "--accept-breakage")
+    relinked = seconds(*program, "cinesync", "-q", "--apply", *places)
+    seconds(*program, "undo", "-q", "--apply")
+    preview = seconds(*program, "retarget", "-q", library.mount, new)
+    moved_all = seconds(*program, "retarget", "-q", "--apply", library.mount, new)
+    table.row(f"retarget of {links:,} links / cinesync", f"{moved_all / relinked:.2f}", "1.5", "1")
+    broken = sum(not os.path.exists(path) for path in library.truth)
+    table.row("    links that it left", str(broken), "0")
+    table.note(f"cinesync {relinked:.2f} s, retarget {moved_all:.2f} s, preview {preview:.2f} s")
+
+
 def measure_cinesync(table: Table, scratch: Path, links: int, items: int) -> None:
     """A run of cinesync against find in CineSync's tree and the scan; its second index."""
     library = CineSyncLibrary(scratch)
@@ -554,6 +580,8 @@ def main() -> None:
             measure_start(table, Path(folder), max(args.runs, 20))
         with scratch() as folder:
             measure_cinesync(table, Path(folder), args.links // 5, args.links * 3 // 10)
+        with scratch() as folder:
+            measure_retarget(table, Path(folder), args.links // 5)
         with scratch() as folder:
             measure_run(table, Path(folder), args.links, max(args.runs, 5))
     with scratch() as folder:

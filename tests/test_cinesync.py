@@ -91,7 +91,8 @@ class Stage:
             with os.scandir(todo.pop()) as entries:
                 for entry in entries:  # os.walk would look at the targets, and hang like them
                     if entry.is_symlink():
-                        found[entry.path] = os.readlink(entry.path)
+                        with contextlib.suppress(FileNotFoundError):  # a temporary one
+                            found[entry.path] = os.readlink(entry.path)
                     elif entry.is_dir(follow_symlinks=False):
                         todo.append(entry.path)
         return found
@@ -242,7 +243,7 @@ EPISODE = "/Show (2001)/Season 01/Show - S01E01 1080p.mkv"
     ],
 )  # fmt: skip
 def test_match(wanted: str, copies: Sequence[str], found: Any) -> None:
-    items = [program.Copy(path, program.parse_work(path)) for path in copies]
+    items = [program.parse_work(path)._replace(path=path) for path in copies]
     matched, why = program.match_work(program.parse_work(wanted), items)
     if isinstance(found, int):
         assert (len(matched), why) == (found, "")
@@ -589,14 +590,16 @@ def test_only_what_changed_is_listed_again(stage: Stage, monkeypatch: pytest.Mon
     stage.scan()
     count = stage.cinesync()["indexed"]
     listed = stage.folder / "listed"
-    list_copies = program.list_copies
+    visit_copies = program.visit_copies
 
-    def note(base: str, folder: str) -> Any:
-        with open(listed, "a") as stream:  # in another process
-            stream.write(folder + "\n")
-        return list_copies(base, folder)
+    def note(looker: Any, base: str, folder: str, known: int) -> Any:
+        answer = visit_copies(looker, base, folder, known)
+        if answer and answer[1] is not None:
+            with open(listed, "a") as stream:  # in another process
+                stream.write(folder + "\n")
+        return answer
 
-    monkeypatch.setattr(program, "list_copies", note)
+    monkeypatch.setattr(program, "visit_copies", note)
     assert stage.cinesync()["indexed"] == count
     assert not listed.exists()
     copy = library.copy(Part("Newcomer", 2020), 1080)
@@ -1042,7 +1045,7 @@ def test_ordinary_names_get_the_right_copy() -> None:
                 code = (f"S{season:02}E{episode:02}", f"{season}x{episode:02}")[number % 2]
                 raw = form.format(t=title.replace(" ", "."), y=2001, c=code, e=episode)
                 path = f"/Shows/{title} (2001)/Season {season}/{raw}.mkv"
-                copies.append((season, episode, program.Copy(path, program.parse_work(path))))
+                copies.append((season, episode, program.parse_work(path)._replace(path=path)))
         for season, episode, copy in copies:
             for form in names(ORDINARY):
                 code = (f"S{season:02}E{episode:02}", f"{season}x{episode:02}")[number % 2]
@@ -1082,6 +1085,19 @@ def test_a_share_that_is_a_symlink_is_written_as_the_user_writes_it(stage: Stage
     assert stage.texts() == before
 
 
+def test_the_share_need_not_be_among_the_allowed_targets(stage: Stage) -> None:
+    library, share = stage.library, stage.folder / "user"
+    share.symlink_to(library.mount)
+    path = stage.broken()
+    old = os.readlink(path).replace(str(library.mount), str(share))
+    os.unlink(path)
+    os.symlink(old, path)
+    copy = library.copy(SHOW, 1080)
+    stage.scan()
+    assert stage.cinesync()["replaced"] == 1
+    assert os.readlink(path) == os.readlink(copy).replace(str(library.mount), str(share))
+
+
 @pytest.mark.parametrize(
     ("prefixes", "old", "spelled"),
     [
@@ -1095,6 +1111,35 @@ def test_a_share_that_is_a_symlink_is_written_as_the_user_writes_it(stage: Stage
 )
 def test_spell_target(prefixes: Dict[str, str], old: str, spelled: str) -> None:
     assert program.spell_target("/cache/x/a.mkv", prefixes, "/tv/b.mkv", old) == spelled
+
+
+@pytest.mark.parametrize(
+    ("old", "goal", "spelled"),
+    [
+        ("/user/b.mkv", "/cache/b.mkv", "/user/x/a.mkv"),
+        ("/user/y/z/b.mkv", "/cache/y/z/b.mkv", "/user/x/a.mkv"),
+        ("../user/b.mkv", "/cache/b.mkv", "../user/x/a.mkv"),
+        ("/user/x/b.mkv", "/elsewhere/x/b.mkv", "/cache/x/a.mkv"),
+        ("/cache/b.mkv", "/cache/b.mkv", "/cache/x/a.mkv"),
+        ("/user/b.mkv", "", "/cache/x/a.mkv"),
+    ],
+)
+def test_the_old_targets_own_prefix_is_kept(old: str, goal: str, spelled: str) -> None:
+    allowed = {"/cache": "/cache"}
+    assert program.spell_target("/cache/x/a.mkv", allowed, "/tv/b.mkv", old, goal) == spelled
+
+
+def test_a_link_that_leads_to_another_file_is_put_back(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = stage.broken()
+    stage.library.copy(SHOW, 1080)
+    other = stage.library.file("other/Other.S01E01.1080p.mkv", SHOW, 1080)
+    before = stage.texts()
+    stage.scan()
+    monkeypatch.setattr(program, "spell_target", lambda *_: str(other))
+    assert "put back" in reason(stage.cinesync(), path)
+    assert stage.texts() == before
 
 
 # The mount has moved
@@ -1137,6 +1182,62 @@ def test_retarget_leaves_alone_what_works_again(stage: Stage) -> None:
     before = stage.texts()
     result = stage.run("retarget", stage.library.mount, stage.folder / "new", "--apply")
     assert (result["restored"], stage.texts()) == (0, before)
+
+
+def test_retarget_wants_the_size_that_the_server_knows(stage: Stage) -> None:
+    paths = fill_season(stage, 3)
+    library, size = stage.library, 5000
+    for path in paths:
+        moved = stage.folder / "new" / os.path.relpath(os.readlink(path), library.mount)
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        moved.write_bytes(b"x" * size)
+    before = stage.texts()
+    stage.scan()
+    with contextlib.closing(sqlite3.connect(str(stage.data / "symlinks.db"))) as conn, conn:
+        # The size of another file; the right one; of the link itself, as some servers tell it.
+        rows = list(zip(paths, (size + 1, size, len(before[paths[2]]))))
+        insert = "INSERT INTO episode_files (instance, symlink_path, size_bytes) VALUES ('s', ?, ?)"
+        conn.executemany(insert, rows)
+    result = stage.run("retarget", library.mount, stage.folder / "new", "--apply")
+    assert (result["restored"], result["skipped"], result["exit_code"]) == (2, 1, 3)
+    assert "5,000 bytes, not 5,001" in reason(result, paths[0])
+    assert {path for path, text in stage.texts().items() if text == before[path]} == {paths[0]}
+
+
+@pytest.mark.parametrize(
+    ("moved_to", "old", "new"),
+    [
+        ("{mount}/tv", "{mount}/shows", "{mount}/tv"),  # a sibling
+        ("{mount}", "{mount}/shows", "{mount}"),  # a level higher
+        ("{mount}/all/shows", "{mount}", "{mount}/all"),  # a level lower
+        ("{mount}/shows/all", "{mount}/shows", "{mount}/shows/all"),
+        ("{folder}/mount2/shows", "{mount}", "{folder}/mount2"),
+        ("{folder}/far/away/shows", "", ""),
+    ],
+)
+def test_a_loss_that_has_moved_proposes_retarget(
+    stage: Stage, moved_to: str, old: str, new: str
+) -> None:
+    places = {"mount": stage.library.mount, "folder": stage.folder}
+    parts = [Part("Harbour Lights", 2001 + n, 1, (1,)) for n in range(12)]
+    links = [stage.library.library_link(part, 1080, broken=False) for part in parts]
+    stage.library.library_link(MOVIE, 1080, broken=False)  # what stays
+    stage.run("scan", *stage.roots())
+    goals = {os.readlink(link) for link in links}
+    for goal in goals:
+        place = moved_to.format(**places) + goal[len(f"{stage.library.mount}/shows") :]
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+        os.rename(goal, place)
+        os.rmdir(os.path.dirname(goal))
+    result = stage.run("scan", *stage.roots())
+    assert result["exit_code"] == 4
+    wanted = f"`retarget {old} {new}`".format(**places)
+    assert (wanted in result["message"]) == bool(old)
+    assert ("retarget" in result["message"]) == bool(old)
+    if old:
+        places_now = (old.format(**places), new.format(**places))
+        assert stage.run("retarget", *places_now, "--apply")["restored"] == 12
+        assert all(map(os.path.exists, links))
 
 
 def test_a_killed_retarget_leaves_each_link_old_or_new(

@@ -61,7 +61,14 @@ SEED_INDEXES = {
     "ix_episode_files_inst_sid": ("episode_files", 0, ["instance", "sonarr_series_id"]),
 }
 OUR_COLUMNS = {
-    "symlinks": {"broken_since_utc", "error", "read_utc", "read_error"},
+    "symlinks": {
+        "broken_since_utc",
+        "error",
+        "read_utc",
+        "read_error",
+        "unreadable_since_utc",
+        "read_failures",
+    },
     "actions": {"attempts", "next_attempt_utc", "progress"},
     "series": {"year", "tags"},
     "movies": {"tags"},

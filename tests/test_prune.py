@@ -308,3 +308,8 @@ def test_what_was_taken_back_is_left_alone(stage: Stage) -> None:
     os.symlink(str(file.with_name("other 1080p.mkv")), path)
     stage.scan()
     assert stage.cinesync()["replaced"] == 1
+    stage.run("undo", "--apply")
+    os.unlink(path)  # to the same place, which is missing, in other words: it has changed, too
+    os.symlink(str(file.parent) + "/./other 1080p.mkv", path)
+    stage.scan()
+    assert stage.cinesync()["replaced"] == 1

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 from conftest import Library, Refresherr
+from fake_servers import FakeRadarr
 from fuse_fs import FuseMount, fuse_available
 
 import refresherr as program
@@ -114,8 +117,6 @@ def tried(refresherr: Refresherr) -> List[str]:
 
 def age(refresherr: Refresherr) -> None:
     """Have all that was done until now lie an hour back."""
-    import sqlite3
-
     conn = sqlite3.connect(str(refresherr.db_path))
     with conn:
         earlier = "strftime('%Y-%m-%dT%H:%M:%S+00:00', read_utc, '-1 hour')"
@@ -254,3 +255,80 @@ def test_a_run_reads_if_told_so(
     assert [item["path"] for item in result["verify"]["items"]] == [str(films[0])]
     assert set(refresherr.statuses().values()) == {"ok"}
     assert "verify" in refresherr("run").out
+
+
+# What counts as broken because it cannot be read: only if asked for, and read again
+
+
+def let_days_pass(refresherr: Refresherr, days: float = 1.1) -> None:
+    """Have what was found unreadable been so since some days ago."""
+    moment = program.format_time(time.time() - days * program.DAY)
+    with contextlib.closing(sqlite3.connect(str(refresherr.db_path))) as conn, conn:
+        conn.execute("UPDATE symlinks SET first_seen_utc = ?", (moment,))
+        update = "UPDATE symlinks SET unreadable_since_utc = ? WHERE read_error <> ''"
+        conn.execute(update, (moment,))
+
+
+@pytest.fixture
+def server(cloud: Cloud, write_config: Callable[[str], Path]) -> Iterator[FakeRadarr]:
+    with FakeRadarr(cloud.root, api_key="k" * 32) as server:
+        for number in range(6):
+            name = f"Film {number} (2020).mkv"
+            server.add_movie(f"Film {number}", 2020, file_name=name)
+            folder = cloud.root / f"Film {number} (2020)"
+            folder.mkdir(exist_ok=True)
+            cloud.film(number).rename(folder / name)
+        yield server
+
+
+def configure(
+    write_config: Callable[[str], Path], cloud: Cloud, server: FakeRadarr, repair: str
+) -> None:
+    write_config(
+        f"[scan]\nroots = {cloud.root}\n{HUNG}\n[verify]\nrepair = {repair}\n"
+        "[repair]\nmin_age = 0\npatience = 0\n"
+        f"[radarr hd]\nurl = {server.url}\napi_key = {server.api_key}\nroots = {cloud.root}\n"
+    )
+
+
+def test_what_fails_for_a_day_is_repaired_if_asked_for(
+    refresherr: Refresherr, cloud: Cloud, server: FakeRadarr, write_config: Callable[[str], Path]
+) -> None:
+    configure(write_config, cloud, server, "yes")
+    refresherr.scan()
+    refresherr("ingest")
+    bad = cloud.root / "Film 2 (2020)" / "Film 2 (2020).mkv"
+    cloud.fs.fail_reads({bad.name: errno.EIO})
+
+    def queued() -> List[str]:
+        result = refresherr("queue", "--json").json
+        return [action["related_path"] for action in result["queued"]]
+
+    for _ in range(4):  # as often as may be within a day
+        assert verify(refresherr)[1]["unreadable"] == 1
+    assert queued() == []
+    let_days_pass(refresherr)
+    assert queued() == []
+    verify(refresherr)
+    configure(write_config, cloud, server, "no")
+    assert queued() == []
+    configure(write_config, cloud, server, "yes")
+    cloud.fs.heal()  # it is read again, at last
+    assert queued() == []
+    cloud.fs.fail_reads({f"Film {number} (2020).mkv": errno.EIO for number in range(6)})
+    result = refresherr("queue", "--json")
+    assert (result.code, result.json["queued"]) == (4, [])  # it is the mount
+    cloud.fs.fail_reads({bad.name: errno.EIO})
+    assert queued() == [str(bad)]
+    others = sorted(set(cloud.root.glob("*/*.mkv")) - {bad})
+
+    cloud.fs.heal()
+    preview = refresherr("dispatch", "--apply", "--no-wait", "--json").json
+    assert (preview["cancelled"], bad.is_symlink()) == (1, True)  # it can be read by now
+    cloud.fs.fail_reads({bad.name: errno.EIO})
+    assert queued() == [str(bad)]
+    result = refresherr("dispatch", "--apply", "--no-wait", "--json").json
+    assert (result["sent"], result["failed"]) == (1, 0)
+    assert not os.path.lexists(str(bad))
+    assert sorted(cloud.root.glob("*/*.mkv")) == others
+    assert [command["name"] for command in server.commands.values()] == ["MoviesSearch"]
