@@ -187,7 +187,7 @@ def test_a_clock_that_was_never_set(refresherr: Refresherr, library: Library) ->
     refresherr("stats")
     conn = program.open_database(str(refresherr.db_path))
     for now, state in ((86400.0, "warning"), (time.time(), "ok")):
-        assert program.examine_time(conn, now, "")[0].state == state
+        assert next(program.examine_time(conn, now, "")).state == state
     conn.close()
 
 
