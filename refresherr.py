@@ -7129,10 +7129,14 @@ def why_kept(is_owned: bool, is_tagged: bool, repair: str, wait: Wait, now: floa
     return wait.reason if now < wait.until else ""
 
 
-def find_unread(conn: sqlite3.Connection, instances: Iterable[Instance]) -> List[str]:
-    """Return the servers of which no ingest has ever read what they own."""
+def find_unread(
+    conn: sqlite3.Connection, instances: Iterable[Instance], after: str = ""
+) -> List[str]:
+    """Return the servers of which no ingest, after a time, has read what they own."""
     read: Set[str] = set()
-    for (summary,) in conn.execute("SELECT summary FROM runs WHERE command = 'ingest'"):
+    query = """SELECT summary FROM runs
+        WHERE command = 'ingest' AND started_utc > ? AND started_utc <= ?"""
+    for (summary,) in conn.execute(query, (after, utc_now())):
         lines = json.loads(summary or "{}").get("instances", ())
         read.update(line["name"] for line in lines if not line["error"])
     return [instance.name for instance in instances if instance.name not in read]
@@ -8523,8 +8527,7 @@ def refresh_media(
 ) -> JsonObject:
     """Tell 'plex', 'jellyfin' or 'emby' which directories or links changed.
 
-    Returns {"server", "directories": those told, "left": those for the next time, "error": None
-    or a line}.  What no library of Plex holds is in neither list.
+    Returns {"server", "directories": those told, "left": for the next time, "error"}.
     """
     client = media_client(name, settings, timeout)
     wanted = {directory: map_path(directory, settings.path_map) for directory in directories}
@@ -8532,8 +8535,8 @@ def refresh_media(
     told, lost, errors = set(), set(), []  # type: Set[str], Set[str], List[str]
     end = time.monotonic() + MEDIA_LIMIT - timeout  # the last request has its time, too
     try:
-        is_plex = name == "plex"
-        plan = plan_plex(paths, read_libraries(client)) if is_plex else plan_jellyfin(paths)
+        libraries = client.ask("GET", "/library/sections") if name == "plex" else None
+        plan = plan_plex(libraries, paths) if name == "plex" else plan_jellyfin(paths)
         lost.update(set(paths).difference(*(group for _, group in plan)))
         for call, group in plan:
             _, answer = client.send(call)
@@ -8555,26 +8558,18 @@ def refresh_media(
     return {"server": name, "directories": reached, "left": left, "error": error}
 
 
-def read_libraries(client: Client) -> Dict[str, str]:
-    """Return {folder: key of the library} of Plex."""
-    answer, keys = client.ask("GET", "/library/sections"), {}
+def plan_plex(answer: Any, paths: Iterable[str]) -> Plan:
+    """Return a call for each path that a library of Plex holds; the deepest one has it."""
+    keys: Dict[str, str] = {}
     try:
         for library in answer["MediaContainer"].get("Directory", ()):
             for place in library.get("Location", ()):
                 keys[place["path"].rstrip("/") or "/"] = quote(library["key"], safe="")
     except (AttributeError, KeyError, TypeError, ValueError):
         raise HttpError("plex: the JSON of /library/sections is not what it should be") from None
-    return keys
-
-
-def plan_plex(paths: Iterable[str], keys: Mapping[str, str]) -> Plan:
-    """Return a call for each path that a library of Plex holds; the deepest one has it."""
-    homes = ((path, find_ancestor(path, keys)) for path in paths)
-    return [
-        (Call("GET", f"/library/sections/{keys[home]}/refresh", {"path": path}), [path])
-        for path, home in homes
-        if home
-    ]
+    homes = ((path, keys.get(find_ancestor(path, keys) or "")) for path in paths)
+    call = "/library/sections/{}/refresh"
+    return [(Call("GET", call.format(k), {"path": path}), [path]) for path, k in homes if k]
 
 
 def plan_jellyfin(paths: Sequence[str]) -> Plan:
@@ -8603,8 +8598,7 @@ _LAST_RUNS = """SELECT command, finished_utc AS finished, exit_code, (
 
 def collect_stats(conn: sqlite3.Connection, config: Config, top: int = 10) -> JsonObject:
     """Return what `stats --json` shows."""
-    within, values = beneath_any(config.scan.roots)
-    links = count_statuses(conn, f"symlinks WHERE {within}", values)
+    links = count_statuses(conn, "symlinks", config.scan.roots)
     worst = Counter(os.path.dirname(path) for path, _, _ in find_broken(conn, config.scan.roots))
     ranking = sorted(worst.items(), key=lambda item: (-item[1], item[0]))
     path = database_path(conn)
@@ -8613,27 +8607,25 @@ def collect_stats(conn: sqlite3.Connection, config: Config, top: int = 10) -> Js
         "symlinks": {**{s: links[s] for s in STATUSES}, "total": sum(links.values())},
         "top_broken": [{"directory": name, "count": count} for name, count in ranking[:top]],
         "actions": dict(count_statuses(conn, "actions")),
-        "media": {
-            table: conn.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
-            for table in ("movies", "movie_files", "series", "episode_files")
-        },
+        "media": {table: conn.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+            for table in ("movies", "movie_files", "series", "episode_files")},
         "repairs": count_repairs(conn, config),
         "last_scan": _last_run(conn, "scan", "totals", "changes", "guard"),
         "last_cinesync": _last_run(conn, "cinesync", "replaced", "skipped", "errors"),
         "runs": {row["command"]: dict(row) for row in conn.execute(_LAST_RUNS)},
         "database": {
-            "path": path,
-            "size_bytes": sum(map(os.path.getsize, files)),
+            "path": path, "size_bytes": sum(map(os.path.getsize, files)),
             "schema_version": schema_version(conn),
             "journal_mode": conn.execute("PRAGMA journal_mode").fetchone()[0],
         },
-    }
+    }  # fmt: skip
 
 
-def count_statuses(conn: sqlite3.Connection, rows: str, values: Sequence[Any] = ()) -> Counter[str]:
-    """Return how many rows of a table have each status."""
+def count_statuses(conn: sqlite3.Connection, table: str, roots: Sequence[str] = ()) -> Counter[str]:
+    """Return how many rows of a table, all or those beneath some roots, have each status."""
+    within, values = beneath_any(roots)
     name = "coalesce(nullif(status, ''), 'unknown')"
-    select = f"SELECT {name}, count(*) FROM {rows} GROUP BY 1"
+    select = f"SELECT {name}, count(*) FROM {table} WHERE {within} GROUP BY 1"
     return Counter(dict(conn.execute(select, values).fetchall()))
 
 
@@ -8701,8 +8693,7 @@ def list_links(
 ) -> Tuple[List[JsonObject], int]:
     """Return what `broken --json` shows: the links of a status, and how many there are.
 
-    'attention' are those that are broken, and those that went with their file record and whose
-    repair has not brought them back; 'unreadable' are good ones that `verify` could not read.
+    'attention' adds to the broken ones those that a repair has removed and not brought back.
     """
     within, values = beneath_any(config.scan.roots)
     condition, wanted = "status <> 'ok' AND status = ?", BROKEN if status == ATTENTION else status
@@ -8747,16 +8738,14 @@ def describe_links(
 ) -> List[JsonObject]:
     """Return links as `broken --json` shows them."""
     known, history, losses = find_links(conn, paths), load_history(conn), load_losses(conn)
-    read = {row[0] for kind in KINDS.values()
-        for row in conn.execute(f"SELECT DISTINCT instance FROM {kind.titles}")}  # fmt: skip
-    unread = [instance.name for instance in config.instances if instance.name not in read]
+    unread = " or ".join(find_unread(conn, config.instances))
     reasons = _last_run(conn, "cinesync", "reasons").get("reasons") or {}
     links = []
     for path in paths:
         link, attempts = known[path], history.get(path, ())
         target, is_broken = from_db(link.target), link.status == BROKEN
         owner = find_owner(conn, config.instances, path, target)
-        step = next_step(config, path, link, attempts, owner, unread)
+        step = next_step(config, path, link, attempts, owner.instance if owner else "", unread)
         if is_broken and config.cinesync.base and find_ancestor(path, config.cinesync.roots):
             looks = "cinesync looks for a copy of it; else"
             step = f"{f'cinesync: {reasons[path]};' if path in reasons else looks} {step}"
@@ -8778,12 +8767,9 @@ def describe_links(
 
 
 def next_step(
-    config: Config, path: str, link: KnownLink, attempts: Sequence[Attempt],
-    owner: Optional[Owner], unread: Sequence[str],
-) -> str:  # fmt: skip
-    """Return what happens to a link next, or what the user is to do; `unread` are the servers
-    that have told nothing yet.
-    """
+    config: Config, path: str, link: KnownLink, attempts: Sequence[Attempt], owner: str, unread: str
+) -> str:
+    """Return what happens to a link next, or what the user is to do."""
     if attempts and needs_attention(config.repair, link, attempts):
         return f"needs attention: {attempts[-1].error or 'its repairs have come to nothing'}"
     if any(attempt.is_open for attempt in attempts):
@@ -8795,12 +8781,12 @@ def next_step(
         return how_to_mend(link.error)
     if link.status == MISSING:
         return "nothing to do: the link itself is gone"
-    name = owner.instance if owner else "the relay" if plan_relay(config.relay, path) else ""
+    name = owner or ("the relay" if plan_relay(config.relay, path) else "")
     if not name and not (config.instances or config.relay.base):
         words = "[sonarr NAME], [radarr NAME] in the config"
         return f"replace the file, or have a server do it: {words}"
     if not name and unread:
-        return f"perhaps it is {' or '.join(unread)} that owns it: not read yet; run ingest"
+        return f"perhaps it is {unread} that owns it: not read yet; run ingest"
     if not name:
         return "no server owns it; replace the file, or remove the link"
     since = parse_time(link.broken_since) or 0.0
@@ -8817,7 +8803,8 @@ _ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})  # in a label 
 def format_prometheus(stats: JsonObject) -> str:
     """Return the statistics in the text format of Prometheus' textfile collector."""
     runs, guard = stats["runs"].values(), stats["last_scan"].get("guard")
-    links, size = stats["symlinks"], stats["database"]["size_bytes"]
+    held = {} if guard is None else {"": int(guard.get("tripped", False))}
+    links, repairs, size = stats["symlinks"], stats["repairs"], stats["database"]["size_bytes"]
     worst = {entry["directory"]: entry["count"] for entry in stats["top_broken"]}
     codes, ends, goods = ({run["command"]: run[key] for run in runs if run[key] is not None}
         for key in ("exit_code", "finished", "succeeded"))  # fmt: skip
@@ -8825,17 +8812,14 @@ def format_prometheus(stats: JsonObject) -> str:
     for name, help_text, label, samples in (
         ("symlinks", "Symlinks by state.", "status", {s: links[s] for s in STATUSES}),
         ("actions", "Repair actions by status.", "status", stats["actions"]),
-        ("repairs", "Repairs by how they stand.", "state",
-            {name: stats["repairs"][name] for name in REPAIR_STATES[1:]}),
+        ("repairs", "Repairs by state.", "state", {s: repairs[s] for s in REPAIR_STATES[1:]}),
         ("media", "Rows mirrored from Sonarr and Radarr.", "kind", stats["media"]),
         ("broken_in_directory", "Broken symlinks in the worst directories.", "directory", worst),
         ("database_bytes", "Size of the database.", "", {"": size}),
         ("last_run_exit_code", "Exit status of each last run.", "command", codes),
         ("last_run_timestamp_seconds", "When each last run ended.", "command", ends),
-        ("last_success_timestamp_seconds", "When each last run with status 0, 3 or 10 ended.",
-            "command", goods),
-        ("guard_tripped", "Whether the mass-breakage guard held links back.", "",
-            {} if guard is None else {"": int(guard.get("tripped", False))}),
+        ("last_success_timestamp_seconds", "When each last worked (0, 3, 10).", "command", goods),
+        ("guard_tripped", "Whether the guard held links back.", "", held),
     ):  # fmt: skip
         head = f"# HELP refresherr_{name} {help_text}\n# TYPE refresherr_{name} gauge"
         lines += [head] if samples else []
@@ -8855,18 +8839,13 @@ def format_prometheus(stats: JsonObject) -> str:
 
 REPORT_ROWS, REPORT_POINTS, REPORT_DAYS = 5000, 200, 60
 _HEALED = {"recovered": "came back by themselves", "relinked": "relinked", "repaired": "repaired"}
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src '$script_hash';
  style-src '$style_hash'; img-src data:; base-uri 'none'; form-action 'none'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>Refresherr report</title>
+<link rel="icon" href="data:,"><title>Refresherr report</title>
 <style>$style</style>
-<body>
-$body
-<script>$script</script>
+<body>$body<script>$script</script>
 """
 _STYLE = """
 :root{color-scheme:light dark;--page:#f5f6f8;--card:#fff;--ink:#1b2028;--dim:#5a6372;--line:#dfe3e9;
@@ -8911,14 +8890,13 @@ background:var(--page);border:1px solid var(--dim);border-radius:8px}input{width
 _SCRIPT = """
 "use strict";
 for (const time of document.querySelectorAll("time")) {
-  const moment = new Date(time.dateTime), style = {dateStyle: "medium", timeStyle: "short"};
-  const seconds = Math.max(0, (Date.now() - moment) / 1000);
-  const units = [[86400, "day"], [3600, "hour"], [60, "minute"], [1, "second"]];
-  const [size, unit] = units.find(([size]) => seconds >= size) || units[3];
-  const ago = new Intl.RelativeTimeFormat("en").format(-Math.floor(seconds / size), unit);
+  const moment = new Date(time.dateTime), hours = Math.max(0, (Date.now() - moment) / 36e5);
+  const [count, unit] = hours < 1 ? [hours * 60, "minute"] : hours < 48 ? [hours, "hour"]
+    : [hours / 24, "day"];
+  const ago = new Intl.RelativeTimeFormat("en").format(-Math.floor(count), unit);
+  const style = {dateStyle: "medium", timeStyle: time.className == "day" ? undefined : "short"};
   time.title = time.textContent;
-  time.textContent = time.className == "day" ? moment.toLocaleDateString([], {dateStyle: "medium"})
-    : moment.toLocaleString([], style) + (time.className == "age" ? ", " + ago : "");
+  time.textContent = moment.toLocaleString([], style) + (time.className == "age" ? ", " + ago : "");
 }
 const find = what => Array.from(document.querySelectorAll(what));
 const [box, state] = find("#q, #state"), rows = find("#links tbody tr");
@@ -8956,11 +8934,9 @@ def collect_report(conn: sqlite3.Connection, config: Config, now: float) -> Json
     shows = Counter(parse_media(path).name for path, _, _ in find_broken(conn, config.scan.roots))
     links, count = list_links(conn, config, ATTENTION, REPORT_ROWS)
     unreachable, more = list_links(conn, config, UNREACHABLE, REPORT_ROWS - len(links))
-    within = {root: beneath(root) for root in roots}
     return {
         **collect_stats(conn, config), "now": now, "message": scan.get("message") or "",
-        "roots": {root: count_statuses(conn, f"symlinks WHERE {condition}", values)
-            for root, (condition, values) in within.items()},
+        "roots": {root: count_statuses(conn, "symlinks", [root]) for root in roots},
         "scans": trace_scans(conn, roots),
         "healed": count_changes(conn, now - REPORT_DAYS * 86400),
         "shows": shows.most_common(10), "links": links + unreachable, "count": count + more,
@@ -8973,10 +8949,9 @@ def trace_scans(conn: sqlite3.Connection, roots: Sequence[str]) -> List[Tuple[fl
     """
     known: Dict[str, Tuple[int, int]] = {}
     points = []
-    for started, summary in conn.execute(
-        "SELECT started_utc, summary FROM runs WHERE command = 'scan' AND summary <> '' "
-        "ORDER BY started_utc"
-    ):
+    query = """SELECT started_utc, summary FROM runs
+        WHERE command = 'scan' AND summary <> '' ORDER BY started_utc"""
+    for started, summary in conn.execute(query):
         for root in json.loads(summary).get("roots", ()):
             if root["state"] == "scanned" and root["path"] in roots:
                 known[root["path"]] = root[BROKEN], root[UNREACHABLE]
@@ -9022,8 +8997,8 @@ def _text(value: Union[str, bytes, None]) -> str:
 
 
 def _moment(value: Any, kind: str = "") -> str:
-    """Return a time of the database as HTML, which the reader's browser shows in its own zone, or
-    what stands in its place; `kind` is 'age', to be shown behind it, 'day', which is all, or none.
+    """Return a time as HTML, which the reader's browser shows in its own zone; `kind` is 'age', to
+    be shown behind it, 'day', which is all, or none.
     """
     moment = parse_time(value)
     if moment is None or not 0 <= moment < 2.5e11:  # as far as a datetime goes
@@ -9041,9 +9016,7 @@ def _section(title: str, body: str) -> str:
     return f"<section>\n<h2>{title}</h2>\n{body}\n</section>"
 
 
-def _table(
-    attributes: str, heads: Sequence[str], groups: Mapping[str, Iterable[Sequence[str]]]
-) -> str:
+def _table(attributes: str, heads: Sequence[str], groups: Mapping[str, Iterable[Any]]) -> str:
     """Return a table of {title of some rows: rows}; all of it is HTML already."""
     html = f"<table {attributes}><thead><tr><th>{'</th><th>'.join(heads)}</th></tr></thead>"
     for title, rows in groups.items():
@@ -9082,11 +9055,10 @@ def _format_roots(report: JsonObject) -> str:
         bars += f'<p>{_text(root)}<svg class="bar" role="img" aria-label="{words}" '
         bars += 'viewBox="0 0 100 1" preserveAspectRatio="none">'
         present = {status: numbers[status] for status in STATUSES if numbers[status]}
-        left = 0.0
-        for status, number in present.items():
-            width = 1 + (100 - len(present)) * number / sum(present.values())
+        whole = sum(present.values())
+        widths = [1 + (100 - len(present)) * number / whole for number in present.values()]
+        for status, left, width in zip(present, itertools.accumulate([0, *widths]), widths):
             bars += f'<rect class="{status}" x="{left:.2f}" width="{width - 0.3:.2f}" height="1"/>'
-            left += width
         bars += f"</svg><small>{words}</small></p>\n"
     return _section("Health of each root", bars) if bars else ""
 
@@ -9173,15 +9145,13 @@ ODD_TARGETS = 200  # links that may lead to a folder, likewise
 
 
 class Finding(NamedTuple):
-    """What the doctor says of one thing; `state` is 'ok', 'warning' or 'failed', and `line` what
-    the advice says to write somewhere.
-    """
+    """What the doctor says of one thing."""
 
     name: str
-    state: str
+    state: str  # 'ok', 'warning' or 'failed'
     detail: str
     advice: str = ""
-    line: str = ""
+    line: str = ""  # that the advice says to write somewhere
 
 
 def examine_runtime() -> Iterator[Finding]:
@@ -9205,8 +9175,6 @@ def examine_database(conn: sqlite3.Connection) -> Iterator[Finding]:
     detail = f"{path}, schema version {schema_version(conn)}, journal {mode}"
     damaged = Finding("database", "failed", f"{path}: {damage}", _START_ANEW)
     yield Finding("database", "ok", detail) if damage == "ok" else damaged
-    if mode != "wal":
-        yield Finding("journal", "warning", f"journal mode {mode}", "a local disk would be faster")
     free = shutil.disk_usage(os.path.dirname(path)).free >> 20
     wanted = max(100, os.path.getsize(path) >> 19)
     if free < wanted:
@@ -9216,46 +9184,36 @@ def examine_database(conn: sqlite3.Connection) -> Iterator[Finding]:
 
 def examine_config(config: Config, error: str) -> Iterator[Finding]:
     """Look at where the settings come from."""
-    if error:
-        yield Finding("config", "failed", error, "correct the file")
-        return
-    yield Finding("config", "ok", config.file or "no config file; defaults and environment")
+    source = Finding("config", "ok", config.file or "no config file; defaults and environment")
+    yield Finding("config", "failed", error, "correct the file") if error else source
     for text in (*config.warnings, *find_keyless(config)):
         yield Finding("config", "warning", text)
 
 
 def examine_time(conn: sqlite3.Connection, now: float, cron_line: str) -> Iterator[Finding]:
-    """Look at the clock, and whether anything starts a scan every day."""
+    """Look at the clock, whether anything starts a scan every day, and how the last one ended."""
     select = """SELECT max(CASE WHEN command IN ('scan', 'run') THEN started_utc END),
         max(CASE WHEN command = 'run' THEN started_utc END),
         max(started_utc), max(finished_utc), (SELECT max(ts) FROM events) FROM runs"""
     last, ran, *times = (parse_time(value) or 0.0 for value in conn.execute(select).fetchone())
-    newest, clock = min(max(times), 2.5e11), format_time(now)  # as far as a datetime goes
-    if clock < "2024" or newest > now + 60:
-        detail = f"{clock}, but the database knows of {format_time(newest)}"
+    newest, shown = min(max(times), 2.5e11), format_time(now)  # as far as a datetime goes
+    clock = Finding("clock", "ok", shown)
+    if shown < "2024" or newest > now + 60:
+        detail = f"{shown}, but the database knows of {format_time(newest)}"
         advice = "set it; until then ages and cooldowns are wrong"
-        yield Finding("clock", "warning", detail, advice)
-    else:
-        yield Finding("clock", "ok", clock)
+        clock = Finding("clock", "warning", detail, advice)
+    yield clock
     ago = f"the last scan began {format_duration(max(0.0, now - last))} ago" if last else "no scan"
     advice = "have cron do it; the line for `crontab -e`:" if cron_line else "set roots in [scan]"
     if ran > now - 86400:
         advice = cron_line = ""
     state = "ok" if last > now - 86400 else "warning"
     yield Finding("schedule", state, ago, advice, cron_line)
-
-
-def examine_last_scan(conn: sqlite3.Connection) -> Iterator[Finding]:
-    """Say why the last scan ended as it did."""
-    scan = _last_run(conn, "scan", "message", "guard")
+    scan = _last_run(conn, "scan", "message")
     if scan and scan["exit_code"] not in (EXIT_OK, EXIT_BROKEN):
-        advice = "mend that, then `scan` again; `broken --status unreachable` names the links"
-        if not scan["message"]:
-            advice = "`scan` again; what it recorded stays"
-        elif scan["guard"].get("tripped"):
-            advice = "if that loss is meant, `scan --accept DIR`"
         state = "warning" if scan["exit_code"] == EXIT_PARTIAL else "failed"
         detail = f"{scan['status']}: {scan['message'] or 'it came to no end'}"
+        advice = "once that is mended, `scan` again; `broken --status unreachable` names the links"
         yield Finding("last scan", state, detail, advice)
 
 
@@ -9276,10 +9234,9 @@ def examine_library(config: Config, conn: sqlite3.Connection) -> Iterator[Findin
     looks, mounts = look_at_places(conn, config.scan, [*roles, *folders, *doubted])
     for path, role in roles.items():
         state, reason, _ = looks[path]
-        bad = Finding(
-            f"{role} {path}", "failed", reason, f"{how_to_mend(reason)}; or correct the config"
-        )
-        yield Finding(bad.name, "ok", "can be read") if state == "scanned" else bad
+        good = Finding(f"{role} {path}", "ok", "can be read")
+        bad = good._replace(detail=reason, advice=f"{how_to_mend(reason)}; or correct the config")
+        yield good if state == "scanned" else bad._replace(state="failed")
     yield from map(_examined_mount, mounts)
     there = {folder: looks[folder][1] for folder in folders if looks[folder][0] != "missing"}
     closed = [f"{folder}: {reason}" for folder, reason in there.items() if reason]
@@ -9360,16 +9317,18 @@ def examine_files(conn: sqlite3.Connection, server: Server, folders: Sequence[st
     if not conn.execute("SELECT count(*) FROM symlinks WHERE status <> 'missing'").fetchone()[0]:
         return Finding(name, "warning", "no links are known yet", "`scan`, then look again")
     places = find_namesakes(conn, sample_files(server))
-
-    def count(pairs: PathMap) -> int:
-        return sum(path in (map_path(p, pairs) for p in here) for path, here in places.items())
-
-    known, fitting = count(server.path_map), fit_map(places, folders)
+    known = [p for p, here in places.items() if p in (map_path(h, server.path_map) for h in here)]
     if known or not places:
-        detail = f"{known} of {plural(len(places), 'file')} tried are known links"
+        detail = f"{len(known)} of {plural(len(places), 'file')} tried are known links"
         return Finding(name, "ok", detail)
     detail = f"no file is a known link; one is {next(iter(places))}"
-    return _strange_paths(server.name, detail, fitting if count(fitting) else ())
+    section, fitting = f"[{server.name.replace('_', ' ', 1)}]", fit_map(places, folders)
+    line = "path_map = " + ", ".join(f"{here} => {there}" for here, there in fitting)
+    with contextlib.suppress(ValueError):
+        if fitting and line.isprintable() and parse_map(line[11:]) == fitting:
+            return Finding(name, "failed", detail, f"write into {section}:", line)
+    advice = f"scan its library; if it calls that something else, set path_map in {section}"
+    return Finding(name, "warning", detail, advice)
 
 
 def sample_files(server: Server) -> List[str]:
@@ -9388,16 +9347,15 @@ def sample_files(server: Server) -> List[str]:
 
 def find_namesakes(conn: sqlite3.Connection, paths: Sequence[str]) -> Dict[str, List[str]]:
     """Return {path: links of ours, and what they point to, whose name is that of the file}."""
-    found: Dict[str, List[str]] = {path: [] for path in paths}
-    wanted = {os.path.basename(path): [] for path in paths}  # type: Dict[str, List[List[str]]]
-    for path, places in found.items():
-        wanted[os.path.basename(path)].append(places)
+    names = set(map(os.path.basename, paths))
+    places: Dict[str, List[str]] = defaultdict(list)
     rows = conn.execute("SELECT path, last_target FROM symlinks WHERE status <> 'missing'")
     for link, target in (map(from_db, row) for row in rows):
-        for name in (link, target):
-            for places in wanted.get(os.path.basename(name), ()):
-                places.append(os.path.normpath(os.path.join(os.path.dirname(link), name)))
-    return found
+        for place in (link, target):
+            name = os.path.basename(place)
+            if name in names:
+                places[name].append(os.path.normpath(os.path.join(os.path.dirname(link), place)))
+    return {path: places[os.path.basename(path)] for path in paths}
 
 
 def fit_map(namesakes: Mapping[str, Sequence[str]], folders: Sequence[str]) -> PathMap:
@@ -9406,8 +9364,8 @@ def fit_map(namesakes: Mapping[str, Sequence[str]], folders: Sequence[str]) -> P
     for path, places in namesakes.items():
         folder = find_ancestor(path, folders) or path
         tail = path[len(folder.rstrip("/")) :]
-        heads = (place[: -len(tail)] or "/" for place in places if tail and place.endswith(tail))
-        votes.update(dict.fromkeys(((folder, head) for head in heads), 1))
+        heads = [place[: -len(tail)] or "/" for place in places if tail and place.endswith(tail)]
+        votes.update((folder, head) for head in dict.fromkeys(heads))
     best: Dict[str, str] = {}
     for (folder, here), _ in votes.most_common():  # of two equals links come before targets
         if here not in best.values():
@@ -9415,30 +9373,16 @@ def fit_map(namesakes: Mapping[str, Sequence[str]], folders: Sequence[str]) -> P
     return tuple((here, folder) for folder, here in best.items())
 
 
-def _strange_paths(name: str, detail: str, fitting: PathMap) -> Finding:
-    """Return the finding for a server whose paths are not ours; `fitting` was seen to help."""
-    section = f"[{name.replace('_', ' ', 1)}]"
-    text = ", ".join(f"{here} => {there}" for here, there in fitting)
-    with contextlib.suppress(ValueError):
-        if fitting and text.isprintable() and parse_map(text) == fitting:
-            advice = f"write into {section}:"
-            return Finding(f"paths of {name}", "failed", detail, advice, f"path_map = {text}")
-    advice = f"scan its library; if it calls that something else, set path_map in {section}"
-    return Finding(f"paths of {name}", "warning", detail, advice)
-
-
 def examine_notifiers(config: Config, conn: sqlite3.Connection) -> Iterator[Finding]:
     """Say of each notifier and heartbeat when it last took a message."""
     for name in filter(lambda name: getattr(config.notify, name), (*NOTIFIERS, *HEARTBEATS)):
         last, error = load_note(conn, f"told {name}") or (None, None)
         when = f"last took a message at {last}" if last else "has taken no message yet"
+        state, advice = ("ok", "") if last else ("warning", "`doctor --notify` sends it a test")
         if error:
+            state, when = "failed", f"{error}; {when}"
             advice = f"correct {name} in [notify]; `doctor --notify` tries it"
-            yield Finding(name, "failed", f"{error}; {when}", advice)
-        elif last:
-            yield Finding(name, "ok", when)
-        else:
-            yield Finding(name, "warning", when, "`doctor --notify` sends it a test")
+        yield Finding(name, state, when, advice)
 
 
 def examine_relay(config: Config) -> Iterator[Finding]:
@@ -9467,22 +9411,12 @@ def examine_media_servers(config: Config) -> Iterator[Finding]:
             version = dig(answer, "MediaContainer.version" if is_plex else "Version")
             if not version:
                 raise HttpError(f"{name}: {client.url} is something else")
+            if is_plex:  # which tells its version without a key
+                plan_plex(client.ask("GET", "/library/sections"), ())
             detail = f"{name.capitalize()} {client.quote(version)} at {client.url}"
             yield Finding(name, "ok", detail)
-            if is_plex:
-                yield from examine_folders(config, list(read_libraries(client)))
         except HttpError as exc:
             yield _no_answer(name, exc)
-
-
-def examine_folders(config: Config, places: Sequence[str]) -> Iterator[Finding]:
-    """Look whether a root of ours is, holds or lies in a folder of Plex; if not, propose a map."""
-    roots = config.scan.roots
-    pairs = [(map_path(root, config.plex.path_map), place) for root in roots for place in places]
-    if pairs and not any(is_under(*pair) or is_under(*pair[::-1]) for pair in pairs):
-        same = {r: p for r in roots for p in places if os.path.basename(r) == os.path.basename(p)}
-        detail = f"none of its folders is of [scan] roots: {', '.join(places)}"
-        yield _strange_paths("plex", detail, tuple(same.items()))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -9507,13 +9441,7 @@ def combine_exit_codes(codes: Sequence[int]) -> int:
 
 def find_stale(conn: sqlite3.Connection, config: Config, now: float) -> List[str]:
     """Return the servers that were not read, or not without an error, since `ingest_every`."""
-    times = format_time(now - config.run.ingest_every), format_time(now)
-    query = """SELECT summary FROM runs
-        WHERE command = 'ingest' AND started_utc > ? AND started_utc <= ?"""
-    lines = [line for (summary,) in conn.execute(query, times)
-        for line in json.loads(summary or "{}").get("instances", ())]  # fmt: skip
-    fresh = {line["name"] for line in lines if not line["error"]}
-    return [instance.name for instance in config.instances if instance.name not in fresh]
+    return find_unread(conn, config.instances, format_time(now - config.run.ingest_every))
 
 
 def find_repairable(conn: sqlite3.Connection, roots: Sequence[str]) -> bool:
@@ -9542,9 +9470,8 @@ def changed_links(conn: sqlite3.Connection, after: int) -> List[str]:
 
 
 def name_problems(steps: Mapping[str, JsonObject]) -> Dict[str, str]:
-    """Return {'ingest partial': its message} of the steps that did not end well, and
-    {'scan refused: /mnt/remote': reason} for each mount that is unwell, each directory in which the
-    guard holds something, and each other reason: one that comes later is news.
+    """Return {'ingest partial': its message, 'scan refused: /mnt/remote': reason ...} of the steps
+    that did not end well: each mount, each directory of the guard is news for itself.
     """
     problems: Dict[str, str] = {}
     for name, step in steps.items():
@@ -9577,9 +9504,8 @@ def plan_note(
     conn: sqlite3.Connection, after: int, steps: Mapping[str, JsonObject], told: Sequence[str],
     when: str,
 ) -> Tuple[Note, bool]:  # fmt: skip
-    """Return what there is to tell of a run, and whether it is worth it.
-
-    A problem is told once, and once more when it is over: `told` are those of the last run.
+    """Return what there is to tell of a run, and whether it is worth it: a problem once, and once
+    more when it is over; `told` are those of the last run.
     """
     query = "SELECT action, count(*) FROM events WHERE id > ? GROUP BY action"
     counts = Counter(dict(conn.execute(query, (after,)).fetchall()))
@@ -9600,8 +9526,7 @@ def plan_note(
     lines += [f"{action}: {os.path.basename(from_db(path))}" for action, path in rows]
     rest = sum(counts[name] for name in (*_GOOD_NEWS, FAILED)) - len(rows)
     lines += [f"and {rest:,} more"] if rest else []
-    level = "success" if is_good else "info"
-    level = "warning" if problems or counts[FAILED] else level
+    level = "warning" if problems or counts[FAILED] else "success" if is_good else "info"
     level = "failure" if any(step["exit_code"] == EXIT_FAILED for step in steps.values()) else level
     summary = {n: {key: step[key] for key in ("status", "exit_code")} for n, step in steps.items()}
     title = escape_message("Refresherr: " + (", ".join(words) or "nothing has changed"))
@@ -10432,7 +10357,6 @@ def run_doctor(context: Context) -> JsonObject:
             serious = serious or any(finding.state == "failed" for finding in database)
             findings += database
             findings += examine_time(conn, time.time(), format_cron_line(context))
-            findings += examine_last_scan(conn)
             findings += examine_library(config, conn)
             findings += examine_servers(config, conn)
             if context.args.notify:
