@@ -6568,10 +6568,14 @@ def why_kept(is_owned: bool, is_tagged: bool, repair: str, wait: Wait, now: floa
     return wait.reason if now < wait.until else ""
 
 
-def find_unread(conn: sqlite3.Connection, instances: Iterable[Instance]) -> List[str]:
-    """Return the servers of which no ingest has ever read what they own."""
+def find_unread(
+    conn: sqlite3.Connection, instances: Iterable[Instance], after: str = ""
+) -> List[str]:
+    """Return the servers of which no ingest, after a time, has read what they own."""
     read: Set[str] = set()
-    for (summary,) in conn.execute("SELECT summary FROM runs WHERE command = 'ingest'"):
+    query = """SELECT summary FROM runs
+        WHERE command = 'ingest' AND started_utc > ? AND started_utc <= ?"""
+    for (summary,) in conn.execute(query, (after, utc_now())):
         lines = json.loads(summary or "{}").get("instances", ())
         read.update(line["name"] for line in lines if not line["error"])
     return [instance.name for instance in instances if instance.name not in read]
@@ -7818,63 +7822,58 @@ class Note(NamedTuple):
     result: JsonObject
 
 
-def send_notes(
-    settings: NotifySettings, note: Note, timeout: float, sleep: Sleep = time.sleep
-) -> List[JsonObject]:
-    """Tell every configured notifier; return [{"name", "error": None or one line}]."""
+def note_calls(note: Note, ntfy_token: str) -> Dict[str, Call]:
+    """Return what tells each notifier of a run."""
     title, text, level, result = note
     # In a code block nothing is markdown or a link.  Of 2,000 characters an emoji may be two.
     block = cut(text.replace("`", "'"), 2 * (1980 - len(title)), "utf-16-le")
     message = {"content": f"**{title}**\n```\n{block}\n```", "allowed_mentions": {"parse": []}}
     headers = {"Title": title, "Priority": LEVELS[level][0], "Tags": LEVELS[level][1]}
-    if settings.ntfy_token:
-        headers["Authorization"] = f"Bearer {settings.ntfy_token}"
-    calls = {
+    if ntfy_token:
+        headers["Authorization"] = f"Bearer {ntfy_token}"
+    return {
         "discord": Call("POST", body=message),
         "ntfy": Call("POST", body=cut(text, 4096).encode(), headers=headers),
         "apprise": Call("POST", body={"title": title, "body": text, "type": level}),
         "webhook": Call("POST", body={"title": title, "text": text, "level": level, **result}),
     }
-    return _deliver(settings, calls, timeout, sleep)
 
 
-def beat_start(
-    settings: NotifySettings, run_id: str, timeout: float, sleep: Sleep = time.sleep
-) -> List[JsonObject]:
-    """Tell healthchecks that a run begins; `run_id` is a UUID.  Returns what send_notes does."""
-    calls = {"healthchecks": Call("POST", "/start", {"rid": run_id})}
-    return _deliver(settings, calls, timeout, sleep)
+def start_calls(run_id: str) -> Dict[str, Call]:
+    """Return what tells healthchecks that a run begins; `run_id` is a UUID."""
+    return {"healthchecks": Call("POST", "/start", {"rid": run_id})}
 
 
-def beat_end(
-    settings: NotifySettings,
-    run_id: str,
-    exit_code: int,
-    text: str,
-    seconds: float,
-    timeout: float,
-    sleep: Sleep = time.sleep,
-) -> List[JsonObject]:
-    """Tell healthchecks and Uptime Kuma how a run ended.  Returns what send_notes does."""
+def end_calls(run_id: str, exit_code: int, text: str, seconds: float) -> Dict[str, Call]:
+    """Return what tells healthchecks and Uptime Kuma how a run ended."""
     path, body = f"/{exit_code}" if exit_code else "", cut(text, 10000).encode()
     state, line = "down" if exit_code else "up", cut(" ".join(text.split()), 250)
     push = {"status": state, "msg": line, "ping": round(1000 * seconds)}
-    calls = {
-        "healthchecks": Call("POST", path, {"rid": run_id}, body),
-        "uptime_kuma": Call("GET", "", push),
-    }
-    return _deliver(settings, calls, timeout, sleep)
+    beat = Call("POST", path, {"rid": run_id}, body)
+    return {"healthchecks": beat, "uptime_kuma": Call("GET", "", push)}
 
 
-def send_test(settings: NotifySettings, timeout: float) -> List[JsonObject]:
-    """Send a test message to every notifier and heartbeat.  Returns what send_notes does."""
+def trial_calls(ntfy_token: str) -> Dict[str, Call]:
+    """Return a test message for every notifier and heartbeat."""
     note = Note("Refresherr: a test", "doctor --notify has sent this.", "info", {})
-    calls = {
-        "healthchecks": Call("POST", "/log", body=note.text.encode()),
-        "uptime_kuma": Call("GET", "", {"status": "up", "msg": note.text}),
-    }
-    told = send_notes(settings, note, timeout)
-    return told + _deliver(settings, calls, timeout, time.sleep)
+    beat = Call("POST", "/log", body=note.text.encode())
+    push = Call("GET", "", {"status": "up", "msg": note.text})
+    return {**note_calls(note, ntfy_token), "healthchecks": beat, "uptime_kuma": push}
+
+
+def tell(
+    settings: NotifySettings, calls: Mapping[str, Call], timeout: float, sleep: Sleep = time.sleep
+) -> List[JsonObject]:
+    """Send what is for those that are configured: [{"name", "error": None or one line}]."""
+    told = []
+    for name, call in calls.items():
+        url = getattr(settings, name)
+        if name == "uptime_kuma":
+            url = url.partition("?")[0]  # it is copied with an example of the query behind it
+        if url:
+            client = Client(name, url, timeout, {}, settings.ntfy_token, hidden=True)
+            told.append({"name": name, "error": _send_twice(client, call, sleep)})
+    return told
 
 
 def note_told(conn: sqlite3.Connection, lines: Iterable[JsonObject]) -> None:
@@ -7896,32 +7895,16 @@ def cut(text: str, limit: int, encoding: str = "utf-8") -> str:
     return data.decode(encoding)
 
 
-def _deliver(
-    settings: NotifySettings, calls: Mapping[str, Call], timeout: float, sleep: Sleep
-) -> List[JsonObject]:
-    told = []
-    for name, call in calls.items():
-        url = getattr(settings, name)
-        if name == "uptime_kuma":
-            url = url.partition("?")[0]  # it is copied with an example of the query behind it
-        if url:
-            client = Client(name, url, timeout, {}, settings.ntfy_token, hidden=True)
-            told.append({"name": name, "error": _send_twice(client, call, sleep)})
-    return told
-
-
 def _send_twice(client: Client, call: Call, sleep: Sleep) -> Optional[str]:
     """Send a call, and again where a server that is up asks for it; return what went wrong."""
-    try:
+    for is_last in (False, True):
         try:
             status, answer = client.send(call)
+            break
         except HttpError as exc:
-            if (exc.status != 429 and exc.status < 500) or exc.after > LONGEST_WAIT:
-                raise
+            if is_last or (exc.status != 429 and exc.status < 500) or exc.after > LONGEST_WAIT:
+                return escape_message(str(exc))
             sleep(exc.after or 1.0)
-            status, answer = client.send(call)
-    except HttpError as exc:
-        return escape_message(str(exc))
     words = ""
     if (client.name, status) == ("apprise", 204):
         words = "it has no configuration of this name"
@@ -7935,46 +7918,36 @@ def _send_twice(client: Client, call: Call, sleep: Sleep) -> Optional[str]:
 # ---------------------------------------------------------------------------------------------
 # Media servers
 # ---------------------------------------------------------------------------------------------
-
 MEDIA_LIMIT = 60.0  # seconds for one server
 UPDATES = 100  # directories in one request to Jellyfin or Emby
-MEDIA_KEYS = {
-    "plex": ("X-Plex-Token", "{}"), "jellyfin": ("Authorization", 'MediaBrowser Token="{}"'),
-    "emby": ("X-Emby-Token", "{}"),
-}  # fmt: skip
 MediaSettings = Union[PlexSettings, JellyfinSettings]
 Plan = List[Tuple[Call, List[str]]]  # requests, and the paths that each tells of
 
 
 def media_client(name: str, settings: MediaSettings, timeout: float) -> Client:
-    """Return a client that shows a media server our key."""
+    """Return a client that shows 'plex', 'jellyfin' or 'emby' our key."""
     key = settings.token if isinstance(settings, PlexSettings) else settings.api_key
-    header, form = MEDIA_KEYS[name]
-    if header == "Authorization" and "@" in urlsplit(settings.url).netloc:
-        header, form = MEDIA_KEYS["emby"]  # that one is taken by user and password
-    return Client(name, settings.url, timeout, {header: form.format(key)}, key)
+    headers = {"X-Plex-Token" if name == "plex" else "X-Emby-Token": key}
+    if name == "jellyfin" and "@" not in urlsplit(settings.url).netloc:  # else that one is taken
+        headers = {"Authorization": f'MediaBrowser Token="{key}"'}
+    return Client(name, settings.url, timeout, headers, key)
 
 
 def refresh_media(
     name: str, settings: MediaSettings, directories: Sequence[str], timeout: float
 ) -> JsonObject:
-    """Tell a media server, by its `name` of MEDIA_KEYS, which directories or links changed.
+    """Tell 'plex', 'jellyfin' or 'emby' which directories or links changed.
 
-    Returns {"server", "directories": those told, "left": those for the next time, "error": None
-    or a line}.  What no library of Plex holds is in neither list.
+    Returns {"server", "directories": those told, "left": for the next time, "error"}.
     """
     client = media_client(name, settings, timeout)
     wanted = {directory: map_path(directory, settings.path_map) for directory in directories}
     paths = list(dict.fromkeys(wanted.values()))
-    told: Set[str] = set()
-    lost: Set[str] = set()
-    errors = []
+    told, lost, errors = set(), set(), []  # type: Set[str], Set[str], List[str]
     end = time.monotonic() + MEDIA_LIMIT - timeout  # the last request has its time, too
     try:
-        if name == "plex":
-            plan = plan_plex(client.ask("GET", "/library/sections"), paths)
-        else:
-            plan = plan_jellyfin(paths)
+        libraries = client.ask("GET", "/library/sections") if name == "plex" else None
+        plan = plan_plex(libraries, paths) if name == "plex" else plan_jellyfin(paths)
         lost.update(set(paths).difference(*(group for _, group in plan)))
         for call, group in plan:
             _, answer = client.send(call)
@@ -7985,19 +7958,15 @@ def refresh_media(
                 break
     except HttpError as exc:
         errors.append(str(exc))
-    done = told | lost
-    left = [directory for directory, path in wanted.items() if path not in done]
+    left = [directory for directory, path in wanted.items() if path not in told | lost]
     if left and not errors:
         errors.append(f"{name}: it is slow; {len(left):,} of {len(wanted):,} directories wait")
     if lost:
         more = f" and {len(lost) - 1:,} more" if len(lost) > 1 else ""
         errors.append(f"plex: no library holds {min(lost)}{more}; correct path_map in [plex]")
-    return {
-        "server": name,
-        "directories": [directory for directory, path in wanted.items() if path in told],
-        "left": left,
-        "error": escape_message("; ".join(errors)) or None,
-    }
+    reached = [directory for directory, path in wanted.items() if path in told]
+    error = escape_message("; ".join(errors)) or None
+    return {"server": name, "directories": reached, "left": left, "error": error}
 
 
 def plan_plex(answer: Any, paths: Iterable[str]) -> Plan:
@@ -8009,70 +7978,69 @@ def plan_plex(answer: Any, paths: Iterable[str]) -> Plan:
                 keys[place["path"].rstrip("/") or "/"] = quote(library["key"], safe="")
     except (AttributeError, KeyError, TypeError, ValueError):
         raise HttpError("plex: the JSON of /library/sections is not what it should be") from None
-    homes = [(path, find_ancestor(path, keys)) for path in paths]
-    return [
-        (Call("GET", f"/library/sections/{keys[home]}/refresh", {"path": path}), [path])
-        for path, home in homes
-        if home
-    ]
+    homes = ((path, keys.get(find_ancestor(path, keys) or "")) for path in paths)
+    call = "/library/sections/{}/refresh"
+    return [(Call("GET", call.format(k), {"path": path}), [path]) for path, k in homes if k]
 
 
 def plan_jellyfin(paths: Sequence[str]) -> Plan:
-    """Return calls that tell Jellyfin or Emby of the paths.
-
-    JSON holds text only: in a name that is not UTF-8, .NET too sees U+FFFD for what is none.
-    """
+    """Return calls that tell Jellyfin or Emby of paths; JSON holds none that are not UTF-8."""
     calls = []
     for start in range(0, len(paths), UPDATES):
         chunk = list(paths[start : start + UPDATES])
-        names = [os.fsencode(path).decode("utf-8", "replace") for path in chunk]
-        updates = [{"Path": name, "UpdateType": "Modified"} for name in names]
-        calls.append((Call("POST", "/Library/Media/Updated", body={"Updates": updates}), chunk))
+        names = (os.fsencode(path).decode("utf-8", "replace") for path in chunk)
+        body = {"Updates": [{"Path": name, "UpdateType": "Modified"} for name in names]}
+        calls.append((Call("POST", "/Library/Media/Updated", body=body), chunk))
     return calls
 
 
 # ---------------------------------------------------------------------------------------------
 # Statistics
 # ---------------------------------------------------------------------------------------------
-
 ATTENTION = "attention"  # with UNREADABLE, of `broken --status`, no state of a link
+REPAIR_STATES = ("sent", "repaired", "waiting", "needs_attention")
+_LAST_RUNS = """SELECT command, finished_utc AS finished, exit_code, (
+        SELECT max(finished_utc) FROM runs AS good
+        WHERE good.command = runs.command AND good.exit_code IN (0, 3, 10)) AS succeeded
+    FROM runs WHERE run_id IN (SELECT max(run_id) FROM runs
+        WHERE finished_utc NOT NULL AND exit_code NOT NULL GROUP BY command)
+    ORDER BY command"""
 
 
 def collect_stats(conn: sqlite3.Connection, config: Config, top: int = 10) -> JsonObject:
     """Return what `stats --json` shows."""
-    within, values = beneath_any(config.scan.roots)
-
-    def count_statuses(rows: str, *values: Any) -> Dict[str, int]:
-        name = "coalesce(nullif(status, ''), 'unknown')"
-        return dict(conn.execute(f"SELECT {name}, count(*) FROM {rows} GROUP BY 1", values))
-
-    links = count_statuses(f"symlinks WHERE {within}", *values)
+    links = count_statuses(conn, "symlinks", config.scan.roots)
     worst = Counter(os.path.dirname(path) for path, _, _ in find_broken(conn, config.scan.roots))
     ranking = sorted(worst.items(), key=lambda item: (-item[1], item[0]))
     path = database_path(conn)
     files = [name for name in (path, f"{path}-wal") if os.path.exists(name)]
     return {
-        "symlinks": {**{s: links.get(s, 0) for s in STATUSES}, "total": sum(links.values())},
+        "symlinks": {**{s: links[s] for s in STATUSES}, "total": sum(links.values())},
         "top_broken": [{"directory": name, "count": count} for name, count in ranking[:top]],
-        "actions": count_statuses("actions"),
-        "media": {
-            table: conn.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
-            for table in ("movies", "movie_files", "series", "episode_files")
-        },
+        "actions": dict(count_statuses(conn, "actions")),
+        "media": {table: conn.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+            for table in ("movies", "movie_files", "series", "episode_files")},
         "repairs": count_repairs(conn, config),
-        "last_scan": _last_run(conn, "scan", ("totals", "changes", "guard")),
-        "last_cinesync": _last_run(conn, "cinesync", ("replaced", "skipped", "errors")),
-        "runs": _summarise_runs(conn),
+        "last_scan": _last_run(conn, "scan", "totals", "changes", "guard"),
+        "last_cinesync": _last_run(conn, "cinesync", "replaced", "skipped", "errors"),
+        "runs": {row["command"]: dict(row) for row in conn.execute(_LAST_RUNS)},
         "database": {
-            "path": path,
-            "size_bytes": sum(map(os.path.getsize, files)),
+            "path": path, "size_bytes": sum(map(os.path.getsize, files)),
             "schema_version": schema_version(conn),
             "journal_mode": conn.execute("PRAGMA journal_mode").fetchone()[0],
         },
-    }
+    }  # fmt: skip
 
 
-def _last_run(conn: sqlite3.Connection, command: str, parts: Sequence[str]) -> JsonObject:
+def count_statuses(conn: sqlite3.Connection, table: str, roots: Sequence[str] = ()) -> Counter[str]:
+    """Return how many rows of a table, all or those beneath some roots, have each status."""
+    within, values = beneath_any(roots)
+    name = "coalesce(nullif(status, ''), 'unknown')"
+    select = f"SELECT {name}, count(*) FROM {table} WHERE {within} GROUP BY 1"
+    return Counter(dict(conn.execute(select, values).fetchall()))
+
+
+def _last_run(conn: sqlite3.Connection, command: str, *parts: str) -> JsonObject:
     query = "SELECT * FROM runs WHERE command = ? ORDER BY run_id DESC LIMIT 1"
     row = conn.execute(query, (command,)).fetchone()
     if row is None:
@@ -8086,37 +8054,19 @@ def _last_run(conn: sqlite3.Connection, command: str, parts: Sequence[str]) -> J
     }  # fmt: skip
 
 
-def _summarise_runs(conn: sqlite3.Connection) -> Dict[str, JsonObject]:
-    """Return for each command how its last run ended, and when one last did its work."""
-    runs: Dict[str, JsonObject] = {}
-    for command, code, finished in conn.execute(
-        "SELECT command, exit_code, finished_utc FROM runs WHERE finished_utc NOT NULL "
-        "AND exit_code NOT NULL ORDER BY run_id"
-    ):
-        run = runs.setdefault(command, {"succeeded": None})
-        run.update(finished=finished, exit_code=code)
-        if code in (EXIT_OK, EXIT_PARTIAL, EXIT_BROKEN):
-            run["succeeded"] = finished
-    return runs
-
-
 def count_repairs(conn: sqlite3.Connection, config: Config) -> JsonObject:
-    """Return how the repairs stand, in all and per server: actions sent, waiting, repaired, and
-    links that need attention.
-    """
-    names = ("sent", "repaired", "waiting", "needs_attention")
-    servers: Dict[str, Counter[str]] = {}
+    """Return how the repairs stand, in all and per server."""
+    servers: Dict[str, Dict[str, int]] = defaultdict(lambda: dict.fromkeys(REPAIR_STATES, 0))
     for status, url in conn.execute("SELECT status, url FROM actions"):
-        count = servers.setdefault(_server_of(url or ""), Counter())
+        count = servers[_server_of(url or "")]
         count["sent"] += status in (SENT, REPAIRED)
         count["repaired"] += status == REPAIRED
         count["waiting"] += status in (PENDING, SENT)
     for attempts, link in load_repaired(conn, config.scan.roots).values():
         if needs_attention(config.repair, link, attempts):
             servers[_server_of(attempts[-1].url)]["needs_attention"] += 1
-    total = {name: sum(count[name] for count in servers.values()) for name in names}
-    each = {server: {name: count[name] for name in names} for server, count in servers.items()}
-    return {**total, "instances": each}
+    total = {name: sum(count[name] for count in servers.values()) for name in REPAIR_STATES}
+    return {**total, "instances": dict(servers)}
 
 
 def _server_of(url: str) -> str:
@@ -8154,8 +8104,7 @@ def list_links(
 ) -> Tuple[List[JsonObject], int]:
     """Return what `broken --json` shows: the links of a status, and how many there are.
 
-    'attention' are those that are broken, and those that went with their file record and whose
-    repair has not brought them back; 'unreadable' are good ones that `verify` could not read.
+    'attention' adds to the broken ones those that a repair has removed and not brought back.
     """
     within, values = beneath_any(config.scan.roots)
     condition, wanted = "status <> 'ok' AND status = ?", BROKEN if status == ATTENTION else status
@@ -8165,12 +8114,12 @@ def list_links(
     errors = {from_db(path): error for path, error in conn.execute(query, (wanted, *values))}
     paths = list(errors)
     if status == ATTENTION:
-        paths += [
+        paths += sorted(
             path
-            for path, (attempts, link) in sorted(load_repaired(conn, config.scan.roots).items())
+            for path, (attempts, link) in load_repaired(conn, config.scan.roots).items()
             if link.status == MISSING
             and (attempts[-1].is_open or needs_attention(config.repair, link, attempts))
-        ]
+        )
     links = describe_links(conn, config, paths[:limit])
     for link in links if status == UNREADABLE else ():
         link.update(status=UNREADABLE, error=errors[link["path"]], next="verify reads it again")
@@ -8178,9 +8127,7 @@ def list_links(
 
 
 def describe_unreachable(conn: sqlite3.Connection, roots: Sequence[str]) -> Dict[str, str]:
-    """Return {reason: a line that says where, and what to do} of the links that cannot be judged,
-    those first that are the most.
-    """
+    """Return {reason: a line: how many links, where, and what to do}, the most frequent first."""
     within, values = beneath_any(roots)
     select = f"""SELECT path, last_target, error FROM symlinks
         WHERE status <> 'ok' AND status = 'unreachable' AND {within}"""
@@ -8201,46 +8148,39 @@ def describe_links(
     conn: sqlite3.Connection, config: Config, paths: Sequence[str]
 ) -> List[JsonObject]:
     """Return links as `broken --json` shows them."""
-    known, history = find_links(conn, paths), load_history(conn)
-    read = {row[0] for kind in KINDS.values()
-        for row in conn.execute(f"SELECT DISTINCT instance FROM {kind.titles}")}  # fmt: skip
-    unread = [instance.name for instance in config.instances if instance.name not in read]
-    reasons = _last_run(conn, "cinesync", ("reasons",)).get("reasons") or {}
-    now, settings, links = time.time(), config.repair, []
-    losses = load_losses(conn)
+    known, history, losses = find_links(conn, paths), load_history(conn), load_losses(conn)
+    unread = " or ".join(find_unread(conn, config.instances))
+    reasons = _last_run(conn, "cinesync", "reasons").get("reasons") or {}
+    links = []
     for path in paths:
-        link = known[path]
-        target = from_db(link.target)
+        link, attempts = known[path], history.get(path, ())
+        target, is_broken = from_db(link.target), link.status == BROKEN
         owner = find_owner(conn, config.instances, path, target)
-        attempts, since = history.get(path, ()), parse_time(link.broken_since) or 0.0
-        step = next_step(config, path, link, attempts, owner, unread)
-        patience = min([settings.patience, *(a.patience for a in attempts if a.is_open)])
-        wait = plan_wait(settings.min_age, patience, since, losses.get(path))
-        waits = link.status == BROKEN and now < wait.until
-        is_relinkable = config.cinesync.base and find_ancestor(path, config.cinesync.roots)
-        if link.status == BROKEN and is_relinkable:
+        step = next_step(config, path, link, attempts, owner.instance if owner else "", unread)
+        if is_broken and config.cinesync.base and find_ancestor(path, config.cinesync.roots):
             looks = "cinesync looks for a copy of it; else"
             step = f"{f'cinesync: {reasons[path]};' if path in reasons else looks} {step}"
+        patience = min([config.repair.patience, *(a.patience for a in attempts if a.is_open)])
+        since = parse_time(link.broken_since) or 0.0
+        wait = plan_wait(config.repair.min_age, patience, since, losses.get(path))
+        waits = is_broken and time.time() < wait.until
         if waits and step.startswith(("cinesync", "queue")):
             step = f"{wait}; then {step}"
-        until = format_time(wait.until) if waits and wait.until < math.inf else None
         links.append({
             "path": path, "target": target, "status": link.status, "since": link.broken_since,
             **parse_media(path)._asdict(),
             "instance": owner.instance if owner else None,
-            "file_id": owner.file_id if owner else None,
-            "error": link.error, "waits_until": until, "next": step,
+            "file_id": owner.file_id if owner else None, "error": link.error,
+            "waits_until": format_time(wait.until) if waits and wait.until < math.inf else None,
+            "next": step,
         })  # fmt: skip
     return links
 
 
 def next_step(
-    config: Config, path: str, link: KnownLink, attempts: Sequence[Attempt],
-    owner: Optional[Owner], unread: Sequence[str],
-) -> str:  # fmt: skip
-    """Return what happens to a link next, or what the user is to do; `unread` are the servers
-    that have told nothing yet.
-    """
+    config: Config, path: str, link: KnownLink, attempts: Sequence[Attempt], owner: str, unread: str
+) -> str:
+    """Return what happens to a link next, or what the user is to do."""
     if attempts and needs_attention(config.repair, link, attempts):
         return f"needs attention: {attempts[-1].error or 'its repairs have come to nothing'}"
     if any(attempt.is_open for attempt in attempts):
@@ -8252,183 +8192,146 @@ def next_step(
         return how_to_mend(link.error)
     if link.status == MISSING:
         return "nothing to do: the link itself is gone"
-    name = owner.instance if owner else "the relay" if plan_relay(config.relay, path) else ""
+    name = owner or ("the relay" if plan_relay(config.relay, path) else "")
     if not name and not (config.instances or config.relay.base):
         words = "[sonarr NAME], [radarr NAME] in the config"
         return f"replace the file, or have a server do it: {words}"
     if not name and unread:
-        return f"perhaps it is {' or '.join(unread)} that owns it: not read yet; run ingest"
+        return f"perhaps it is {unread} that owns it: not read yet; run ingest"
     if not name:
         return "no server owns it; replace the file, or remove the link"
-    reason = why_not(config.repair, parse_time(link.broken_since) or 0.0, attempts, time.time())
-    if reason == "cooldown":
+    since = parse_time(link.broken_since) or 0.0
+    if why_not(config.repair, since, attempts, time.time()) == "cooldown":
         failed = attempts[-1].status == FAILED
         state = f"failed: {attempts[-1].error}" if failed else f"sent to {name}"
         return f"{state}; if the link stays broken, once more after the cooldown"
     return f"queue has {name} replace the file"
 
 
+_ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})  # in a label of Prometheus
+
+
 def format_prometheus(stats: JsonObject) -> str:
     """Return the statistics in the text format of Prometheus' textfile collector."""
+    runs, guard = stats["runs"].values(), stats["last_scan"].get("guard")
+    held = {} if guard is None else {"": int(guard.get("tripped", False))}
+    links, repairs, size = stats["symlinks"], stats["repairs"], stats["database"]["size_bytes"]
+    worst = {entry["directory"]: entry["count"] for entry in stats["top_broken"]}
+    codes, ends, goods = ({run["command"]: run[key] for run in runs if run[key] is not None}
+        for key in ("exit_code", "finished", "succeeded"))  # fmt: skip
     lines: List[str] = []
-
-    def add(name: str, help_text: str, samples: Iterable[Tuple[str, Any]], label: str = "") -> None:
-        head = [f"# HELP refresherr_{name} {help_text}", f"# TYPE refresherr_{name} gauge"]
-        for text, value in samples:
-            shown = f'{{{label}="{_label(text)}"}}' if label else ""
-            lines.extend([*head, f"refresherr_{name}{shown} {value}"])
-            head = []
-
-    last = stats["last_scan"]
-    worst = [(entry["directory"], entry["count"]) for entry in stats["top_broken"]]
-    links = [(status, stats["symlinks"][status]) for status in STATUSES]
-    add("symlinks", "Symlinks by state.", links, "status")
-    add("actions", "Repair actions by status.", sorted(stats["actions"].items()), "status")
-    names = ("repaired", "waiting", "needs_attention")
-    repairs = [(name, stats["repairs"][name]) for name in names]
-    add("repairs", "Repairs by how they stand.", repairs, "state")
-    add("media", "Rows mirrored from Sonarr and Radarr.", stats["media"].items(), "kind")
-    add("broken_in_directory", "Broken symlinks in the worst directories.", worst, "directory")
-    add("database_bytes", "Size of the database.", [("", stats["database"]["size_bytes"])])
-    codes = [(name, run["exit_code"]) for name, run in sorted(stats["runs"].items())]
-    add("last_run_exit_code", "Exit status of each command's last run.", codes, "command")
-    for metric, key, text in (
-        ("run", "finished", "When each command's last run ended."),
-        ("success", "succeeded", "When each command last ended with status 0, 3 or 10."),
-    ):
-        times = {name: parse_time(run[key]) for name, run in sorted(stats["runs"].items())}
-        samples = [(name, int(ended)) for name, ended in times.items() if ended]
-        add(f"last_{metric}_timestamp_seconds", text, samples, "command")
-    if last.get("finished"):
-        ended = int(parse_time(last["finished"]) or 0)
-        tripped = int(bool(last["guard"].get("tripped")))
-        add("last_scan_timestamp_seconds", "When the last scan ended.", [("", ended)])
-        add("last_scan_exit_code", "Exit status of the last scan.", [("", last["exit_code"])])
-        add("guard_tripped", "Whether the mass-breakage guard held links back.", [("", tripped)])
+    for name, help_text, label, samples in (
+        ("symlinks", "Symlinks by state.", "status", {s: links[s] for s in STATUSES}),
+        ("actions", "Repair actions by status.", "status", stats["actions"]),
+        ("repairs", "Repairs by state.", "state", {s: repairs[s] for s in REPAIR_STATES[1:]}),
+        ("media", "Rows mirrored from Sonarr and Radarr.", "kind", stats["media"]),
+        ("broken_in_directory", "Broken symlinks in the worst directories.", "directory", worst),
+        ("database_bytes", "Size of the database.", "", {"": size}),
+        ("last_run_exit_code", "Exit status of each last run.", "command", codes),
+        ("last_run_timestamp_seconds", "When each last run ended.", "command", ends),
+        ("last_success_timestamp_seconds", "When each last worked (0, 3, 10).", "command", goods),
+        ("guard_tripped", "Whether the guard held links back.", "", held),
+    ):  # fmt: skip
+        head = f"# HELP refresherr_{name} {help_text}\n# TYPE refresherr_{name} gauge"
+        lines += [head] if samples else []
+        for text, value in samples.items():
+            text = text.encode("utf-8", "backslashreplace").decode().translate(_ESCAPES)
+            shown = f'{{{label}="{text}"}}' if label else ""
+            value = int(parse_time(value) or 0)  # of a time its seconds, of a number itself
+            lines.append(f"refresherr_{name}{shown} {value}")
     return "\n".join(lines) + "\n"
-
-
-def _label(text: str) -> str:
-    """Return a Prometheus label value: UTF-8, with backslash, quote and newline escaped."""
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 # ---------------------------------------------------------------------------------------------
 # Report
 # ---------------------------------------------------------------------------------------------
-
 # What is foreign passes through `_text` on its way into the page, and the page's own policy allows
 # no script and no style but these two, by their hash.
+
 REPORT_ROWS, REPORT_POINTS, REPORT_DAYS = 5000, 200, 60
 _HEALED = {"recovered": "came back by themselves", "relinked": "relinked", "repaired": "repaired"}
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src '$script_hash';
  style-src '$style_hash'; img-src data:; base-uri 'none'; form-action 'none'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,">
-<title>Refresherr report</title>
+<link rel="icon" href="data:,"><title>Refresherr report</title>
 <style>$style</style>
-<body>
-$body
-<script>$script</script>
+<body>$body<script>$script</script>
 """
 _STYLE = """
-:root{--page:#f5f6f8;--card:#fff;--ink:#1b2028;--dim:#5a6372;--line:#dfe3e9;--accent:#3450b8;
---ok:#1a7440;--broken:#b3261e;--unreachable:#855300}
+:root{color-scheme:light dark;--page:#f5f6f8;--card:#fff;--ink:#1b2028;--dim:#5a6372;--line:#dfe3e9;
+--accent:#3450b8;--ok:#1a7440;--broken:#b3261e;--unreachable:#855300}
 @media screen and (prefers-color-scheme:dark){:root{--page:#12151a;--card:#1b1f26;--ink:#e7eaf0;
 --dim:#a0a9b8;--line:#323944;--accent:#9db2ff;--ok:#56c88e;--broken:#ff8a80;--unreachable:#e8b04a}}
 *{box-sizing:border-box}[hidden]{display:none!important}
 body{margin:0 auto;padding:1.5rem 1rem;max-width:72rem;background:var(--page);color:var(--ink);
 font:15px/1.5 system-ui,"Segoe UI",Roboto,"Noto Sans",sans-serif;overflow-wrap:anywhere}
-h1{margin:0;font-size:1.6rem;line-height:1.25}h2{margin:0 0 .75rem;font-size:1.05rem}
-p,figure{margin:.5rem 0}
-small,.dim{color:var(--dim)}small{display:block;font-size:.85em;font-weight:400}
-section,dl div{margin-top:1rem;padding:1rem 1.2rem;background:var(--card);
-border:1px solid var(--line);border-radius:10px}
+h1,h2{margin:0 0 .5rem;font-size:1.1rem}h1{font-size:1.6rem}p,figure{margin:.5rem 0}
+small{display:block;color:var(--dim);font-size:.85em;font-weight:400}
+section,dl div{margin-top:1rem;padding:1rem 1.2rem;background:var(--card);border-radius:10px}
 .row,dl{display:grid;gap:0 1rem;margin:0;
 grid-template-columns:repeat(auto-fit,minmax(min(22rem,100%),1fr))}
-dl{grid-template-columns:repeat(auto-fit,minmax(8.5rem,1fr))}
-dd{margin:0;font-size:1.75rem;font-weight:650;line-height:1.3}dd small{font-size:.5em}
-.state{font-weight:600}.ok,.repaired,.done{color:var(--ok);fill:var(--ok)}
-.broken,.failed{color:var(--broken);fill:var(--broken)}.unreachable,.partial,.refused{color:var(--unreachable);fill:var(--unreachable)}
-.missing,.cancelled,.undone{color:var(--dim);fill:var(--dim)}
+dl{grid-template-columns:repeat(auto-fit,minmax(8.5rem,1fr))}dt,dd,th{overflow-wrap:normal}
+dd{margin:0;font-size:1.75rem;font-weight:650}dd small{font-size:.5em}.state{font-weight:600}
+.ok,.repaired{color:var(--ok);fill:var(--ok)}.broken,.failed{color:var(--broken);fill:var(--broken)}
+.unreachable,.partial,.refused{color:var(--unreachable);fill:var(--unreachable)}
+.missing{color:var(--dim);fill:var(--dim)}.missing::before{content:"\\2013\\a0"}
 .ok::before{content:"\\2713\\a0"}.broken::before{content:"\\d7\\a0"}
-.unreachable::before{content:"?\\a0"}.missing::before{content:"\\2013\\a0"}
-.alert{padding:.7rem 1rem;border-left:4px solid var(--unreachable);background:var(--card)}
-svg{display:block;width:100%;height:150px;margin:.3rem 0}
-.bar{height:14px}path{fill:none;stroke:var(--broken);stroke-width:2;vector-effect:non-scaling-stroke}
+.unreachable::before{content:"?\\a0"}.alert{border-left:4px solid;padding-left:1rem}
+svg{display:block;width:100%;height:150px;margin:.3rem 0}.bar{height:14px}
+path{fill:none;stroke:var(--broken);stroke-width:2;vector-effect:non-scaling-stroke}
 .area{fill:var(--broken);fill-opacity:.12;stroke:none}
-.dashed{stroke:var(--unreachable);stroke-dasharray:5 4}.axis{stroke:var(--dim);stroke-width:1}
+.dashed{stroke:var(--unreachable);stroke-dasharray:5 4}
 .ends{display:flex;justify-content:space-between}
 table{width:100%;border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.45rem .6rem .45rem 0;text-align:left;vertical-align:top}
-th{color:var(--dim);font-weight:500;font-size:.85em;overflow-wrap:normal}
-tbody tr{border-top:1px solid var(--line)}.numbers :not(:first-child){text-align:right}
-.numbers td:first-child{min-width:6em}
-.cards,.cards :is(thead,tbody){display:block}
-.cards tr{display:grid;grid-template-columns:14% 14% 14% 1fr}
-#links tr{grid-template-columns:14% 38% 14% 14% 1fr}
-#links tbody::before{content:attr(data-title);display:block;padding-top:.7rem;font-weight:600}
+th{color:var(--dim);font-size:.85em;font-weight:400}tr{border-top:1px solid var(--line)}
+.numbers :not(:first-child){text-align:right}.numbers td:first-child{min-width:6em}
+#links,#links :is(thead,tbody){display:block}
+#links tr{display:grid;grid-template-columns:14% 38% 14% 14% 1fr}
 #links tbody{content-visibility:auto;contain-intrinsic-size:auto 9rem}
-dt,dd{overflow-wrap:normal}a{color:var(--accent)}select{font:inherit}
-input{width:100%;padding:.55rem .8rem;font:inherit;color:inherit;background:var(--page);
-border:1px solid var(--dim);border-radius:8px}
-:focus-visible{outline:2px solid var(--accent)}code{color:var(--accent)}
-@media screen and (max-width:760px){.cards thead,.cards td:empty{display:none}
-.cards tr,.cards td{display:block}.cards td{padding:.1rem 0}.cards tr{padding:.5rem 0}
-.cards td::before{content:attr(data-head) ": ";color:var(--dim)}
-#links td::before{content:none}#links td:nth-child(3)::before{content:"Broken since "}
-#links td:nth-child(4)::before{content:"Owner "}#links td:nth-child(5)::before{content:"Next "}}
-@media print{body{padding:0;font-size:11px}#search{display:none}tr,figure{break-inside:avoid}
-svg{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
+#links tbody::before{content:attr(title);display:block;padding-top:.7rem;font-weight:600}
+a{color:var(--accent)}input,select{padding:.5rem;max-width:100%;font:inherit;color:inherit;
+background:var(--page);border:1px solid var(--dim);border-radius:8px}input{width:100%}
+@media screen and (max-width:760px){#links thead,#links td:empty{display:none}
+#links tr,#links td{display:block;padding:.2rem 0}
+#links td::before{content:attr(data-head) ": ";color:var(--dim)}}
+@media print{#search{display:none}tr,figure{break-inside:avoid}svg{print-color-adjust:exact}}
 """
 _SCRIPT = """
 "use strict";
 for (const time of document.querySelectorAll("time")) {
-  const moment = new Date(time.dateTime), day = {dateStyle: "medium"};
-  let count = (Date.now() - moment) / 1000, unit = "second";
-  for (const [name, size] of [["minute", 60], ["hour", 60], ["day", 24]])
-    if (count >= size) { count /= size; unit = name; }
+  const moment = new Date(time.dateTime), hours = Math.max(0, (Date.now() - moment) / 36e5);
+  const [count, unit] = hours < 1 ? [hours * 60, "minute"] : hours < 48 ? [hours, "hour"]
+    : [hours / 24, "day"];
+  const ago = new Intl.RelativeTimeFormat("en").format(-Math.floor(count), unit);
+  const style = {dateStyle: "medium", timeStyle: time.className == "day" ? undefined : "short"};
   time.title = time.textContent;
-  time.textContent =
-    moment.toLocaleString([], time.className == "day" ? day : {...day, timeStyle: "short"});
-  if (time.className == "age")
-    time.textContent += ", "
-      + new Intl.RelativeTimeFormat("en").format(-Math.floor(Math.max(0, count)), unit);
+  time.textContent = moment.toLocaleString([], style) + (time.className == "age" ? ", " + ago : "");
 }
-const box = document.getElementById("q"), state = document.getElementById("state");
-const rows = Array.from(document.querySelectorAll("#links tbody tr"));
-const groups = Array.from(document.querySelectorAll("#links tbody"));
+const find = what => Array.from(document.querySelectorAll(what));
+const [box, state] = find("#q, #state"), rows = find("#links tbody tr");
 let texts;
 function show() {
-  texts = texts || rows.map(row =>
-    (row.parentNode.dataset.title + " " + row.textContent).toLowerCase());
+  texts = texts || rows.map(row => (row.parentNode.title + " " + row.textContent).toLowerCase());
   const words = box.value.toLowerCase().split(/\\s+/);
   rows.forEach((row, i) => { row.hidden = !(words.every(word => texts[i].includes(word))
     && (!state.value || row.querySelector("." + state.value))); });
-  groups.forEach(group => { group.hidden = !group.querySelector("tr:not([hidden])"); });
-  document.getElementById("told").textContent =
-    rows.filter(row => !row.hidden).length + " of " + rows.length;
+  for (const group of find("#links tbody"))
+    group.hidden = !group.querySelector("tr:not([hidden])");
+  find("#told")[0].textContent = rows.filter(row => !row.hidden).length + " of " + rows.length;
 }
 function read() {
   const wanted = new URLSearchParams(location.hash.slice(1));
-  box.value = wanted.get("q") || "";
-  state.value = wanted.get("state") || "";
-  show();
-}
-function write() {
-  const chosen = state.value ? {q: box.value, state: state.value} : {q: box.value};
-  history.replaceState(null, "", "#" + new URLSearchParams(chosen));
+  [box.value, state.value] = ["q", "state"].map(name => wanted.get(name) || "");
   show();
 }
 if (box) {
   box.parentNode.hidden = false;
-  box.addEventListener("input", write);
-  state.addEventListener("input", write);
+  box.parentNode.addEventListener("input", () => {
+    history.replaceState(null, "", "#" + new URLSearchParams({q: box.value, state: state.value}));
+    show();
+  });
   addEventListener("hashchange", read);
   if (location.hash) read();
 }
@@ -8437,34 +8340,18 @@ if (box) {
 
 def collect_report(conn: sqlite3.Connection, config: Config, now: float) -> JsonObject:
     """Return what the report shows: the statistics, and what has become of links over time."""
-    scan = _last_run(conn, "scan", ("message", "roots"))
+    scan = _last_run(conn, "scan", "message", "roots")
     roots = config.scan.roots or tuple(root["path"] for root in scan.get("roots") or ())
     shows = Counter(parse_media(path).name for path, _, _ in find_broken(conn, config.scan.roots))
     links, count = list_links(conn, config, ATTENTION, REPORT_ROWS)
     unreachable, more = list_links(conn, config, UNREACHABLE, REPORT_ROWS - len(links))
-    changes = """SELECT change_id, run_id, path, old_target, new_target, state, reason, command,
-        changed_utc FROM link_changes LEFT JOIN runs USING (run_id) ORDER BY 1 DESC LIMIT 200"""
-    actions = "SELECT * FROM actions ORDER BY id DESC LIMIT 50"
     return {
-        **collect_stats(conn, config),
-        "now": now,
-        "message": scan.get("message") or "",
-        "roots": {root: _count_beneath(conn, root) for root in roots},
+        **collect_stats(conn, config), "now": now, "message": scan.get("message") or "",
+        "roots": {root: count_statuses(conn, "symlinks", [root]) for root in roots},
         "scans": trace_scans(conn, roots),
-        "days": count_days(conn, int(now) // 86400 - REPORT_DAYS + 1),
-        "shows": shows.most_common(10),
-        "changes": conn.execute(changes).fetchall(),
-        "last_actions": conn.execute(actions).fetchall(),
-        "links": links + unreachable,
-        "count": count + more,
-    }
-
-
-def _count_beneath(conn: sqlite3.Connection, root: str) -> Dict[str, int]:
-    condition, values = beneath(root)
-    query = f"SELECT status, count(*) FROM symlinks WHERE {condition} GROUP BY 1"
-    counts = dict(conn.execute(query, values).fetchall())
-    return {status: counts.get(status, 0) for status in STATUSES}
+        "healed": count_changes(conn, now - REPORT_DAYS * 86400),
+        "shows": shows.most_common(10), "links": links + unreachable, "count": count + more,
+    }  # fmt: skip
 
 
 def trace_scans(conn: sqlite3.Connection, roots: Sequence[str]) -> List[Tuple[float, int, int]]:
@@ -8473,35 +8360,27 @@ def trace_scans(conn: sqlite3.Connection, roots: Sequence[str]) -> List[Tuple[fl
     """
     known: Dict[str, Tuple[int, int]] = {}
     points = []
-    for started, summary in conn.execute(
-        "SELECT started_utc, summary FROM runs WHERE command = 'scan' AND summary <> '' "
-        "ORDER BY run_id"
-    ):
+    query = """SELECT started_utc, summary FROM runs
+        WHERE command = 'scan' AND summary <> '' ORDER BY started_utc"""
+    for started, summary in conn.execute(query):
         for root in json.loads(summary).get("roots", ()):
             if root["state"] == "scanned" and root["path"] in roots:
                 known[root["path"]] = root[BROKEN], root[UNREACHABLE]
         if known:
             broken, unreachable = map(sum, zip(*known.values()))
             points.append((parse_time(started) or 0.0, broken, unreachable))
-    points.sort()
     step = len(points) // REPORT_POINTS + 1
     parts = [points[start : start + step] for start in range(0, len(points), step)]
     return [max(part, key=lambda point: point[1] + point[2]) for part in parts] + points[-1:]
 
 
-def count_days(conn: sqlite3.Connection, first: int) -> Dict[int, Counter[str]]:
-    """Return how many links broke and healed each day, from day `first` since 1970 on."""
-    days: Dict[int, Counter[str]] = {first + number: Counter() for number in range(REPORT_DAYS)}
+def count_changes(conn: sqlite3.Connection, since: float) -> Counter[str]:
+    """Return how many links broke and healed, each once a day, since a Unix time."""
     # A relinked link has recovered, too: it counts once, as what comes last in the alphabet.
-    for day, action, count in conn.execute(
-        "SELECT day, what, count(*) FROM (SELECT ts / 86400 AS day, max(action) AS what "
-        "FROM events WHERE ts >= ? AND ts < ? "
-        "AND action IN ('newly_broken', 'recovered', 'relinked', 'repaired') "
-        "GROUP BY ts / 86400, path, action = 'newly_broken') GROUP BY day, what",
-        (first * 86400, (first + REPORT_DAYS) * 86400),
-    ):
-        days[day][action] = count
-    return days
+    query = """SELECT what, count(*) FROM (SELECT max(action) AS what FROM events WHERE ts >= ?
+        AND action IN ('newly_broken', 'recovered', 'relinked', 'repaired')
+        GROUP BY ts / 86400, path, action = 'newly_broken') GROUP BY what"""
+    return Counter(dict(conn.execute(query, (since,)).fetchall()))
 
 
 def format_report(report: JsonObject) -> str:
@@ -8513,17 +8392,12 @@ def format_report(report: JsonObject) -> str:
     def fingerprint(text: str) -> str:
         return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
-    rows = ((_format_head,), (_format_roots,), (_chart_scans, _chart_days),
-        (_format_shows, _format_servers), (_format_links,), (_format_changes,), (_format_actions,)
-    )  # fmt: skip
+    rows = ((_format_head,), (_format_roots, _chart_scans), (_format_shows, _format_servers),
+        (_format_links,))  # fmt: skip
     parts = ("".join(format_part(report) for format_part in row) for row in rows)
-    return Template(_PAGE).substitute(
-        script_hash=fingerprint(_SCRIPT),
-        style_hash=fingerprint(_STYLE),
-        style=_STYLE,
-        script=_SCRIPT,
-        body="\n".join(f'<div class="row">{part}</div>' for part in parts if part),
-    )
+    body = "\n".join(f'<div class="row">{part}</div>' for part in parts if part)
+    hashes = {"script_hash": fingerprint(_SCRIPT), "style_hash": fingerprint(_STYLE)}
+    return Template(_PAGE).substitute(hashes, style=_STYLE, script=_SCRIPT, body=body)
 
 
 def _text(value: Union[str, bytes, None]) -> str:
@@ -8534,18 +8408,15 @@ def _text(value: Union[str, bytes, None]) -> str:
 
 
 def _moment(value: Any, kind: str = "") -> str:
-    """Return a time of the database as HTML, which the reader's browser shows in its own zone, or
-    what stands in its place; `kind` is 'age', to be shown behind it, 'day', which is all, or none.
+    """Return a time as HTML, which the reader's browser shows in its own zone; `kind` is 'age', to
+    be shown behind it, 'day', which is all, or none.
     """
     moment = parse_time(value)
-    with contextlib.suppress(ValueError, OverflowError, OSError):  # a year beyond 9999
-        if moment is None:
-            return ""
-        full = format_time(moment)
-        shown = full[:10] if kind == "day" else f"{full[:16].replace('T', ' ')} UTC"
-        attributes = f"datetime={full[:16]}Z{f' class={kind}' if kind else ''}"
-        return f"<time {attributes}>{shown}</time>"
-    return _text(str(value))
+    if moment is None or not 0 <= moment < 2.5e11:  # as far as a datetime goes
+        return "" if moment is None else _text(str(value))
+    full = format_time(moment)
+    shown = full[:10] if kind == "day" else f"{full[:16].replace('T', ' ')} UTC"
+    return f"<time datetime={full[:16]}Z{f' class={kind}' if kind else ''}>{shown}</time>"
 
 
 def _state(word: Optional[str]) -> str:
@@ -8556,18 +8427,16 @@ def _section(title: str, body: str) -> str:
     return f"<section>\n<h2>{title}</h2>\n{body}\n</section>"
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], attributes: str) -> str:
-    """Return a table of cells that are HTML already."""
-    top = '</th><th scope="col">'.join(heads)
-    body = "\n".join(f"<tr>{_cells(heads, row)}</tr>" for row in rows)
-    return (
-        f'<table {attributes}><thead><tr><th scope="col">{top}</th></tr></thead>'
-        f"<tbody>\n{body}\n</tbody></table>"
-    )
-
-
-def _cells(heads: Sequence[str], row: Sequence[str]) -> str:
-    return "".join(f'<td data-head="{head}">{cell}</td>' for head, cell in zip(heads, row))
+def _table(attributes: str, heads: Sequence[str], groups: Mapping[str, Iterable[Any]]) -> str:
+    """Return a table of {title of some rows: rows}; all of it is HTML already."""
+    html = f"<table {attributes}><thead><tr><th>{'</th><th>'.join(heads)}</th></tr></thead>"
+    for title, rows in groups.items():
+        html += f'<tbody title="{title}">\n'
+        for row in rows:
+            cells = (f'<td data-head="{head}">{cell}</td>' for head, cell in zip(heads, row))
+            html += f"<tr>{''.join(cells)}</tr>\n"
+        html += "</tbody>"
+    return f"{html}</table>"
 
 
 def _format_head(report: JsonObject) -> str:
@@ -8578,7 +8447,7 @@ def _format_head(report: JsonObject) -> str:
         told = f"Last scan {_moment(scan['started'], 'age')}: {_state(scan['status'])}."
     if report["message"]:
         told += f'<p class="alert">{_text(report["message"])}</p>'
-    cards = (
+    cards = "".join(
         f"<div><dt>{_state(status)}</dt><dd>{links[status]:,}"
         f"<small>{links[status] / (links['total'] or 1):.1%}</small></dd></div>"
         for status in STATUSES
@@ -8586,43 +8455,33 @@ def _format_head(report: JsonObject) -> str:
     place = f"{_text(database['path'])}, {database['size_bytes'] / 1048576:.1f} MiB"
     made = f"Made {_moment(report['now'])} by Refresherr {__version__} from {place}."
     title = f"{bad or 'None broken'} of {plural(links['total'], 'link')}"
-    top = f"<h1>{title}</h1>\n<p>{told}</p>\n<small>{made}</small>"
-    return f"<header>{top}\n<dl>{''.join(cards)}</dl></header>"
+    return f"<header><h1>{title}</h1><p>{told}</p><small>{made}</small><dl>{cards}</dl></header>"
 
 
 def _format_roots(report: JsonObject) -> str:
     """Return a stacked bar for each root; what is not 0 has one percent beside its share."""
     bars = ""
     for root, numbers in report["roots"].items():
-        words = ", ".join(f"{number:,} {status}" for status, number in numbers.items())
+        words = ", ".join(f"{numbers[status]:,} {status}" for status in STATUSES)
         bars += f'<p>{_text(root)}<svg class="bar" role="img" aria-label="{words}" '
         bars += 'viewBox="0 0 100 1" preserveAspectRatio="none">'
-        present = {status: number for status, number in numbers.items() if number}
-        left = 0.0
-        for status, number in present.items():
-            width = 1 + (100 - len(present)) * number / sum(present.values())
+        present = {status: numbers[status] for status in STATUSES if numbers[status]}
+        whole = sum(present.values())
+        widths = [1 + (100 - len(present)) * number / whole for number in present.values()]
+        for status, left, width in zip(present, itertools.accumulate([0, *widths]), widths):
             bars += f'<rect class="{status}" x="{left:.2f}" width="{width - 0.3:.2f}" height="1"/>'
-            left += width
         bars += f"</svg><small>{words}</small></p>\n"
     return _section("Health of each root", bars) if bars else ""
 
 
-def _chart(title: str, top: str, said: str, view: str, shapes: str, ends: Sequence[float]) -> str:
-    """Return a chart; `said` tells what it shows, `ends` are the times at both sides."""
-    dates = "".join(f"<span>{_moment(end, 'day')}</span>" for end in ends)
-    head = f'<svg role="img" viewBox="{view}" preserveAspectRatio="none"><title>{title}</title>'
-    plot = f"<small>{top}</small>{head}<desc>{said}</desc>{shapes}</svg>"
-    below = f'<small class="ends">{dates}</small><figcaption><small>{said}</small></figcaption>'
-    return _section(title, f"<figure>{plot}{below}</figure>")
-
-
 def _chart_scans(report: JsonObject) -> str:
-    points, title = report["scans"], "Broken links over time"
+    points, title, healed = report["scans"], "Broken links over time", report["healed"]
     if not points:
         return _section(title, "<p>There has been no scan.</p>")
     start, end = points[0][0], points[-1][0]
     # An outage must not flatten what it is not about: the scale is that of the broken links.
-    top, span = max(1, *(point[1] for point in points)), max(1.0, end - start)
+    worst, most = (max(points, key=operator.itemgetter(column)) for column in (1, 2))
+    top, span = max(1, worst[1]), max(1.0, end - start)
 
     def trace(column: int) -> str:
         heights = [top - min(top, point[column]) for point in points]
@@ -8630,53 +8489,34 @@ def _chart_scans(report: JsonObject) -> str:
         return f"M0 {heights[0]}{''.join(steps)}H{span:.0f}"
 
     shapes = f'<path class="area" d="{trace(1)}V{top}H0Z"/><path d="{trace(1)}"/>'
-    worst = max(points, key=operator.itemgetter(1))
     said = f"Now {points[-1][1]:,} broken; at most {worst[1]:,}, on {format_time(worst[0])[:10]}."
-    if any(point[2] for point in points):
+    if most[2]:
         shapes += f'<path class="dashed" d="{trace(2)}"/>'
-        most = max(point[2] for point in points)
-        said += f" The dashed line: links that could not be reached, at most {most:,}."
-    return _chart(title, f"{top:,}", said, f"0 0 {span:.0f} {top}", shapes, (start, end))
-
-
-def _chart_days(report: JsonObject) -> str:
-    days: Dict[int, Counter[str]] = report["days"]
-    title = f"Broken and healed, by day, for {REPORT_DAYS} days"
-    total: Counter[str] = sum(days.values(), Counter())
-    if not total:
-        return _section(title, "<p>Nothing broke and nothing was healed.</p>")
-    healed = {day: sum(count[name] for name in _HEALED) for day, count in days.items()}
-    top, bottom = max(healed.values()), max(count["newly_broken"] for count in days.values())
-    shapes = f'<path class="axis" d="M0 {top}H{REPORT_DAYS * 10}"/>'
-    for number, (day, count) in enumerate(days.items()):
-        up, down = healed[day], count["newly_broken"]
-        words = f"{format_time(day * 86400)[:10]}: {down:,} newly broken, {up:,} healed"
-        bar = f'<rect x="{number * 10 + 1}" width="8"'
-        shapes += f'<g><title>{words}</title>{bar} y="{top - up}" height="{up}" class="ok"/>'
-        shapes += f'{bar} y="{top}" height="{down}" class="broken"/></g>'
-    ways = ", ".join(f"{total[name]:,} {words}" for name, words in _HEALED.items())
-    said = f"Above the line: {ways}. Below it: {total['newly_broken']:,} newly broken."
-    view, ends = f"0 0 {REPORT_DAYS * 10} {top + bottom}", (min(days) * 86400, max(days) * 86400)
-    return _chart(title, f"at most {max(top, bottom):,} a day", said, view, shapes, ends)
+        said += f" The dashed line: links that could not be reached, at most {most[2]:,}."
+    ways = ", ".join(f"{healed[name]:,} {words}" for name, words in _HEALED.items())
+    said += f" In the last {REPORT_DAYS} days {healed['newly_broken']:,} broke, {ways}."
+    svg = f'<svg role="img" viewBox="0 0 {span:.0f} {top}" preserveAspectRatio="none">'
+    dates = "".join(f"<span>{_moment(moment, 'day')}</span>" for moment in (start, end))
+    plot = f"<small>{top:,}</small>{svg}<title>{title}</title><desc>{said}</desc>{shapes}</svg>"
+    below = f'<small class="ends">{dates}</small><figcaption><small>{said}</small></figcaption>'
+    return _section(title, f"<figure>{plot}{below}</figure>")
 
 
 def _format_shows(report: JsonObject) -> str:
-    links = [f"#{_text(urlencode({'q': name}, errors='replace'))}" for name, _ in report["shows"]]
-    rows = [
-        [f'<a href="{link}">{_text(name)}</a>', f"{count:,}"]
-        for link, (name, count) in zip(links, report["shows"])
-    ]
-    table = _table(("Title", "Broken"), rows, 'class="numbers"')
+    rows = []
+    for name, count in report["shows"]:
+        place = _text(urlencode({"q": name}, errors="replace"))
+        rows.append((f'<a href="#{place}">{_text(name)}</a>', f"{count:,}"))
+    table = _table('class="numbers"', ("Title", "Broken"), {"": rows})
     return _section("Most broken", table) if rows else ""
 
 
 def _format_servers(report: JsonObject) -> str:
-    names = ("sent", "repaired", "waiting", "needs_attention")
     servers = report["repairs"]["instances"].items()
-    rows = [[_text(server), *(f"{n[name]:,}" for name in names)] for server, n in servers]
+    rows = [[_text(server), *(f"{n[name]:,}" for name in REPAIR_STATES)] for server, n in servers]
     words = (f"{n:,} {_state(status)}" for status, n in sorted(report["actions"].items()))
-    heads = ["Server", *(name.replace("_", " ").capitalize() for name in names)]
-    table = _table(heads, rows, 'class="numbers"')
+    heads = ["Server", *(name.replace("_", " ").capitalize() for name in REPAIR_STATES)]
+    table = _table('class="numbers"', heads, {"": rows})
     return _section("Repairs", f"<p>Actions: {', '.join(words)}.</p>{table}") if rows else ""
 
 
@@ -8684,200 +8524,146 @@ def _format_links(report: JsonObject) -> str:
     links, title = report["links"], "Links that need attention"
     if not links:
         return _section(title, "<p>None.</p>")
-    heads = ("State", "Link and its target", "Broken since", "Owner", "Next step")
-    groups: Dict[str, List[str]] = {}
+    groups: Dict[str, List[Sequence[str]]] = defaultdict(list)
     for link in links:
-        row = (
+        season = "" if link["season"] is None else f", season {link['season']}"
+        groups[_text(link["name"]) + season].append((
             _state(link["status"]),
             f"{_text(link['path'])}<small>{_text(link['target'])}</small>",
             _moment(link["since"], "age"),
             _text(link["instance"]),
             _text("; ".join(filter(None, (link["error"], link["next"])))),
-        )
-        season = "" if link["season"] is None else f", season {link['season']}"
-        rows = groups.setdefault(f"{_text(link['name'])}{season}", [])
-        rows.append(f"<tr><td>{'</td><td>'.join(row)}</td></tr>")
+        ))  # fmt: skip
     hidden = report["count"] - len(links)
     more = f"<p>{hidden:,} more are not shown; <code>refresherr broken</code> lists them.</p>"
-    count = f"{len(links)} of {len(links)}"
     states = "".join(f"<option>{status}</option>" for status in STATUSES[1:])
     search = f"""<div id="search" hidden>
 <label for="q">Search by path, target, owner or next step</label><input id="q" type="search">
 <label for="state">State</label> <select id="state"><option value="">every</option>{states}</select>
-<p id="told" class="dim" role="status">{count}</p></div>
-<noscript><p class="dim">The search needs JavaScript.</p></noscript>"""
-    bodies = (
-        f'<tbody data-title="{name}: {plural(len(rows), "link")}">' + "\n".join(rows) + "</tbody>"
-        for name, rows in groups.items()
-    )
-    top = '</th><th scope="col">'.join(heads)
-    table = f"""<table id="links" class="cards"><thead><tr><th scope="col">{top}</th></tr></thead>
-{"".join(bodies)}</table>"""
+<p id="told" role="status">{len(links)} of {len(links)}</p></div>
+<noscript><p>The search needs JavaScript.</p></noscript>"""
+    heads = ("State", "Link and its target", "Broken since", "Owner", "Next step")
+    titles = {f"{name}: {plural(len(rows), 'link')}": rows for name, rows in groups.items()}
+    table = _table('id="links"', heads, titles)
     return _section(title, more * bool(hidden) + search + table)
-
-
-def _format_changes(report: JsonObject) -> str:
-    rows = [
-        (
-            f"{_moment(row['changed_utc'])}<small>{_text(row['command'])} {row['run_id']}</small>",
-            f"{_state(row['state'])}<small>{_text(row['reason'])}</small>",
-            f"{_text(row['path'])}<small>{_text(row['old_target'])} &rarr; "
-            f"{_text(row['new_target'] or 'removed')}</small>",
-        )
-        for row in report["changes"]
-    ]
-    heads = ("Time and run", "State", "Link, its old and its new target")
-    title = f"The last {plural(len(rows), 'changed link')}"
-    return _section(title, _table(heads, rows, 'class="cards"')) if rows else ""
-
-
-def _format_actions(report: JsonObject) -> str:
-    rows = [
-        (
-            _moment(row["fired_utc"] or row["created_utc"]),
-            _state(row["status"]),
-            _text(_server_of(row["url"] or "")),
-            _text(row["related_path"])
-            + f"<small>{_text(row['last_error'] or row['reason'])}</small>",
-        )
-        for row in report["last_actions"]
-    ]
-    heads = ("Time", "Status", "Server", "Link, and what went wrong")
-    title = f"The last {plural(len(rows), 'repair action')}"
-    return _section(title, _table(heads, rows, 'class="cards"')) if rows else ""
 
 
 # ---------------------------------------------------------------------------------------------
 # Doctor
 # ---------------------------------------------------------------------------------------------
-
-
 SAMPLE = 20  # files of a server, and directories of links, that are tried
 ODD_TARGETS = 200  # links that may lead to a folder, likewise
 
 
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """What the doctor says of one thing; `state` is 'ok', 'warning' or 'failed', and `line` what
-    the advice says to write somewhere.
-    """
+class Finding(NamedTuple):
+    """What the doctor says of one thing."""
 
     name: str
-    state: str
+    state: str  # 'ok', 'warning' or 'failed'
     detail: str
     advice: str = ""
-    line: str = ""
+    line: str = ""  # that the advice says to write somewhere
 
 
-def examine_runtime() -> List[Finding]:
+def examine_runtime() -> Iterator[Finding]:
     """Look at the interpreter and its SQLite."""
-    python = ".".join(map(str, sys.version_info[:3])) + f" at {sys.executable}"
-    https = Finding("https", "warning", "this Python has no ssl", "only http:// URLs will work")
-    with contextlib.suppress(ImportError):
+    python = ".".join(map(str, sys.version_info[:3]))
+    yield Finding("python", "ok", f"{python} at {sys.executable}")
+    yield Finding("sqlite", "ok", sqlite3.sqlite_version)
+    try:
         import ssl
+    except ImportError:
+        yield Finding("https", "warning", "this Python has no ssl", "only http:// URLs will work")
+    else:
+        yield Finding("https", "ok", ssl.OPENSSL_VERSION)
 
-        https = Finding("https", "ok", ssl.OPENSSL_VERSION)
-    sqlite = Finding("sqlite", "ok", sqlite3.sqlite_version)
-    return [Finding("python", "ok", python), sqlite, https]
 
-
-def examine_database(conn: sqlite3.Connection) -> List[Finding]:
+def examine_database(conn: sqlite3.Connection) -> Iterator[Finding]:
     """Look at the database's health, its journal and the space it has to grow."""
     path = database_path(conn)
     damage = conn.execute("PRAGMA quick_check(1)").fetchone()[0]
     mode = conn.execute("PRAGMA journal_mode").fetchone()[0]
     detail = f"{path}, schema version {schema_version(conn)}, journal {mode}"
     damaged = Finding("database", "failed", f"{path}: {damage}", _START_ANEW)
-    result = [Finding("database", "ok", detail) if damage == "ok" else damaged]
-    if mode != "wal":
-        advice = "a local disk would be faster"
-        result.append(Finding("journal", "warning", f"journal mode {mode}", advice))
-    free, wanted = shutil.disk_usage(os.path.dirname(path)).free, 2 * os.path.getsize(path)
-    if free < max(100 << 20, wanted):
-        advice = f"free {max(100 << 20, wanted) >> 20} MiB, or move data_dir to another disk"
-        result.append(Finding("space", "warning", f"{free >> 20} MiB are free beside it", advice))
-    return result
+    yield Finding("database", "ok", detail) if damage == "ok" else damaged
+    free = shutil.disk_usage(os.path.dirname(path)).free >> 20
+    wanted = max(100, os.path.getsize(path) >> 19)
+    if free < wanted:
+        advice = f"free {wanted} MiB, or move data_dir to another disk"
+        yield Finding("space", "warning", f"{free} MiB are free beside it", advice)
 
 
-def examine_config(config: Config, error: str) -> List[Finding]:
+def examine_config(config: Config, error: str) -> Iterator[Finding]:
     """Look at where the settings come from."""
-    if error:
-        return [Finding("config", "failed", error, "correct the file")]
     source = Finding("config", "ok", config.file or "no config file; defaults and environment")
-    texts = (*config.warnings, *find_keyless(config))
-    return [source, *(Finding("config", "warning", text) for text in texts)]
+    yield Finding("config", "failed", error, "correct the file") if error else source
+    for text in (*config.warnings, *find_keyless(config)):
+        yield Finding("config", "warning", text)
 
 
-def examine_time(conn: sqlite3.Connection, now: float, cron_line: str) -> List[Finding]:
-    """Look at the clock, and whether anything starts a scan every day."""
+def examine_time(conn: sqlite3.Connection, now: float, cron_line: str) -> Iterator[Finding]:
+    """Look at the clock, whether anything starts a scan every day, and how the last one ended."""
     select = """SELECT max(CASE WHEN command IN ('scan', 'run') THEN started_utc END),
+        max(CASE WHEN command = 'run' THEN started_utc END),
         max(started_utc), max(finished_utc), (SELECT max(ts) FROM events) FROM runs"""
-    last, *times = [parse_time(value) or 0.0 for value in conn.execute(select).fetchone()]
-    state, detail, advice = "ok", format_time(now), ""
-    newest = min(max(times), 2.5e11)  # as far as a datetime goes
-    if detail < "2024" or newest > now + 60:
-        detail += f", but the database knows of {format_time(newest)}"
-        state, advice = "warning", "set it; until then ages and cooldowns are wrong"
-    clock = Finding("clock", state, detail, advice)
+    last, ran, *times = (parse_time(value) or 0.0 for value in conn.execute(select).fetchone())
+    newest, shown = min(max(times), 2.5e11), format_time(now)  # as far as a datetime goes
+    clock = Finding("clock", "ok", shown)
+    if shown < "2024" or newest > now + 60:
+        detail = f"{shown}, but the database knows of {format_time(newest)}"
+        advice = "set it; until then ages and cooldowns are wrong"
+        clock = Finding("clock", "warning", detail, advice)
+    yield clock
     ago = f"the last scan began {format_duration(max(0.0, now - last))} ago" if last else "no scan"
-    state = "ok" if last > now - 86400 else "warning"
-    query = "SELECT 1 FROM runs WHERE command = 'run' AND started_utc > ?"
     advice = "have cron do it; the line for `crontab -e`:" if cron_line else "set roots in [scan]"
-    if conn.execute(query, (format_time(now - 86400),)).fetchone():
+    if ran > now - 86400:
         advice = cron_line = ""
-    findings = [clock, Finding("schedule", state, ago, advice, cron_line)]
-    scan = _last_run(conn, "scan", ("message", "guard"))
+    state = "ok" if last > now - 86400 else "warning"
+    yield Finding("schedule", state, ago, advice, cron_line)
+    scan = _last_run(conn, "scan", "message")
     if scan and scan["exit_code"] not in (EXIT_OK, EXIT_BROKEN):
-        detail = f"{scan['status']}: {scan['message'] or 'it came to no end'}"
         state = "warning" if scan["exit_code"] == EXIT_PARTIAL else "failed"
-        advice = "mend that, then `scan` again; `broken --status unreachable` names the links"
-        if scan["guard"].get("tripped"):
-            advice = "if that loss is meant, `scan --accept DIR`"
-        if not scan["message"]:
-            advice = "`scan` again; what it recorded stays"
-        findings.append(Finding("last scan", state, detail, advice))
-    return findings
+        detail = f"{scan['status']}: {scan['message'] or 'it came to no end'}"
+        advice = "once that is mended, `scan` again; `broken --status unreachable` names the links"
+        yield Finding("last scan", state, detail, advice)
 
 
-def examine_library(config: Config, conn: sqlite3.Connection) -> List[Finding]:
+def examine_library(config: Config, conn: sqlite3.Connection) -> Iterator[Finding]:
     """Look at directories, permissions and mounts, by the scan's own hang-safe means."""
-    copies, findings = config.cinesync, []
-    roles = dict.fromkeys(config.scan.roots, "root")
+    copies, roots = config.cinesync, config.scan.roots
+    roles = dict.fromkeys(roots, "root")
     if copies.base:
         places = (copies.base, *copies.roots, *copies.allowed_targets)
         roles = {**dict.fromkeys(places, "cinesync"), **roles}
-    if not config.scan.roots:
-        findings.append(Finding("roots", "warning", "none configured", "set roots in [scan]"))
+    if not roots:
+        yield Finding("roots", "warning", "none configured", "set roots in [scan]")
     if not roles:
-        return findings
+        return
     # Where nothing ever changes a link, permissions do not matter.
     folders = sample_folders(conn, roles) if copies.base or config.instances else []
-    doubted = sample_odd_targets(conn, config.scan.roots)
+    doubted = sample_odd_targets(conn, roots)
     looks, mounts = look_at_places(conn, config.scan, [*roles, *folders, *doubted])
     for path, role in roles.items():
         state, reason, _ = looks[path]
-        advice = f"{how_to_mend(reason)}; or correct the config"
-        bad = Finding(f"{role} {path}", "failed", reason, advice)
-        findings.append(Finding(bad.name, "ok", "can be read") if state == "scanned" else bad)
-    findings += [_examined_mount(mount) for mount in mounts]
+        good = Finding(f"{role} {path}", "ok", "can be read")
+        bad = good._replace(detail=reason, advice=f"{how_to_mend(reason)}; or correct the config")
+        yield good if state == "scanned" else bad._replace(state="failed")
+    yield from map(_examined_mount, mounts)
     there = {folder: looks[folder][1] for folder in folders if looks[folder][0] != "missing"}
     closed = [f"{folder}: {reason}" for folder, reason in there.items() if reason]
     if closed:
         detail = f"links cannot be replaced in {len(closed)} of {len(there)} places: {closed[0]}"
         advice = "run it as the user they belong to, or let this one write there"
-        findings.append(Finding("permissions", "warning", detail, advice))
+        yield Finding("permissions", "warning", detail, advice)
     elif there:
-        detail = f"links can be replaced ({len(there)} places tried)"
-        findings.append(Finding("permissions", "ok", detail))
+        yield Finding("permissions", "ok", f"links can be replaced ({len(there)} places tried)")
     for path in (path for path in doubted if looks[path][0] == "scanned"):
         advice = "point it to the file in there"
-        findings.append(Finding(f"link {path}", "warning", "leads to a folder", advice))
-    strays = find_strays(conn, config.scan.roots)
-    for place, count in strays.items():
+        yield Finding(f"link {path}", "warning", "leads to a folder", advice)
+    for place, count in find_strays(conn, roots).items():
         detail = f"{plural(count, 'link')} beneath it, which lies below no root any more"
         advice = "`db prune` forgets them; or add it to roots in [scan]"
-        findings.append(Finding(f"directory {place}", "warning", detail, advice))
-    return findings
+        yield Finding(f"directory {place}", "warning", detail, advice)
 
 
 def sample_odd_targets(conn: sqlite3.Connection, roots: Sequence[str]) -> List[str]:
@@ -8892,11 +8678,9 @@ def sample_odd_targets(conn: sqlite3.Connection, roots: Sequence[str]) -> List[s
 
 def sample_folders(conn: sqlite3.Connection, roots: Iterable[str]) -> List[str]:
     """Return some directories below `roots` that hold links, those of broken ones first."""
-    count = conn.execute("SELECT count(*) FROM symlinks").fetchone()[0]
     rows = conn.execute(
-        "SELECT path FROM symlinks WHERE status = 'broken' OR status <> 'missing' AND "
-        "rowid % ? = 0 ORDER BY status <> 'broken', path",
-        (count // 500 + 1,),
+        "SELECT path FROM symlinks WHERE status = 'broken' OR status <> 'missing' AND rowid % "
+        "(1 + (SELECT count(*) FROM symlinks) / 500) = 0 ORDER BY status <> 'broken', path"
     )
     paths = (path for path in (from_db(row[0]) for row in rows) if find_ancestor(path, roots))
     return list(dict.fromkeys(map(os.path.dirname, paths)))[:SAMPLE]
@@ -8912,25 +8696,23 @@ def _examined_mount(mount: WatchedMount) -> Finding:
     return Finding(name, "failed", mount.reason, advice)
 
 
-def examine_servers(config: Config, conn: sqlite3.Connection) -> List[Finding]:
+def examine_servers(config: Config, conn: sqlite3.Connection) -> Iterator[Finding]:
     """Ask every Sonarr and Radarr for version, root folders and some files, with our key."""
-    findings = []
     for instance in config.instances:
         server = Server(instance, config.repair.timeout, config.repair.list_timeout)
         try:
             detail = f"{server.kind.app} {server.connect()} at {redact(instance.settings.url)}"
-            findings.append(Finding(instance.name, "ok", detail))
+            yield Finding(instance.name, "ok", detail)
             folders = []
             for folder in server.get_list("/rootfolder"):
                 folders.append(str(dig(folder, "path")).rstrip("/") or "/")
                 if folder.get("accessible") is False:
                     detail = f"{instance.name} cannot reach its root folder {dig(folder, 'path')}"
                     advice = "mount it there; until then nothing of it is repaired"
-                    findings.append(Finding("root folder", "failed", detail, advice))
-            findings.append(examine_files(conn, server, folders))
+                    yield Finding("root folder", "failed", detail, advice)
+            yield examine_files(conn, server, folders)
         except HttpError as exc:
-            findings.append(_no_answer(instance.name, exc))
-    return findings
+            yield _no_answer(instance.name, exc)
 
 
 def _no_answer(name: str, exc: HttpError) -> Finding:
@@ -8945,13 +8727,19 @@ def examine_files(conn: sqlite3.Connection, server: Server, folders: Sequence[st
     name = f"paths of {server.name}"
     if not conn.execute("SELECT count(*) FROM symlinks WHERE status <> 'missing'").fetchone()[0]:
         return Finding(name, "warning", "no links are known yet", "`scan`, then look again")
-    paths = sample_files(server)
-    count, fitting = compare_files(conn, paths, server.path_map, folders)
-    if count or not paths:
-        return Finding(name, "ok", f"{count} of {plural(len(paths), 'file')} tried are known links")
-    if not compare_files(conn, paths, fitting, folders)[0]:
-        fitting = ()
-    return _strange_paths(server.name, f"no file is a known link; one is {paths[0]}", fitting)
+    places = find_namesakes(conn, sample_files(server))
+    known = [p for p, here in places.items() if p in (map_path(h, server.path_map) for h in here)]
+    if known or not places:
+        detail = f"{len(known)} of {plural(len(places), 'file')} tried are known links"
+        return Finding(name, "ok", detail)
+    detail = f"no file is a known link; one is {next(iter(places))}"
+    section, fitting = f"[{server.name.replace('_', ' ', 1)}]", fit_map(places, folders)
+    line = "path_map = " + ", ".join(f"{here} => {there}" for here, there in fitting)
+    with contextlib.suppress(ValueError):
+        if fitting and line.isprintable() and parse_map(line[11:]) == fitting:
+            return Finding(name, "failed", detail, f"write into {section}:", line)
+    advice = f"scan its library; if it calls that something else, set path_map in {section}"
+    return Finding(name, "warning", detail, advice)
 
 
 def sample_files(server: Server) -> List[str]:
@@ -8968,114 +8756,78 @@ def sample_files(server: Server) -> List[str]:
     return [str(path) for files in lists for path in spread(files, "path", 3)]
 
 
-def compare_files(
-    conn: sqlite3.Connection, paths: Sequence[str], path_map: PathMap, folders: Sequence[str]
-) -> Tuple[int, PathMap]:
-    """Return how many of a server's files are scanned links or what these point to, as in
-    `find_owner`, and the path_map of its root folders by which the most would be.
-    """
-    wanted: Dict[str, List[Tuple[str, str]]] = {}  # by the name of the file
-    for path in paths:
-        folder = find_ancestor(path, folders) or path
-        wanted.setdefault(os.path.basename(path), []).append((path, folder))
-    found: Set[str] = set()
-    votes: Dict[Tuple[str, str], Set[str]] = defaultdict(set)
+def find_namesakes(conn: sqlite3.Connection, paths: Sequence[str]) -> Dict[str, List[str]]:
+    """Return {path: links of ours, and what they point to, whose name is that of the file}."""
+    names = set(map(os.path.basename, paths))
+    places: Dict[str, List[str]] = defaultdict(list)
     rows = conn.execute("SELECT path, last_target FROM symlinks WHERE status <> 'missing'")
     for link, target in (map(from_db, row) for row in rows):
-        for name in (link, target):
-            for path, folder in wanted.get(os.path.basename(name), ()):
-                place = os.path.normpath(os.path.join(os.path.dirname(link), name))
-                found.update([path] if map_path(place, path_map) == path else [])
-                tail = path[len(folder.rstrip("/")) :]
-                if tail and place.endswith(tail):
-                    votes[folder, place[: -len(tail)] or "/"].add(path)
+        for place in (link, target):
+            name = os.path.basename(place)
+            if name in names:
+                places[name].append(os.path.normpath(os.path.join(os.path.dirname(link), place)))
+    return {path: places[os.path.basename(path)] for path in paths}
+
+
+def fit_map(namesakes: Mapping[str, Sequence[str]], folders: Sequence[str]) -> PathMap:
+    """Return the path_map of a server's root folders by which the most files are links of ours."""
+    votes: Counter[Tuple[str, str]] = Counter()
+    for path, places in namesakes.items():
+        folder = find_ancestor(path, folders) or path
+        tail = path[len(folder.rstrip("/")) :]
+        heads = [place[: -len(tail)] or "/" for place in places if tail and place.endswith(tail)]
+        votes.update((folder, head) for head in dict.fromkeys(heads))
     best: Dict[str, str] = {}
-    for folder, here in sorted(votes, key=lambda pair: -len(votes[pair])):  # links before targets
+    for (folder, here), _ in votes.most_common():  # of two equals links come before targets
         if here not in best.values():
             best.setdefault(folder, here)
-    return len(found), tuple((here, folder) for folder, here in best.items())
+    return tuple((here, folder) for folder, here in best.items())
 
 
-def _strange_paths(name: str, detail: str, fitting: PathMap) -> Finding:
-    """Return the finding for a server whose paths are not ours; `fitting` was seen to help."""
-    section = f"[{name.replace('_', ' ', 1)}]"
-    text = ", ".join(f"{here} => {there}" for here, there in fitting)
-    with contextlib.suppress(ValueError):
-        if fitting and text.isprintable() and parse_map(text) == fitting:
-            advice = f"write into {section}:"
-            return Finding(f"paths of {name}", "failed", detail, advice, f"path_map = {text}")
-    advice = f"scan its library; if it calls that something else, set path_map in {section}"
-    return Finding(f"paths of {name}", "warning", detail, advice)
-
-
-def examine_notifiers(config: Config, conn: sqlite3.Connection) -> List[Finding]:
+def examine_notifiers(config: Config, conn: sqlite3.Connection) -> Iterator[Finding]:
     """Say of each notifier and heartbeat when it last took a message."""
-    findings = []
-    for name in (*NOTIFIERS, *HEARTBEATS):
-        if getattr(config.notify, name):
-            last, error = load_note(conn, f"told {name}") or (None, None)
-            when = f"last took a message at {last}" if last else "has taken no message yet"
-            advice = "" if last else "`doctor --notify` sends it a test"
-            state = "failed" if error else "ok" if last else "warning"
-            advice = f"correct {name} in [notify]; `doctor --notify` tries it" if error else advice
-            findings.append(Finding(name, state, f"{error}; {when}" if error else when, advice))
-    return findings
+    for name in filter(lambda name: getattr(config.notify, name), (*NOTIFIERS, *HEARTBEATS)):
+        last, error = load_note(conn, f"told {name}") or (None, None)
+        when = f"last took a message at {last}" if last else "has taken no message yet"
+        state, advice = ("ok", "") if last else ("warning", "`doctor --notify` sends it a test")
+        if error:
+            state, when = "failed", f"{error}; {when}"
+            advice = f"correct {name} in [notify]; `doctor --notify` tries it"
+        yield Finding(name, state, when, advice)
 
 
-def examine_relay(config: Config) -> List[Finding]:
+def examine_relay(config: Config) -> Iterator[Finding]:
     """Look whether the relay is there; without /find, term and token that starts no search."""
-    if not config.relay.base:
-        return []
-    base = re.sub("/find$", "", config.relay.base)
-    client = Client("relay", base, config.repair.timeout, {}, config.relay.token)
-    try:
-        client.send(Call("GET"))
-    except HttpError as exc:
-        if not exc.status or exc.status >= 500:
-            return [_no_answer("relay", exc)]
-    return [Finding("relay", "ok", f"answers at {client.url}; its token was not tried")]
+    if config.relay.base:
+        base = re.sub("/find$", "", config.relay.base)
+        client = Client("relay", base, config.repair.timeout, {}, config.relay.token)
+        found = Finding("relay", "ok", f"answers at {client.url}; its token was not tried")
+        try:
+            client.send(Call("GET"))
+        except HttpError as exc:
+            if not exc.status or exc.status >= 500:
+                found = _no_answer("relay", exc)
+        yield found
 
 
-_VERSIONS = {  # who tells it, and where in the JSON
-    "plex": ("/identity", "MediaContainer.version"),
-    "jellyfin": ("/System/Info", "Version"), "emby": ("/System/Info", "Version"),
-}  # fmt: skip
-
-
-def examine_media_servers(config: Config) -> List[Finding]:
+def examine_media_servers(config: Config) -> Iterator[Finding]:
     """Ask Plex, Jellyfin and Emby for their versions, with our keys, and Plex for its folders."""
-    findings = []
-    for name, (page, version) in _VERSIONS.items():
-        settings = getattr(config, name)
+    for name in ("plex", "jellyfin", "emby"):
+        settings, is_plex = getattr(config, name), name == "plex"
         if not settings.url:
             continue
         client = media_client(name, settings, config.repair.timeout)
         try:
-            found = dig(client.ask("GET", page), version)
-            if not found:
+            answer = client.ask("GET", "/identity" if is_plex else "/System/Info")
+            version = dig(answer, "MediaContainer.version" if is_plex else "Version")
+            if not version:
                 raise HttpError(f"{name}: {client.url} is something else")
-            detail = f"{name.capitalize()} {client.quote(found)} at {client.url}"
-            findings.append(Finding(name, "ok", detail))
-            if name == "plex":
-                findings += examine_folders(config, client.ask("GET", "/library/sections"))
+            if is_plex:  # which tells its version without a key
+                plan_plex(client.ask("GET", "/library/sections"), ())
+            detail = f"{name.capitalize()} {client.quote(version)} at {client.url}"
+            yield Finding(name, "ok", detail)
         except HttpError as exc:
-            findings.append(_no_answer(name, exc))
-    return findings
-
-
-def examine_folders(config: Config, answer: Any) -> List[Finding]:
-    """Look whether a root of ours is, holds or lies in a folder of Plex; if not, propose a map."""
-    places: List[str] = []
-    with contextlib.suppress(KeyError, TypeError):
-        sections = answer["MediaContainer"]["Directory"]
-        places += [str(folder["path"]) for section in sections for folder in section["Location"]]
-    roots = config.scan.roots
-    for there in (map_path(root, config.plex.path_map) for root in roots):
-        if any(is_under(there, place) or is_under(place, there) for place in places):
-            return []
-    pairs = {r: p for r in roots for p in places if os.path.basename(r) == os.path.basename(p)}
-    detail = f"none of its folders is of [scan] roots: {', '.join(places)}"
-    return [_strange_paths("plex", detail, tuple(pairs.items()))] if places and roots else []
+            yield _no_answer(name, exc)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -9088,7 +8840,6 @@ HIGHLIGHTS = 10  # links named in a message
 SKIP = "skipped"
 TELL_TIMEOUT = 10.0  # seconds for which a notifier may hold up a run
 _GOOD_NEWS = ("relinked", REPAIRED, SENT)
-_CHANGED = ("relinked", "recovered", REPAIRED)  # events after which a media server should look
 
 
 def combine_exit_codes(codes: Sequence[int]) -> int:
@@ -9101,22 +8852,13 @@ def combine_exit_codes(codes: Sequence[int]) -> int:
 
 def find_stale(conn: sqlite3.Connection, config: Config, now: float) -> List[str]:
     """Return the servers that were not read, or not without an error, since `ingest_every`."""
-    fresh: Set[str] = set()
-    times = format_time(now - config.run.ingest_every), format_time(now)
-    query = """SELECT summary FROM runs
-        WHERE command = 'ingest' AND started_utc > ? AND started_utc <= ?"""
-    for (summary,) in conn.execute(query, times):
-        lines = json.loads(summary or "{}").get("instances", ())
-        fresh.update(line["name"] for line in lines if not line["error"])
-    return [instance.name for instance in config.instances if instance.name not in fresh]
+    return find_unread(conn, config.instances, format_time(now - config.run.ingest_every))
 
 
 def find_repairable(conn: sqlite3.Connection, roots: Sequence[str]) -> bool:
     """Tell whether cinesync has anything to do: a broken link, or a journal to settle."""
     planned = "SELECT 1 FROM link_changes WHERE state = 'planned' LIMIT 1"
-    return conn.execute(planned).fetchone() is not None or any(
-        find_ancestor(path, roots) for path, _, _ in find_broken(conn)
-    )
+    return any(find_broken(conn, roots)) or conn.execute(planned).fetchone() is not None
 
 
 def load_state(conn: sqlite3.Connection) -> JsonObject:
@@ -9133,30 +8875,28 @@ def last_event(conn: sqlite3.Connection) -> int:
 
 def changed_links(conn: sqlite3.Connection, after: int) -> List[str]:
     """Return the links that were changed, or came back, after an event."""
-    marks = ", ".join("?" * len(_CHANGED))
-    query = f"SELECT DISTINCT path FROM events WHERE id > ? AND action IN ({marks})"
-    return sorted(from_db(path) for (path,) in conn.execute(query, (after, *_CHANGED)))
+    query = """SELECT DISTINCT path FROM events
+        WHERE id > ? AND action IN ('relinked', 'recovered', 'repaired')"""
+    return sorted(from_db(path) for (path,) in conn.execute(query, (after,)))
 
 
 def name_problems(steps: Mapping[str, JsonObject]) -> Dict[str, str]:
-    """Return {'ingest partial': its message} of the steps that did not end well, and
-    {'scan refused: /mnt/remote': reason} for each mount that is unwell, each directory in which the
-    guard holds something, and each other reason: one that comes later is news.
+    """Return {'ingest partial': its message, 'scan refused: /mnt/remote': reason ...} of the steps
+    that did not end well: each mount, each directory of the guard is news for itself.
     """
     problems: Dict[str, str] = {}
     for name, step in steps.items():
-        others = [root for root in step.get("roots", ()) if root["state"] != "scanned"]
-        whole = f"{name} {step['status']}"
-        units = step.get("guard", {}).get("units", ())
-        refused = {m["mount_point"]: m["reason"] for m in step.get("mounts", ()) if m["reason"]}
-        told = set(refused.values())
-        refused.update((unit["directory"], describe_unit(unit)) for unit in units)
-        refused.update((reason, "") for reason in step.get("refusals", ()) if reason not in told)
-        if step["exit_code"] == EXIT_REFUSED and refused:
+        if step["exit_code"] == EXIT_OK:
+            continue
+        whole, refused = f"{name} {step['status']}", {}
+        if step["exit_code"] == EXIT_REFUSED:
+            refused = {m["mount_point"]: m["reason"] for m in step.get("mounts", ()) if m["reason"]}
+            others = set(step.get("refusals", ())).difference(refused.values())
+            units = step.get("guard", {}).get("units", ())
+            refused.update((unit["directory"], describe_unit(unit)) for unit in units)
+            refused.update(dict.fromkeys(others, ""))
             problems.update((f"{whole}: {what}", reason) for what, reason in refused.items())
-            if not others:
-                continue
-        if step["exit_code"] != EXIT_OK:
+        if not refused or any(root["state"] != "scanned" for root in step.get("roots", ())):
             problems[whole] = step.get("message", "")
     return problems
 
@@ -9175,43 +8915,35 @@ def plan_note(
     conn: sqlite3.Connection, after: int, steps: Mapping[str, JsonObject], told: Sequence[str],
     when: str,
 ) -> Tuple[Note, bool]:  # fmt: skip
-    """Return what there is to tell of a run, and whether it is worth it.
-
-    A problem is told once, and once more when it is over: `told` are those of the last run.
+    """Return what there is to tell of a run, and whether it is worth it: a problem once, and once
+    more when it is over; `told` are those of the last run.
     """
     query = "SELECT action, count(*) FROM events WHERE id > ? GROUP BY action"
-    counts = dict(conn.execute(query, (after,)).fetchall())
+    counts = Counter(dict(conn.execute(query, (after,)).fetchall()))
     problems = name_problems(steps)
     new, over = set(problems) - set(told), set(told) - set(still_open(steps, told))
-    is_failure = bool(counts.get(FAILED) or new or over)
-    is_good = any(counts.get(name) for name in _GOOD_NEWS)
-    words = [f"{counts[name]:,} {name}" for name in (*_GOOD_NEWS, FAILED) if counts.get(name)]
+    is_failure, is_good = bool(counts[FAILED] or new or over), any(counts[n] for n in _GOOD_NEWS)
+    words = [f"{counts[name]:,} {name}" for name in (*_GOOD_NEWS, FAILED) if counts[name]]
     words += [*sorted(problems), *(f"no longer: {problem}" for problem in sorted(over))]
     lines = [f"{problem}: {text}".rstrip(": ") for problem, text in sorted(problems.items())]
-    totals = steps["scan"].get("totals")
+    totals = steps["scan"].get("totals") or {}
     if totals:
         shown = ", ".join(f"{totals[status]:,} {status}" for status in STATUSES)
         lines.append(f"{plural(totals['examined'], 'link')}: {shown}")
     lines += steps["queue"].get("waits") or steps["cinesync"].get("waits", ())
-    marks = ", ".join("?" * (len(_GOOD_NEWS) + 1))
-    query = f"SELECT action, path FROM events WHERE id > ? AND action IN ({marks}) ORDER BY id"
-    rows = conn.execute(query, (after, *_GOOD_NEWS, FAILED)).fetchall()
-    lines += [f"{action}: {os.path.basename(from_db(path))}" for action, path in rows[:HIGHLIGHTS]]
-    if len(rows) > HIGHLIGHTS:
-        lines.append(f"and {len(rows) - HIGHLIGHTS:,} more")
-    level = "success" if is_good else "info"
-    level = "warning" if problems or counts.get(FAILED) else level
+    query = """SELECT action, path FROM events WHERE id > ?
+        AND action IN ('relinked', 'repaired', 'sent', 'failed') ORDER BY id LIMIT ?"""
+    rows = conn.execute(query, (after, HIGHLIGHTS)).fetchall()
+    lines += [f"{action}: {os.path.basename(from_db(path))}" for action, path in rows]
+    rest = sum(counts[name] for name in (*_GOOD_NEWS, FAILED)) - len(rows)
+    lines += [f"and {rest:,} more"] if rest else []
+    level = "warning" if problems or counts[FAILED] else "success" if is_good else "info"
     level = "failure" if any(step["exit_code"] == EXIT_FAILED for step in steps.values()) else level
-    summary = {
-        name: {key: step[key] for key in ("status", "exit_code")} for name, step in steps.items()
-    }
+    summary = {n: {key: step[key] for key in ("status", "exit_code")} for n, step in steps.items()}
     title = escape_message("Refresherr: " + (", ".join(words) or "nothing has changed"))
-    note = Note(
-        cut(title.encode("ascii", "backslashreplace").decode(), 250),
-        "\n".join(map(escape_message, lines)),
-        level,
-        {"steps": summary, "counts": counts, "totals": totals or {}},
-    )
+    title = cut(title.encode("ascii", "backslashreplace").decode(), 250)
+    result = {"steps": summary, "counts": dict(counts), "totals": totals}
+    note = Note(title, "\n".join(map(escape_message, lines)), level, result)
     return note, {"always": True, "failures": is_failure}.get(when, is_failure or is_good)
 
 
@@ -9680,7 +9412,7 @@ def run_once(context: Context) -> JsonObject:
         for handler in handlers:
             handler.said.clear()
             handler.told = set(load_note(conn, "said") or ()) if context.args.quiet else set()
-        beats = beat_start(config.notify, name, timeout) if applied else []
+        beats = tell(config.notify, start_calls(name), timeout) if applied else []
         result: JsonObject = {"exit_code": EXIT_FAILED, "text": "it came to no end"}
         try:
             result = take_and_tell(dataclasses.replace(context, conn=conn), summary, timeout)
@@ -9693,7 +9425,9 @@ def run_once(context: Context) -> JsonObject:
         finally:
             seconds, code = time.monotonic() - started, result["exit_code"]
             if applied:
-                beats += beat_end(config.notify, name, code, result["text"], seconds, timeout)
+                beats += tell(
+                    config.notify, end_calls(name, code, result["text"], seconds), timeout
+                )
                 note_told(conn, [*beats, *result.get("notified", ())])
             said = {mask_numbers(text) for handler in handlers for text in handler.said}
             with contextlib.suppress(sqlite3.Error):
@@ -9718,7 +9452,8 @@ def take_and_tell(context: Context, summary: JsonObject, timeout: float) -> Json
     told = state["told"] if applied else load_note(conn, "told in a preview") or []
     code = combine_exit_codes([s["exit_code"] for s in steps.values() if s["status"] != SKIP])
     note, news = plan_note(conn, before, steps, told, config.notify.when)
-    sent = send_notes(config.notify, note, timeout) if applied and news else []
+    calls = note_calls(note, config.notify.ntfy_token) if applied and news else {}
+    sent = tell(config.notify, calls, timeout)
     if applied:
         if not sent or not all(line["error"] for line in sent):  # else nobody was reached
             state["told"] = still_open(steps, state["told"])
@@ -10021,10 +9756,10 @@ def format_bar(value: int, whole: int, width: int = 30) -> str:
 def run_doctor(context: Context) -> JsonObject:
     """Look at everything a scan and a repair depend on."""
     config = context.config
-    findings = examine_runtime() + examine_config(config, context.config_error)
+    findings = [*examine_runtime(), *examine_config(config, context.config_error)]
     is_named = context.args.db or getattr(context.args, "refresherr.data_dir")
     if context.config_error and not is_named:  # where the database is, nobody knows
-        return {"findings": list(map(dataclasses.asdict, findings)), "exit_code": EXIT_FAILED}
+        return {"findings": [f._asdict() for f in findings], "exit_code": EXIT_FAILED}
     serious = bool(context.config_error)
     is_there = os.path.exists(context.db_path)
     try:
@@ -10032,21 +9767,25 @@ def run_doctor(context: Context) -> JsonObject:
         with opened as conn:
             cure = f"`{started_as()} scan DIR` makes it; or name its directory with --data-dir"
             absent = Finding("database", "failed", f"there is none at {context.db_path}", cure)
-            database = examine_database(conn) if is_there else [absent]
+            database = [*examine_database(conn)] if is_there else [absent]
             serious = serious or any(finding.state == "failed" for finding in database)
-            findings += database + examine_time(conn, time.time(), format_cron_line(context))
-            findings += examine_library(config, conn) + examine_servers(config, conn)
+            findings += database
+            findings += examine_time(conn, time.time(), format_cron_line(context))
+            findings += examine_library(config, conn)
+            findings += examine_servers(config, conn)
             if context.args.notify:
-                note_told(conn, send_test(config.notify, min(TELL_TIMEOUT, config.repair.timeout)))
+                calls, timeout = trial_calls(config.notify.ntfy_token), config.repair.timeout
+                note_told(conn, tell(config.notify, calls, min(TELL_TIMEOUT, timeout)))
             findings += examine_notifiers(config, conn)
     except RefresherrError as exc:  # the other one is that of a worker which came to grief
         name = "database" if isinstance(exc, DatabaseError) else "library"
         serious = serious or name == "database"
         findings.append(Finding(name, "failed", str(exc)))
-    findings += examine_relay(config) + examine_media_servers(config)
+    findings += examine_relay(config)
+    findings += examine_media_servers(config)
     failed = any(finding.state == "failed" for finding in findings)
     code = EXIT_FAILED if serious else EXIT_PARTIAL if failed else EXIT_OK
-    return {"findings": [dataclasses.asdict(finding) for finding in findings], "exit_code": code}
+    return {"findings": [finding._asdict() for finding in findings], "exit_code": code}
 
 
 def format_cron_line(context: Context) -> str:

@@ -246,7 +246,7 @@ def make_picture(file: Path) -> None:
         page = refresherr.data_dir / "report.html"
         page.write_text(page.read_text().replace(str(refresherr.data_dir), "/data"))
         with Browser(Path(name) / "browser") as browser:
-            browser.resize(1000, 1560)
+            browser.resize(1000, 1480)
             browser.open(page)
             file.write_bytes(shrink_png(browser.screenshot()))
 

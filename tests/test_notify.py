@@ -128,10 +128,12 @@ def tell(
     code: int = 0,
 ) -> List[Dict[str, Any]]:
     if how == "start":
-        return program.beat_start(settings, RUN, timeout, sleep)
-    if how == "end":
-        return program.beat_end(settings, RUN, code, note.text, 1.5, timeout, sleep)
-    return program.send_notes(settings, note, timeout, sleep)
+        calls = program.start_calls(RUN)
+    elif how == "end":
+        calls = program.end_calls(RUN, code, note.text, 1.5)
+    else:
+        calls = program.note_calls(note, settings.ntfy_token)
+    return program.tell(settings, calls, timeout, sleep)
 
 
 WAYS = [

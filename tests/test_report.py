@@ -122,10 +122,7 @@ def test_it_shows_what_the_commands_say(made_up: Refresherr) -> None:
         assert server + "".join(str(numbers[name]) for name in names) in page.text
     for status, number in counts["actions"].items():
         assert f"{number} {status}" in page.text
-    assert "The last 21 repair actions" in page.text
     assert "no release was found in 3 searches" in page.text
-    for path, old, new in made_up.query("SELECT path, old_target, new_target FROM link_changes"):
-        assert f"{path}{old} \u2192 {new}" in page.text
     assert f"Refresherr {program.__version__} from {made_up.db_path}" in page.text
 
 
@@ -147,7 +144,6 @@ def test_nothing_to_show(refresherr: Refresherr) -> None:
         "There has been no scan",
     ):
         assert text in page.text
-    assert "Nothing broke and nothing was healed" in page.text
     assert page.rows == []
     assert "nan" not in page.source.lower()
 
@@ -160,7 +156,7 @@ def test_one_scan(refresherr: Refresherr, library: Library) -> None:
     page = report(refresherr)
     assert f"{library.root}3 ok, 1 broken" in page.text
     assert "Now 1 broken; at most 1" in page.text
-    assert "Below it: 1 newly broken" in page.text
+    assert "In the last 60 days 1 broke" in page.text
     assert [row[0] for row in page.links.values()] == ["broken"]
     assert len(re.findall(r'<path class="area" d="M0 0(H0V0)+H1V1H0Z"/>', page.source)) == 1
 
@@ -227,17 +223,13 @@ def test_a_link_is_healed_once_a_day(conn: sqlite3.Connection) -> None:
         (1, "/1", "newly_broken"), (1, "/1", "relinked"), (1, "/1", "recovered"),
         (1, "/2", "newly_broken"), (1, "/2", "newly_broken"), (2, "/2", "recovered"),
         (2, "/3", "repaired"), (2, "/3", "recovered"), (2, "/4", "changed"),
-        (-1, "/5", "recovered"), (program.REPORT_DAYS, "/5", "recovered"),
+        (-1, "/5", "recovered"),
     )  # fmt: skip
     for day, path, action in events:
         row = ((20000 + day) * DAY + 5, path, action)
         conn.execute("INSERT INTO events (ts, path, action) VALUES (?, ?, ?)", row)
-    days = program.count_days(conn, 20000)
-    assert list(days) == list(range(20000, 20000 + program.REPORT_DAYS))
-    assert {day - 20000: dict(count) for day, count in days.items() if count} == {
-        1: {"newly_broken": 2, "relinked": 1},
-        2: {"recovered": 1, "repaired": 1},
-    }
+    counts = program.count_changes(conn, 20000 * DAY)
+    assert counts == {"newly_broken": 2, "relinked": 1, "recovered": 1, "repaired": 1}
 
 
 # --- Nothing foreign is more than text -------------------------------------------------------
@@ -260,9 +252,8 @@ def test_hostile_names_are_text(refresherr: Refresherr, library: Library) -> Non
     paths = "".join(page.links)
     for name in HOSTILE:
         assert paths.count(program.escape(name.replace("|", "\u2215"))) == 3  # target, too
-        assert page.text.count(program.escape(name.replace("|", "/"))) >= 2 + 5  # actions, changes
     assert "</script>pwned" not in page.source
-    assert "no answer from http://***@relay/find?type=<script>pwned</script>&token=***" in page.text
+    assert "http://***@relay/find?type=<script>pwned</script>&token=***" in page.text
     assert SECRET not in page.source
 
 
@@ -296,7 +287,7 @@ def test_the_policy_allows_our_script_and_style_only(made_up: Refresherr) -> Non
 def test_charts_have_words(made_up: Refresherr) -> None:
     page = report(made_up)
     charts = re.findall(r"(?s)<svg([^>]*)>(.*?)</svg>", page.source)
-    assert len(charts) == 4
+    assert len(charts) == 3
     for attributes, body in charts:
         assert 'role="img"' in attributes
         assert "aria-label=" in attributes or re.search("<title>.+?</title><desc>.+?</desc>", body)
