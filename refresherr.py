@@ -8219,6 +8219,7 @@ def format_prometheus(stats: JsonObject) -> str:
     worst = {entry["directory"]: entry["count"] for entry in stats["top_broken"]}
     codes, ends, goods = ({run["command"]: run[key] for run in runs if run[key] is not None}
         for key in ("exit_code", "finished", "succeeded"))  # fmt: skip
+    scanned, scan_code = ({"": of["scan"]} if "scan" in of else {} for of in (ends, codes))
     lines: List[str] = []
     for name, help_text, label, samples in (
         ("symlinks", "Symlinks by state.", "status", {s: links[s] for s in STATUSES}),
@@ -8230,6 +8231,8 @@ def format_prometheus(stats: JsonObject) -> str:
         ("last_run_exit_code", "Exit status of each last run.", "command", codes),
         ("last_run_timestamp_seconds", "When each last run ended.", "command", ends),
         ("last_success_timestamp_seconds", "When each last worked (0, 3, 10).", "command", goods),
+        ("last_scan_timestamp_seconds", "When the last scan ended.", "", scanned),
+        ("last_scan_exit_code", "Exit status of the last scan.", "", scan_code),
         ("guard_tripped", "Whether the guard held links back.", "", held),
     ):  # fmt: skip
         head = f"# HELP refresherr_{name} {help_text}\n# TYPE refresherr_{name} gauge"
