@@ -9876,14 +9876,11 @@ class Context:
                 conn = stack.enter_context(self.database())
             yield conn, stack.enter_context(recorded_run(conn, command))
 
-    def record(
-        self, command: str, work: Callable[[sqlite3.Connection, Optional[int]], JsonObject]
-    ) -> JsonObject:
-        """Return what `work` on the links does; its record leaves out the single items."""
+    def record(self, command: str, work: Callable[..., JsonObject], *values: Any) -> JsonObject:
+        """Return what some work on links did; the record of it leaves the single items out."""
         with self.recorded(command, command != "verify" and not self.applied) as (conn, summary):
-            result = work(conn, summary.get("run_id"))
-            brief = {k: v for k, v in result.items() if k not in ("items", "run_id")}
-            summary.update(brief)
+            result = work(conn, *values, summary.get("run_id"))
+            summary.update((k, v) for k, v in result.items() if k not in ("items", "run_id"))
             if command == "cinesync":
                 told = {item["path"]: item["reason"] for item in result["items"] if item["reason"]}
                 summary["reasons"] = {k: v for k, v in told.items() if v[:5] != "waits"}
@@ -10150,9 +10147,7 @@ def _run_undo(context: Context) -> JsonObject:
     if args.list:
         with context.database() as conn:
             return {"runs": list_changing_runs(conn)}
-    return context.record(
-        "undo", lambda conn, run_id: undo_changes(conn, scan, args.run, args.path, run_id)
-    )
+    return context.record("undo", undo_changes, scan, args.run, args.path)
 
 
 def _show_undo(terminal: Terminal, result: JsonObject) -> None:
@@ -10170,25 +10165,12 @@ def _run_retarget(context: Context) -> JsonObject:
     args, scan = context.args, context.config.scan
     if args.allow_target and not any(is_under(args.new, prefix) for prefix in args.allow_target):
         raise UsageError(f"{args.new} lies below no --allow-target")
-    return context.record(
-        "retarget",
-        lambda conn, run_id: retarget_links(conn, scan, args.old, args.new, args.limit, run_id),
-    )
+    return context.record("retarget", retarget_links, scan, args.old, args.new, args.limit)
 
 
 def _run_prune(context: Context) -> JsonObject:
-    args, config = context.args, context.config
-    return context.record(
-        "prune", lambda conn, run_id: prune_links(conn, config, args.min_age, args.limit, run_id)
-    )
-
-
-def _show_prune(terminal: Terminal, result: JsonObject) -> None:
-    if "kept" in result:
-        _show_relinked(terminal, result)
-        words = {"owned": "that a server or the relay can repair", "too_recent": "not old enough"}
-        kept = _count_words(dict(sorted(result["kept"].items())), words)
-        terminal.line(f"kept: {kept}" if kept else "")
+    args = context.args
+    return context.record("prune", prune_links, context.config, args.min_age, args.limit)
 
 
 def _show_relinked(terminal: Terminal, result: JsonObject) -> None:
@@ -10200,11 +10182,14 @@ def _show_relinked(terminal: Terminal, result: JsonObject) -> None:
         terminal.line(terminal.paint(f"    {escape(text)}", "dim"))
     if "message" in result:
         terminal.line(escape_message(result["message"]))
-    words = ", ".join(f"{n:,} {name}" for name, n in sorted(counts.items()))
-    if words or "message" not in result:
-        terminal.line(words or "no link is broken")
+    done = ", ".join(f"{n:,} {name}" for name, n in sorted(counts.items()))
+    if done or "message" not in result:
+        terminal.line(done or "no link is broken")
     if any(name.startswith("would") for name in counts):
         terminal.line(f"nothing was changed; {how_to_apply(result)}")
+    if result.get("kept"):  # by prune
+        words = {"owned": "that a server or the relay can repair", "too_recent": "not old enough"}
+        terminal.line(f"kept: {_count_words(dict(sorted(result['kept'].items())), words)}")
 
 
 def _run_run(context: Context) -> JsonObject:
@@ -10340,7 +10325,7 @@ def take_step(name: str, context: Context, before: Mapping[str, JsonObject]) -> 
     try:
         if time.monotonic() > context.deadline:
             raise TimeUpError("no time is left for it")
-        step = {"exit_code": EXIT_OK, **STEPS[name](dataclasses.replace(context, args=args))}
+        step = {"exit_code": EXIT_OK, **COMMANDS[name].run(dataclasses.replace(context, args=args))}
         say_why(step)
         return note_dry_run(step, context)
     except RefresherrError as exc:
@@ -10419,12 +10404,11 @@ def _show_run(terminal: Terminal, result: JsonObject) -> None:
         return
     if not (result.get("news", True) or log.isEnabledFor(logging.INFO)):
         return
-    shows = {command.name: command.show for command in COMMANDS}
     for name in STEPS:
         step = result.get(name, {})
         if set(step) - {"exit_code", "status", "message", "duration_seconds"}:  # what it did
             terminal.line(terminal.paint(name, "bold"))
-            shows[name](terminal, step)
+            COMMANDS[name].show(terminal, step)
         elif step:
             said = escape(f"{step['status']}: {step['message']}")
             terminal.line(f"{terminal.paint(name, 'bold')}: {said}")
@@ -10443,10 +10427,7 @@ def _show_run(terminal: Terminal, result: JsonObject) -> None:
         terminal.line(f"a preview: no link and no server was changed; {how_to_apply(result)}")
 
 
-STEPS: Dict[str, Callable[[Context], JsonObject]] = {
-    "scan": _run_scan, "verify": _run_verify, "ingest": _run_ingest, "cinesync": _run_cinesync,
-    "queue": _run_queue, "dispatch": _run_dispatch,
-}  # fmt: skip
+STEPS = ("scan", "verify", "ingest", "cinesync", "queue", "dispatch")
 
 
 def _run_actions(context: Context) -> JsonObject:
@@ -10737,10 +10718,9 @@ def _run_help(context: Context) -> JsonObject:
 
 def _run_completion(context: Context) -> JsonObject:
     """Print what makes a shell complete commands and options; zsh takes the line of bash."""
-    rows = [*GLOBAL_OPTIONS, *(row for command in COMMANDS for row in command.options)]
-    words = {name for names, _ in rows for name in names if name[0] == "-"}
-    words.update(*(details.get("choices", ()) for _, details in rows))
-    words.update(command.name for command in COMMANDS)
+    words = {name for names, _ in OPTIONS for name in names if name[0] == "-"}
+    words.update(*(details.get("choices", ()) for _, details in OPTIONS))
+    words.update(COMMANDS)
     listed, programs = " ".join(sorted(words)), "refresherr refresherr.pyz refresherr.py"
     if context.args.shell == "fish":
         lines = [f"complete -c {program} -a '{listed}'\n" for program in programs.split()]
@@ -10786,13 +10766,15 @@ def option(spec: str, text: str = "", kind: Any = None, **details: Any) -> Optio
 class Command(NamedTuple):
     """One row of the table of commands."""
 
-    name: str
-    alias: str
+    names: str  # and the alias
     help: str
-    example: str
     run: Callable[[Context], JsonObject]
     show: Callable[[Terminal, JsonObject], None]
     options: Sequence[Option]
+
+    @property
+    def name(self) -> str:
+        return self.names.split()[0]
 
 
 # fmt: off
@@ -10821,16 +10803,14 @@ CINESYNC = (
         dest="cinesync.roots"),
     option("--allow-target PREFIX...", "where new targets may lie", parse_path,
         dest="cinesync.allowed_targets"))
-COMMANDS = (
-    Command("scan", "", "walk the roots, judge every symlink, record it",
-        "scan /opt/media/tv /opt/media/movies", _run_scan, _show_scan, (
+TABLE = (
+    Command("scan", "walk the roots, judge every symlink, record it", _run_scan, _show_scan, (
         *SCAN,
         option("--exit-code", "exit with 10 if links are broken"),
         option("--forget-mount DIR...", "a mount point that moved, or changed its type, for good",
             parse_path),
         DRY_RUN)),
-    Command("broken", "", "list links that need attention",
-        "broken --limit 20", _run_broken, _show_broken, (
+    Command("broken", "list links that need attention", _run_broken, _show_broken, (
         option("--limit N", "show no more than N", parse_count),
         option("--links", "name every link and its target"),
         option("--owner INSTANCE", "only those of this server, or 'none'"),
@@ -10838,52 +10818,49 @@ COMMANDS = (
         option("--path TEXT", "only paths that contain this"),
         option("--status STATUS", "default: attention, all that needs a person or waits for a "
             "repair", choices=(ATTENTION, *STATUSES[1:], UNREADABLE), default=ATTENTION))),
-    Command("ingest", "", "read movies, series and files from Sonarr and Radarr",
-        "ingest sonarr_tv", _run_ingest, _show_ingest, (
+    Command("ingest", "read movies, series and files from Sonarr and Radarr",
+        _run_ingest, _show_ingest, (
         option("instances INSTANCE...", "in place of all"), DRY_RUN)),
-    Command("queue", "queue-repairs", "turn confirmed broken links into actions",
-        "queue --limit 10 --min-age 1h", _run_queue, _show_queue, (
+    Command("queue queue-repairs", "turn confirmed broken links into actions",
+        _run_queue, _show_queue, (
         option("--limit N", "queue no more than N", "repair.limit"), *WAITS, DRY_RUN)),
-    Command("dispatch", "process-actions", "carry out pending actions",
-        "dispatch --apply --max 5", _run_dispatch, _show_dispatch, (*DISPATCH, APPLY, DRY_RUN)),
-    Command("actions", "", "look at and mend the queue",
-        "actions retry --failed", _run_actions, _show_actions, (
+    Command("dispatch process-actions", "carry out pending actions",
+        _run_dispatch, _show_dispatch, (*DISPATCH, APPLY, DRY_RUN)),
+    Command("actions", "look at and mend the queue", _run_actions, _show_actions, (
         option("action [ACTION]", choices=("list", "retry", "cancel"), default="list"),
         option("ids ID...", "the numbers of actions", parse_count),
         option("--status STATUS", "list: only those"),
         option("--failed", "retry: all that failed"),
         option("--all", "cancel: all that are pending"), DRY_RUN)),
-    Command("cinesync", "cinesync-repair", "relink broken links to CineSync's copies",
-        "cinesync --apply --limit 50", _run_cinesync, _show_relinked, (
+    Command("cinesync cinesync-repair", "relink broken links to CineSync's copies",
+        _run_cinesync, _show_relinked, (
         option("--limit N", "try no more than N links", "cinesync.limit"),
         *WAITS, *CINESYNC, APPLY, DRY_RUN)),
-    Command("retarget", "", "point links to the place where their files have moved",
-        "retarget /mnt/old /mnt/new --apply", _run_retarget, _show_relinked, (
+    Command("retarget", "point links to the place where their files have moved",
+        _run_retarget, _show_relinked, (
         option("old OLD", "where their targets lay", parse_path),
         option("new NEW", "where the same files lie now", parse_path),
         option("--limit N", "change no more than N links", parse_count),
         option("--allow-target PREFIX...", "refuse a NEW that does not lie below it", parse_path),
         APPLY, DRY_RUN)),
-    Command("prune", "", "remove broken links that nobody can repair",
-        "prune --apply --min-age 60d", _run_prune, _show_prune, (
+    Command("prune", "remove broken links that nobody can repair", _run_prune, _show_relinked, (
         option("--min-age DURATION", "broken for at least so long; default: 30d", parse_duration,
             default=PRUNE_AGE),
         option("--limit N", "remove no more than N links", parse_count), APPLY, DRY_RUN)),
-    Command("verify", "", "read a little of the files behind good links: are they really there?",
-        "verify --max 50", _run_verify, _show_verify, (
+    Command("verify", "read a little of the files behind good links: are they really there?",
+        _run_verify, _show_verify, (
         option("scan.roots ROOT...", "only beneath these", parse_path),
         option("--max N", "so many files; default: 200", parse_count, default=200),
         option("--max-bytes SIZE", "no more than that of a file; default: 1M", parse_size,
             default=1 << 20),
         option("--time-limit DURATION", "begin no file after this long", parse_duration),
         DRY_RUN)),
-    Command("undo", "", "put links back as they were before a run",
-        "undo --apply 42", _run_undo, _show_undo, (
+    Command("undo", "put links back as they were before a run", _run_undo, _show_undo, (
         option("run [RUN]", "default: the last", parse_count),
         option("--list", "the runs that can be put back"),
         option("--path LINK...", "only this link", parse_path), APPLY, DRY_RUN)),
-    Command("run", "", "all: scan, verify, ingest, cinesync, queue, dispatch, refresh, notify",
-        "run --apply --every 30m", _run_run, _show_run, (
+    Command("run", "all: scan, verify, ingest, cinesync, queue, dispatch, refresh, notify",
+        _run_run, _show_run, (
         *SCAN, *WAITS, *CINESYNC, *DISPATCH,
         option("--limit N", "relink no more than N links, queue no more than N actions",
             parse_count, dest="cinesync.limit repair.limit"),
@@ -10891,46 +10868,43 @@ COMMANDS = (
         option("--no-cinesync", "do not relink"),
         option("--time-limit DURATION", "begin nothing more after this long", "run.time_limit"),
         option("--every DURATION", "stay, and run so often", parse_interval), APPLY, DRY_RUN)),
-    Command("stats", "db-stats", "counts, worst directories, queue, media, database",
-        "stats --format prometheus --output /var/lib/node_exporter/refresherr.prom",
+    Command("stats db-stats", "counts, worst directories, queue, media, database",
         _run_stats, _show_text, (
         option("--top N", "so many directories", parse_count, default=10),
         option("--format FORMAT", choices=("text", "json", "prometheus"), default="text"),
         option("--output FILE", "write there, whole or not at all"))),
-    Command("report", "", "one self-contained HTML page with charts",
-        "report --output /volume1/web/refresherr.html", _run_report, _show_report, (
+    Command("report", "one self-contained HTML page with charts", _run_report, _show_report, (
         option("--output FILE", "default: report.html beside the database"),)),
-    Command("doctor", "", "check all that a scan and a repair depend on",
-        "doctor --config /etc/refresherr.ini", _run_doctor, _show_doctor, (
+    Command("doctor", "check all that a scan and a repair depend on", _run_doctor, _show_doctor, (
         option("--notify", "send a test to every notifier"),)),
-    Command("db", "", "look after the database",
-        "db backup /backup/symlinks.db", _run_db, _show_db, (
+    Command("db", "look after the database", _run_db, _show_db, (
         option("action ACTION", "prune: forget what lies below no configured root",
             choices=("path", "check", "backup", "prune", "nuke")),
         option("file [FILE]", "for backup"),
         option("--yes", "nuke: yes, delete everything"), DRY_RUN)),
-    Command("help", "", "explain a command", "help scan", _run_help, _show_text, (
+    Command("help", "explain a command", _run_help, _show_text, (
         option("topic COMMAND..."),)),
-    Command("version", "", "print the version", "version", _run_help, _show_text, ()),
-    Command("completion", "", "print the completion of commands for a shell",
-        "completion bash > /etc/bash_completion.d/refresherr", _run_completion, _show_text, (
+    Command("version", "print the version", _run_help, _show_text, ()),
+    Command("completion", "print the completion of commands for a shell",
+        _run_completion, _show_text, (
         option("shell SHELL", choices=("bash", "zsh", "fish")),)),
-    Command("config", "", "effective settings, redacted; a commented sample",
-        "config sample > refresherr.ini", _run_config, _show_config, (
+    Command("config", "effective settings, redacted; a commented sample",
+        _run_config, _show_config, (
         option("action ACTION", choices=("show", "check", "sample")),)),
 )
+COMMANDS = {command.name: command for command in TABLE}
 GLOBAL_OPTIONS = (
     option("--config FILE", "the config file"),
     option("--db FILE", "the database file"),
     option("--data-dir DIR", "where the database lives", "refresherr.data_dir"),
     option("--json", "one JSON object on stdout"),
-    option("-v --verbose", "say more; -vv with tracebacks", action="count", default=0),
+    option("-v --verbose", "say more; -vv with tracebacks"),
     option("-q --quiet", "say less; run tells what lasts once, and its end once"),
     option("--no-color", "no colours"),
     option("--log-file FILE", "append all messages there, too"),
-    option("--lock-wait SECONDS", "wait that long for another run to end", parse_duration,
-        default=0.0),
+    option("--lock-wait SECONDS", "wait that long for another run to end", parse_duration),
 )
+OPTIONS = [*GLOBAL_OPTIONS, *(row for command in TABLE for row in command.options)]
 # fmt: on
 
 
@@ -10940,7 +10914,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         unknown = re.match(r"argument COMMAND: .*?'(.*?)'", message)
         if unknown:
-            near = _nearest(unknown[1], [command.name for command in COMMANDS])
+            near = _nearest(unknown[1], COMMANDS)
             message = f"no command {unknown[1]!r}{near}"
         elif message.startswith("unrecognized arguments: --"):
             message += "; this command has no such option"
@@ -10949,52 +10923,45 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     """Return the parser for the table of commands; global options stand before or behind them."""
+    shared = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    for names, details in GLOBAL_OPTIONS:
+        shared.add_argument(*names, **details)
     parser = Parser(
         prog=started_as(),
         description="Finds dead media symlinks and has them repaired; never harms a healthy one.",
         epilog="`help COMMAND` tells more. Without --apply nothing but the database is changed.",
         allow_abbrev=False,
+        parents=[shared],
     )
     parser.add_argument("--version", action="version", version=f"refresherr {__version__}")
-    for names, details in GLOBAL_OPTIONS:
-        parser.add_argument(*names, **details)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for command in COMMANDS:
+    for command in TABLE:
+        text = f"{command.help[0].upper()}{command.help[1:]}."
         sub = commands.add_parser(
-            command.name,
-            aliases=[command.alias] if command.alias else [],
-            help=command.help,
-            description=command.help[0].upper() + command.help[1:] + ".",
-            epilog=f"example: {started_as()} {command.example}",
-            allow_abbrev=False,
-        )
+            command.name, aliases=command.names.split()[1:], help=command.help, description=text,
+            allow_abbrev=False, parents=[shared],
+        )  # fmt: skip
         for names, details in command.options:
             sub.add_argument(*names, **details)
-        for names, details in GLOBAL_OPTIONS:
-            # A default here would undo what stands before the command.
-            details = {**details, "default": argparse.SUPPRESS}
-            if "-v" in names:
-                details["dest"] = "verbose_behind"
-            sub.add_argument(*names, **details)
-        sub.set_defaults(command=command.name, chosen=command)
+        sub.set_defaults(command=command.name)
     return parser
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Return the parsed arguments.  UsageError; SystemExit after --help and --version."""
-    rows = [*GLOBAL_OPTIONS, *(row for command in COMMANDS for row in command.options)]
-    known = sorted({name for names, _ in rows for name in names if name[:2] == "--"})
+    known = sorted({name for names, _ in OPTIONS for name in names if name[:2] == "--"})
     for word in argv[: argv.index("--") if "--" in argv else None]:
         name = word.partition("=")[0]
         if name[:2] == "--" and name not in (*known, "--help", "--version"):
             near = _nearest(name, known)
             hint = near if "mean" in near else f"; see: {started_as()} --help"
             raise UsageError(f"no option {name}{hint}")
-    args = build_parser().parse_args(argv)
+    unset: JsonObject = {"dry_run": False, "apply": False, "lock_wait": 0.0}
+    for names, details in GLOBAL_OPTIONS:  # a default of their own would undo what stands before
+        unset.setdefault(details.get("dest", names[-1][2:].replace("-", "_")))
+    args = build_parser().parse_args(argv, argparse.Namespace(**unset))
     if args.command is None:
         raise UsageError(f"no command given; begin with: {started_as()} scan DIR; see also: --help")
-    args.verbose += getattr(args, "verbose_behind", 0)
-    args.dry_run, args.apply = getattr(args, "dry_run", False), getattr(args, "apply", False)
     return args
 
 
@@ -11007,9 +10974,6 @@ def open_log_file(file: str) -> TextIO:
         return open(descriptor, "a", 1, encoding="utf-8", errors="backslashreplace")
     except OSError as exc:
         raise RefresherrError(f"cannot write the log file {file}: {exc.strerror}") from exc
-
-
-BY_ITSELF = ("doctor", "help", "version", "completion")  # whatever is wrong with the config
 
 
 def load_context(
@@ -11026,7 +10990,8 @@ def load_context(
         file = find_config_file(args.config, environ, sys.argv[0] or ".")
         config = load_config(file, environ, flags)
     except ConfigError as exc:
-        if args.command not in BY_ITSELF and getattr(args, "action", "") != "sample":
+        by_itself = args.command in ("doctor", "help", "version", "completion")
+        if not by_itself and getattr(args, "action", "") != "sample":
             raise
         error, config = str(exc), load_config(None, {}, flags)
     if args.log_file:
@@ -11050,11 +11015,11 @@ def attempt_command(
         args = parse_arguments(argv)
         context = load_context(args, terminal, os.environ)
         with explained_errors(context.db_path):
-            result: JsonObject = {"exit_code": EXIT_OK, **args.chosen.run(context)}
+            result: JsonObject = {"exit_code": EXIT_OK, **COMMANDS[args.command].run(context)}
         note_dry_run(result, context)
         if args.command != "run":  # whose steps have said it
             say_why(result)
-        return result, lambda: args.chosen.show(terminal, result)
+        return result, lambda: COMMANDS[args.command].show(terminal, result)
     except SystemExit as exc:  # --help and --version
         return {"exit_code": exc.code}, lambda: None
     except BrokenPipeError:
@@ -11132,7 +11097,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def format_envelope(argv: Sequence[str], result: JsonObject) -> str:
     """Return the one JSON object of --json."""
-    names = {name: row.name for row in COMMANDS for name in (row.name, row.alias)}
+    names = {name: command.name for command in TABLE for name in command.names.split()}
     code = result["exit_code"]
     command = next((names[word] for word in argv if word in names), "")
     head = {"command": command, "version": __version__, "exit_code": code}
