@@ -8953,6 +8953,7 @@ def plan_note(
 # ---------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------
+# `_run_X` does what a command does and returns what `X --json` shows; `_show_X` prints that.
 
 
 def started_as() -> str:
@@ -9021,13 +9022,21 @@ class Context:
                 conn = stack.enter_context(self.database())
             yield conn, stack.enter_context(recorded_run(conn, command))
 
+    def record(self, command: str, work: Callable[..., JsonObject]) -> JsonObject:
+        """Return what some work on links did; the record of it leaves the single items out."""
+        with self.recorded(command, command != "verify" and not self.applied) as (conn, summary):
+            result = work(conn, summary.get("run_id"))
+            summary.update((k, v) for k, v in result.items() if k not in ("items", "run_id"))
+            if command == "cinesync":
+                told = {item["path"]: item["reason"] for item in result["items"] if item["reason"]}
+                summary["reasons"] = {k: v for k, v in told.items() if v[:5] != "waits"}
+        return result
+
     def require_roots(self) -> None:
         """Raise UsageError if there is nothing to scan, before a database is made for that."""
         if not self.config.scan.roots:
-            raise UsageError(
-                f"no roots to scan: `{started_as()} {self.args.command} DIR`, or set [scan] roots "
-                "in the config"
-            )
+            way = f"`{started_as()} {self.args.command} DIR`"
+            raise UsageError(f"no roots to scan: {way}, or set [scan] roots in the config")
 
     def progress(self, text: str) -> None:
         """Show how far a step has come.  RefresherrError if it may go no further."""
@@ -9048,15 +9057,24 @@ def how_to_apply(result: JsonObject) -> str:
     return "-n asks for that" if result.get("dry_run") else "--apply does it"
 
 
-def run_scan(context: Context) -> JsonObject:
-    """Walk the roots and record what is found."""
+def _minute(time_utc: str) -> str:
+    return time_utc[:16].replace("T", " ") + " UTC"
+
+
+def _count_words(counts: Mapping[str, int], words: Mapping[str, str]) -> str:
+    """Return '3 that nobody owns, 2 ignored' of {'no_owner': 3, 'ignored': 2}."""
+    known = {key: words.get(key, key.replace("_", " ")) for key in counts}
+    return ", ".join(f"{count:,} {known[key]}" for key, count in counts.items() if count)
+
+
+def _run_scan(context: Context) -> JsonObject:
     args, settings = context.args, context.config.scan
     context.require_roots()
     with context.recorded("scan") as (conn, summary):
         for point in args.forget_mount:
-            if not forget_mount(conn, os.path.abspath(point)):
+            if not forget_mount(conn, point):
                 raise UsageError(f"{point} is not a remembered mount point")
-        accept = ["/"] if args.accept_breakage else list(map(os.path.abspath, args.accept))
+        accept = ["/"] if args.accept_breakage else args.accept
         roots = tuple(dict.fromkeys(settings.roots))
         job = ScanJob(settings, roots, context.config.all_roots, accept, args.full)
         result = scan_library(conn, job, context.progress)
@@ -9080,20 +9098,20 @@ def name_scan_problems(conn: sqlite3.Connection, result: JsonObject) -> List[str
     failed = [f"{r['path']}: {r['reason']}" for r in result["roots"] if r["state"] != "scanned"]
     if result["exit_code"] == EXIT_FAILED:
         return failed
-    parts = list(result["refusals"])
-    if result["guard"]["tripped"]:
+    guard, parts = result["guard"], list(result["refusals"])
+    if guard["tripped"]:
         what = "taken for an outage, nothing of it is marked broken or missing"
-        parts.append(f"{what}: {result['guard']['reason']}")
+        parts.append(f"{what}: {guard['reason']}")
     told = "; ".join(parts)
     lines = describe_unreachable(conn, [root["path"] for root in result["roots"]])
-    if result["guard"]["tripped"]:
-        lines = {why: line for why, line in lines.items() if GUARD_WORDS not in why}
-    parts += failed + [line for why, line in lines.items() if not (why and why in told)]
+    parts += failed
+    parts += [line for why, line in lines.items()
+        if not (why and why in told) and not (guard["tripped"] and GUARD_WORDS in why)
+    ]  # fmt: skip
     return list(dict.fromkeys(parts)) or ["some directories could not be read"]
 
 
-def show_scan(terminal: Terminal, result: JsonObject) -> None:
-    """Print a scan's result."""
+def _show_scan(terminal: Terminal, result: JsonObject) -> None:
     for root in result["roots"]:
         found = "not scanned"
         if root["state"] == "scanned":
@@ -9115,13 +9133,11 @@ def show_scan(terminal: Terminal, result: JsonObject) -> None:
         terminal.hint("`broken` lists them, and what can be done")
 
 
-def run_broken(context: Context) -> JsonObject:
-    """List the links of a status."""
-    args = context.args
+def _run_broken(context: Context) -> JsonObject:
+    args, config = context.args, context.config
     is_cut = args.owner or args.root or args.path
     with context.database() as conn:
-        config, limit = context.config, None if is_cut else args.limit
-        links, count = list_links(conn, config, args.status, limit)
+        links, count = list_links(conn, config, args.status, None if is_cut else args.limit)
         _, unreachable = list_links(conn, config, UNREACHABLE, 0)
     if is_cut:
         links = [link for link in links
@@ -9129,11 +9145,11 @@ def run_broken(context: Context) -> JsonObject:
             and is_under(link["path"], args.root or "/") and (args.path or "") in link["path"]
         ]  # fmt: skip
         count = len(links)
-        links = links[: args.limit]
+    links = links[: args.limit]
     return {"links": links, "count": count, "unreachable": unreachable, "by_title": not args.links}
 
 
-def show_broken(terminal: Terminal, result: JsonObject) -> None:
+def _show_broken(terminal: Terminal, result: JsonObject) -> None:
     """Print what is to be done, and beneath it the titles, or the links, that it is for."""
     groups: Dict[str, Dict[str, List[JsonObject]]] = {}
     for link in result["links"]:
@@ -9145,13 +9161,12 @@ def show_broken(terminal: Terminal, result: JsonObject) -> None:
     for step, titles in groups.items():
         terminal.line(terminal.paint(escape(step), "bold"))
         for title, links in titles.items():
-            since = min((link["since"] or "")[:16].replace("T", " ") for link in links)
-            since = f", since {since} UTC" if since else ""
+            since = min(link["since"] or "" for link in links)
             what = links[0]["path"]
             if len(links) > 1:
                 folder = os.path.commonpath([os.path.dirname(link["path"]) for link in links])
                 what = f"{title}: {plural(len(links), 'link')} in {folder}"
-            terminal.line(f"    {escape(what)}{since}")
+            terminal.line(f"    {escape(what)}{since and f', since {_minute(since)}'}")
             for link in () if result["by_title"] else links:
                 goal = terminal.paint(f"-> {escape(link['target'])}", "dim")
                 terminal.line(f"        {escape(link['path'])} {goal}")
@@ -9162,8 +9177,7 @@ def show_broken(terminal: Terminal, result: JsonObject) -> None:
     terminal.line(f"{plural(result['count'], 'link')}{more}")
 
 
-def run_ingest(context: Context) -> JsonObject:
-    """Mirror the servers' titles and files."""
+def _run_ingest(context: Context) -> JsonObject:
     known = {instance.name: instance for instance in context.config.instances}
     if not known:
         raise UsageError("no server is configured; add a section such as [sonarr tv] to the config")
@@ -9183,19 +9197,17 @@ def run_ingest(context: Context) -> JsonObject:
     return summary
 
 
-def show_ingest(terminal: Terminal, result: JsonObject) -> None:
-    """Print what each server told."""
+def _show_ingest(terminal: Terminal, result: JsonObject) -> None:
     for line in result["instances"]:
         noun = "series" if line["kind"] == "sonarr" else "movies"
         found = f"{line['titles']:,} {noun}, {plural(line['files'], 'file')}, {line['linked']:,} "
         found += f"of them scanned links; {line['removed']:,} gone since the last time"
-        if line["files"] and not line["linked"] and not line["error"]:
+        if line["files"] and not line["linked"]:
             found += "; is path_map right, and have the roots been scanned?"
         terminal.line(escape(f"{line['name']}: {'failed' if line['error'] else found}"))
 
 
-def run_queue(context: Context) -> JsonObject:
-    """Turn confirmed broken links into actions."""
+def _run_queue(context: Context) -> JsonObject:
     with context.recorded("queue") as (conn, summary):
         summary.update(queue_repairs(conn, context.config), preview=context.args.dry_run)
         if summary["exit_code"] == EXIT_REFUSED:
@@ -9204,33 +9216,25 @@ def run_queue(context: Context) -> JsonObject:
     return summary
 
 
-def show_queue(terminal: Terminal, result: JsonObject) -> None:
-    """Print what was queued, and why the rest was not."""
+def _show_queue(terminal: Terminal, result: JsonObject) -> None:
+    would = "would be " if result.get("preview") else ""
     for action in result["queued"]:
-        where = _server_of(action["url"])
-        what = "would queue" if result.get("preview") else f"queued {action['id']}"
-        terminal.line(escape(f"{what} for {where}: {action['related_path']}"))
+        what = "would queue" if would else f"queued {action['id']}"
+        terminal.line(escape(f"{what} for {_server_of(action['url'])}: {action['related_path']}"))
     words = {
         "no_route": "that no server is known to own",
         "too_recent": "broken for less than min_age",
     }
-    skipped = [
-        f"{count:,} {words.get(key) or key.replace('_', ' ')}"
-        for key, count in result["skipped"].items()
-        if count
-    ]
-    rest = f"; skipped: {', '.join(skipped)}" if skipped else ""
-    done = "would be queued" if result.get("preview") else "queued"
-    terminal.line(f"{plural(len(result['queued']), 'action')} {done}{rest}")
+    skipped = _count_words(result["skipped"], words)
+    rest = f"; skipped: {skipped}" if skipped else ""
+    terminal.line(f"{plural(len(result['queued']), 'action')} {would}queued{rest}")
     for line in result["waits"]:
         terminal.line(line)
 
 
-def run_dispatch(context: Context) -> JsonObject:
-    """Carry out what is queued, or say what would be done."""
-    args = context.args
+def _run_dispatch(context: Context) -> JsonObject:
     with context.recorded("dispatch", not context.applied) as (conn, summary):
-        errand = Dispatcher(conn, context.config, context.applied, not args.no_wait)
+        errand = Dispatcher(conn, context.config, context.applied, not context.args.no_wait)
         errand.deadline = context.deadline
         summary.update(errand.run(context.config.repair.max))
         errors = [action["error"] for action in summary["actions"] if action["error"]]
@@ -9239,139 +9243,118 @@ def run_dispatch(context: Context) -> JsonObject:
     return summary
 
 
-def show_dispatch(terminal: Terminal, result: JsonObject) -> None:
-    """Print what became of each action."""
+def _show_dispatch(terminal: Terminal, result: JsonObject) -> None:
     for action in result["actions"]:
         is_told = action["status"] in (FAILED, RETRY)  # on stderr
         said = f": {action['error']}" if action["error"] and not is_told else ""
         line = f"{action['status']:<11}{action['id']} {_server_of(action['url'])}: "
         terminal.line(escape(f"{line}{action['related_path']}{said}"))
     names = (SENT, REPAIRED, FAILED, RETRY, CANCELLED)
-    summary = ", ".join(f"{result[name]:,} {name}" for name in names if result[name])
+    summary = _count_words({name: result[name] for name in names}, {})
     if any(action["status"] == WOULD_SEND for action in result["actions"]):
         summary = f"nothing was sent; {how_to_apply(result)}"
     terminal.line(summary or "nothing is due")
 
 
-def run_cinesync(context: Context) -> JsonObject:
-    """Relink broken links to CineSync's copies, or say what would be done."""
-    settings = context.config.cinesync
+def _run_cinesync(context: Context) -> JsonObject:
     for key, flag in (("base", "base"), ("roots", "root"), ("allowed_targets", "allow-target")):
-        if not getattr(settings, key):
+        if not getattr(context.config.cinesync, key):
             raise UsageError(f"set {key} in [cinesync] of the config, or use --{flag}")
-    with context.recorded("cinesync", not context.applied) as (conn, summary):
-        errand = Relinker(conn, context.config, summary.get("run_id"))
-        errand.any_resolution, errand.deadline = context.args.any_resolution, context.deadline
-        result = errand.run(context.args.accept_shrink)
-        summary.update({key: value for key, value in result.items() if key != "items"})
-        told = (i for i in result["items"] if i["reason"] and not i["reason"].startswith("waits"))
-        summary["reasons"] = {item["path"]: item["reason"] for item in told}
-    return result
+
+    def relink(conn: sqlite3.Connection, run_id: Optional[int]) -> JsonObject:
+        relinker = Relinker(conn, context.config, run_id)
+        relinker.any_resolution, relinker.deadline = context.args.any_resolution, context.deadline
+        return relinker.run(context.args.accept_shrink)
+
+    return context.record("cinesync", relink)
 
 
-def run_verify(context: Context) -> JsonObject:
-    """Read a little of the files behind good links, by the options or, in a run, the settings."""
+def _run_verify(context: Context) -> JsonObject:
+    """Go by the options or, in a run, the settings."""
     args, config, limit = context.args, context.config, context.config.verify.files
-    max_bytes, deadline = 1 << 20, context.deadline
+    max_bytes, deadline, tell = 1 << 20, context.deadline, context.terminal.progress
     if args.command == "verify":
         limit, max_bytes = args.max, args.max_bytes
         deadline = time.monotonic() + (args.time_limit or math.inf)
-    with context.recorded("verify") as (conn, summary):
-        tell = context.terminal.progress
-        result = verify_links(conn, config.scan, limit, max_bytes, deadline, tell)
-        summary.update({key: value for key, value in result.items() if key != "items"})
-    return result
+    return context.record(
+        "verify", lambda conn, _: verify_links(conn, config.scan, limit, max_bytes, deadline, tell)
+    )
 
 
-def show_verify(terminal: Terminal, result: JsonObject) -> None:
-    """Print what could not be read."""
+def _show_verify(terminal: Terminal, result: JsonObject) -> None:
     for item in result["items"]:
         terminal.line(escape(f"unreadable: {item['path']}"))
-        since = item["since"][:16].replace("T", " ")
-        terminal.line(escape(f"    -> {item['target']}: {item['error']}, since {since} UTC"))
+        why = f"{item['error']}, since {_minute(item['since'])}"
+        terminal.line(escape(f"    -> {item['target']}: {why}"))
     size = f"{result['bytes'] / 1048576:,.1f} MiB"
-    terminal.line(f"{plural(result['read'], 'file')} tried, {size} read; "
-        f"{result['unreadable']:,} unreadable")  # fmt: skip
+    tried = f"{plural(result['read'], 'file')} tried, {size} read"
+    terminal.line(f"{tried}; {result['unreadable']:,} unreadable")
 
 
-def run_undo(context: Context) -> JsonObject:
-    """Put the links of a run back, or say which would be."""
-    args = context.args
+def _run_undo(context: Context) -> JsonObject:
+    args, scan = context.args, context.config.scan
     if args.list:
         with context.database() as conn:
             return {"runs": list_changing_runs(conn)}
-    paths = [os.path.abspath(path) for path in args.path]
-    with context.recorded("undo", not context.applied) as (conn, summary):
-        journal = Journal(conn, context.config.scan, summary.get("run_id"))
-        result = undo_changes(journal, args.run, paths)
-        summary.update({k: v for k, v in result.items() if k not in ("items", "run_id")})
-    return result
+
+    def undo(conn: sqlite3.Connection, run_id: Optional[int]) -> JsonObject:
+        return undo_changes(Journal(conn, scan, run_id), args.run, args.path)
+
+    return context.record("undo", undo)
 
 
-def run_retarget(context: Context) -> JsonObject:
-    """Point links to the place where their files have moved, or say which would be."""
-    args, scan = context.args, context.config.scan
-    allowed = args.allow_target
-    if allowed and not any(is_under(args.new, prefix) for prefix in allowed):
-        raise UsageError(f"{args.new} lies below no --allow-target")
-    with context.recorded("retarget", not context.applied) as (conn, summary):
-        journal = Journal(conn, scan, summary.get("run_id"))
-        result = retarget_links(journal, args.old, args.new, args.limit)
-        summary.update({k: v for k, v in result.items() if k not in ("items", "run_id")})
-    return result
-
-
-def show_undo(terminal: Terminal, result: JsonObject) -> None:
-    """Print what became of each link, or the runs that can be taken back."""
+def _show_undo(terminal: Terminal, result: JsonObject) -> None:
     if "runs" not in result:
-        show_relinked(terminal, result)
+        _show_relinked(terminal, result)
         return
     for run in result["runs"]:
-        when = run["started_utc"][:16].replace("T", " ")
         what = f"{run['command']}, {plural(run['links'], 'link')}"
-        terminal.line(f"{run['run_id']:>6}  {when} UTC  {what}")
+        terminal.line(f"{run['run_id']:>6}  {_minute(run['started_utc'])}  {what}")
     if not result["runs"]:
         terminal.line("no run has changed a link")
 
 
-def run_prune(context: Context) -> JsonObject:
-    """Remove the broken links that nobody can repair, or say which would be."""
+def _run_retarget(context: Context) -> JsonObject:
+    args, scan = context.args, context.config.scan
+    if args.allow_target and not any(is_under(args.new, prefix) for prefix in args.allow_target):
+        raise UsageError(f"{args.new} lies below no --allow-target")
+
+    def retarget(conn: sqlite3.Connection, run_id: Optional[int]) -> JsonObject:
+        return retarget_links(Journal(conn, scan, run_id), args.old, args.new, args.limit)
+
+    return context.record("retarget", retarget)
+
+
+def _run_prune(context: Context) -> JsonObject:
     args = context.args
-    with context.recorded("prune", not context.applied) as (conn, summary):
-        journal = Journal(conn, context.config.scan, summary.get("run_id"))
-        result = prune_links(journal, context.config, args.min_age, args.limit)
-        summary.update({k: v for k, v in result.items() if k not in ("items", "run_id")})
-    return result
+
+    def prune(conn: sqlite3.Connection, run_id: Optional[int]) -> JsonObject:
+        journal = Journal(conn, context.config.scan, run_id)
+        return prune_links(journal, context.config, args.min_age, args.limit)
+
+    return context.record("prune", prune)
 
 
-def show_prune(terminal: Terminal, result: JsonObject) -> None:
-    """Print what became of each link, and why others are kept."""
-    if "kept" in result:
-        show_relinked(terminal, result)
-        words = {"owned": "that a server or the relay can repair", "too_recent": "not old enough"}
-        kept = [f"{n:,} {words.get(key) or key.replace('_', ' ')}"
-            for key, n in sorted(result["kept"].items())]  # fmt: skip
-        terminal.line(f"kept: {', '.join(kept)}" if kept else "")
-
-
-def show_relinked(terminal: Terminal, result: JsonObject) -> None:
-    """Print what became of each link of a cinesync or an undo."""
+def _show_relinked(terminal: Terminal, result: JsonObject) -> None:
+    """Print what became of each link of a cinesync, a retarget, a prune or an undo."""
     counts = Counter(item["result"] for item in result["items"])
     for item in result["items"]:
         terminal.line(escape(f"{item['result']}: {item['path']}"))
-        goal = item.get("to") or item.get("new_target")
-        text = item["reason"] or f"-> {goal}"
+        text = item["reason"] or f"-> {item.get('to') or item.get('new_target')}"
         terminal.line(terminal.paint(f"    {escape(text)}", "dim"))
     if "message" in result:
         terminal.line(escape_message(result["message"]))
-    words = ", ".join(f"{n:,} {name}" for name, n in sorted(counts.items()))
-    if words or "message" not in result:
-        terminal.line(words or "no link is broken")
+    done = ", ".join(f"{n:,} {name}" for name, n in sorted(counts.items()))
+    if done or "message" not in result:
+        terminal.line(done or "no link is broken")
     if any(name.startswith("would") for name in counts):
         terminal.line(f"nothing was changed; {how_to_apply(result)}")
+    if result.get("kept"):  # by prune
+        words = {"owned": "that a server or the relay can repair", "too_recent": "not old enough"}
+        terminal.line(f"kept: {_count_words(dict(sorted(result['kept'].items())), words)}")
 
 
-def run_run(context: Context) -> JsonObject:
+def _run_run(context: Context) -> JsonObject:
     """Take every step once, or again and again until somebody ends it."""
     context.require_roots()
     every, count = context.args.every, 0
@@ -9394,7 +9377,7 @@ def run_run(context: Context) -> JsonObject:
         if not context.args.json:
             if log.isEnabledFor(logging.INFO):
                 context.terminal.line(f"{utc_now()[:19].replace('T', ' ')} UTC, run {count}")
-            show_run(context.terminal, result)
+            _show_run(context.terminal, result)
             context.terminal.out.flush()
         try:
             time.sleep(max(0.0, started + every - time.monotonic()))
@@ -9455,25 +9438,27 @@ def take_and_tell(context: Context, summary: JsonObject, timeout: float) -> Json
     told = state["told"] if applied else load_note(conn, "told in a preview") or []
     code = combine_exit_codes([s["exit_code"] for s in steps.values() if s["status"] != SKIP])
     note, news = plan_note(conn, before, steps, told, config.notify.when)
+    now_open = still_open(steps, told)
     calls = note_calls(note, config.notify.ntfy_token) if applied and news else {}
     sent = tell(config.notify, calls, timeout)
     if applied:
         if not sent or not all(line["error"] for line in sent):  # else nobody was reached
-            state["told"] = still_open(steps, state["told"])
+            state["told"] = now_open
         left = {line["server"]: line["left"] for line in steps["refresh"].get("servers", ())}
         summary["state"] = {**state, "last_event": last_event(conn), "left": left}
     else:
-        save_note(conn, "told in a preview", still_open(steps, told))
+        save_note(conn, "told in a preview", now_open)
     problems = (f"{what}: {why}".rstrip(": ") for what, why in name_problems(steps).items())
     end = {"applied": applied, "exit_code": code, "message": "; ".join(problems)}
-    end = {key: value for key, value in end.items() if value != ""}
+    if not end["message"]:
+        del end["message"]
     kept = ("exit_code", "status", "message", "run_id")
     brief = {name: {k: step[k] for k in kept if k in step} for name, step in steps.items()}
     summary.update(brief, **end)
-    text = f"{note.title}\n{note.text}"
-    number, over = summary.get("run_id"), sorted({*told} - {*still_open(steps, told)})
-    told_of = {"over": over, "run_id": number, "notified": sent, "news": news}
-    return {**told_of, **steps, **end, "text": text}
+    return {
+        "over": sorted({*told} - {*now_open}), "run_id": summary.get("run_id"), "notified": sent,
+        "news": news, **steps, **end, "text": f"{note.title}\n{note.text}",
+    }  # fmt: skip
 
 
 def take_steps(context: Context) -> Dict[str, JsonObject]:
@@ -9495,17 +9480,17 @@ def take_steps(context: Context) -> Dict[str, JsonObject]:
 
 def take_step(name: str, context: Context, before: Mapping[str, JsonObject]) -> JsonObject:
     """Take one step, if there is reason to."""
-    reason = why_skip(name, context, before)
-    if reason:
-        return {"exit_code": EXIT_OK, "status": SKIP, "message": reason}
     assert context.conn
     stale = find_stale(context.conn, context.config, time.time()) if name == "ingest" else []
+    reason = why_skip(name, context, stale, before)
+    if reason:
+        return {"exit_code": EXIT_OK, "status": SKIP, "message": reason}
     defaults = {"instances": stale, "exit_code": False, "forget_mount": []}
     args = argparse.Namespace(**{**vars(context.args), **defaults})
     try:
         if time.monotonic() > context.deadline:
             raise RefresherrError("no time is left for it", EXIT_PARTIAL)
-        step = {"exit_code": EXIT_OK, **STEPS[name](dataclasses.replace(context, args=args))}
+        step = {"exit_code": EXIT_OK, **COMMANDS[name].run(dataclasses.replace(context, args=args))}
         say_why(step)
         return note_dry_run(step, context)
     except RefresherrError as exc:
@@ -9515,33 +9500,27 @@ def take_step(name: str, context: Context, before: Mapping[str, JsonObject]) -> 
         return {"exit_code": exc.exit_code, "message": redact(str(exc))}
 
 
-def why_skip(name: str, context: Context, before: Mapping[str, JsonObject]) -> str:
+def why_skip(
+    name: str, context: Context, stale: Sequence[str], before: Mapping[str, JsonObject]
+) -> str:
     """Return why a step of a run is not taken, '' if it is."""
-    config, conn = context.config, context.conn
-    assert conn
+    config, roots = context.config, context.config.cinesync.roots
+    assert context.conn
+    set_up = {"verify": config.verify.files, "cinesync": config.cinesync.base}
+    servers = config.instances or (name != "ingest" and config.relay.base)
     if getattr(context.args, f"no_{name}", False):
         return "as asked"
-    if name == "scan":
-        return ""
-    if name == "verify" and not config.verify.files:
+    if not set_up.get(name, True):
         return "not configured"
+    if name in ("ingest", "queue", "dispatch") and not servers:
+        return "no server is configured"
     if name == "ingest":
-        is_fresh = config.instances and not find_stale(conn, config, time.time())
-        return "all servers were read lately" if is_fresh else _unless(config.instances)
-    if before["scan"]["exit_code"] == EXIT_FAILED:
+        return "" if stale else "all servers were read lately"
+    if name != "scan" and before["scan"]["exit_code"] == EXIT_FAILED:
         return "the scan failed"
-    if name == "verify":
-        return ""
-    if name != "cinesync":
-        return _unless(config.instances or config.relay.base)
-    if not config.cinesync.base:
-        return "not configured"
-    roots = config.cinesync.roots
-    return "nothing is broken" if roots and not find_repairable(conn, roots) else ""
-
-
-def _unless(server: Any) -> str:
-    return "" if server else "no server is configured"
+    if name == "cinesync" and roots and not find_repairable(context.conn, roots):
+        return "nothing is broken"
+    return ""
 
 
 def renew_report(conn: sqlite3.Connection, config: Config) -> JsonObject:
@@ -9573,31 +9552,28 @@ def refresh_all(
             told = {"server": name, "directories": directories, "left": [], "error": None}
             timeout = min(config.repair.timeout, MEDIA_LIMIT / 2)
             servers.append(refresh_media(name, settings, directories, timeout) if applied else told)
+    if not servers:
+        return {"exit_code": EXIT_OK, "status": SKIP, "message": "nothing to tell"}
     errors = [str(line["error"]) for line in servers if line["error"]]
     for error in errors:
         log.error("%s", error)
-    if not servers:
-        return {"exit_code": EXIT_OK, "status": SKIP, "message": "nothing to tell"}
     code = EXIT_PARTIAL if errors else EXIT_OK
-    return {
-        "exit_code": code, "status": EXIT_WORDS[code], "servers": servers,
-        "message": "; ".join(errors),
-    }  # fmt: skip
+    told = {"status": EXIT_WORDS[code], "servers": servers, "message": "; ".join(errors)}
+    return {"exit_code": code, **told}
 
 
-def show_run(terminal: Terminal, result: JsonObject) -> None:
+def _show_run(terminal: Terminal, result: JsonObject) -> None:
     """Print what came of each step; with -q only of a run that has something to tell."""
     if "runs" in result:
         terminal.line(f"ended after {plural(result['runs'], 'run')}")
         return
     if not (result.get("news", True) or log.isEnabledFor(logging.INFO)):
         return
-    shows = {command.name: command.show for command in COMMANDS}
     for name in STEPS:
         step = result.get(name, {})
         if set(step) - {"exit_code", "status", "message", "duration_seconds"}:  # what it did
             terminal.line(terminal.paint(name, "bold"))
-            shows[name](terminal, step)
+            COMMANDS[name].show(terminal, step)
         elif step:
             said = escape(f"{step['status']}: {step['message']}")
             terminal.line(f"{terminal.paint(name, 'bold')}: {said}")
@@ -9616,14 +9592,10 @@ def show_run(terminal: Terminal, result: JsonObject) -> None:
         terminal.line(f"a preview: no link and no server was changed; {how_to_apply(result)}")
 
 
-STEPS: Dict[str, Callable[[Context], JsonObject]] = {
-    "scan": run_scan, "verify": run_verify, "ingest": run_ingest, "cinesync": run_cinesync,
-    "queue": run_queue, "dispatch": run_dispatch,
-}  # fmt: skip
+STEPS = ("scan", "verify", "ingest", "cinesync", "queue", "dispatch")
 
 
-def run_actions(context: Context) -> JsonObject:
-    """Look at the queue, and mend it."""
+def _run_actions(context: Context) -> JsonObject:
     args = context.args
     if args.action == "list":
         with context.database() as conn:
@@ -9638,14 +9610,12 @@ def run_actions(context: Context) -> JsonObject:
         rows = list_actions(conn, None, change(conn, args.ids))
         summary.update(action=args.action, actions=rows, count=len(rows))
         if len(rows) < len(args.ids):
-            text = "not all of these can be changed; see: actions list"
-            summary.update(exit_code=EXIT_PARTIAL, message=text)
-            log.warning("%s", text)
+            summary["exit_code"] = EXIT_PARTIAL
+            summary["message"] = "not all of these can be changed: see `actions list`"
     return summary
 
 
-def show_actions(terminal: Terminal, result: JsonObject) -> None:
-    """Print actions, a line each, and what went wrong below it."""
+def _show_actions(terminal: Terminal, result: JsonObject) -> None:
     for row in result["actions"]:
         line = f"{row['id']:>6} {row['status']:<10}{_server_of(row['url'] or '')}: "
         terminal.line(escape(line + (row["related_path"] or row["url"] or "")))
@@ -9654,8 +9624,11 @@ def show_actions(terminal: Terminal, result: JsonObject) -> None:
     terminal.line(plural(result["count"], "action"))
 
 
-def run_stats(context: Context) -> JsonObject:
-    """Count, and write or print it in the format that is asked for."""
+def _show_text(terminal: Terminal, result: JsonObject) -> None:
+    terminal.out.write(result.get("text", ""))
+
+
+def _run_stats(context: Context) -> JsonObject:
     args = context.args
     with context.database() as conn:
         result = collect_stats(conn, context.config, args.top)
@@ -9674,13 +9647,7 @@ def run_stats(context: Context) -> JsonObject:
     return result
 
 
-def show_stats(terminal: Terminal, result: JsonObject) -> None:
-    """Print the statistics."""
-    terminal.out.write(result.get("text", ""))
-
-
-def run_report(context: Context) -> JsonObject:
-    """Write the report beside the database, or where it is asked for."""
+def _run_report(context: Context) -> JsonObject:
     file = context.args.output or os.path.join(os.path.dirname(context.db_path), "report.html")
     if file == "-" and context.args.json:
         raise UsageError("--json and `--output -` cannot both have stdout")
@@ -9699,75 +9666,66 @@ def write_report(conn: sqlite3.Connection, config: Config, file: str) -> JsonObj
     return {"file": os.path.abspath(file), "size_bytes": os.path.getsize(file), **counts}
 
 
-def show_report(terminal: Terminal, result: JsonObject) -> None:
-    """Print where the report is, or the report."""
+def _show_report(terminal: Terminal, result: JsonObject) -> None:
     if "text" in result:
         terminal.out.write(result["text"])
-        return
-    size = f"{result['size_bytes'] / 1024:,.0f} KiB"
-    terminal.line(f"{escape(result['file'])}: {size}")
+    else:
+        terminal.line(f"{escape(result['file'])}: {result['size_bytes'] / 1024:,.0f} KiB")
 
 
 def format_stats(stats: JsonObject, terminal: Terminal) -> List[str]:
-    """Return the statistics as lines, with small bars."""
-    links, database, last = stats["symlinks"], stats["database"], stats["last_scan"]
+    """Return the statistics as lines, with small bars; what has nothing to show is left out."""
+    links, last, relinked = stats["symlinks"], stats["last_scan"], stats["last_cinesync"]
+    media, database, lines = stats["media"], stats["database"], []
+
+    def bar(value: int, whole: int, width: int, style: str) -> str:
+        hashes = "#" * max(1, round(width * value / whole)) if value else ""  # never invisible
+        return terminal.paint(hashes, style)
+
+    def show(title: str, rows: Iterable[str]) -> None:
+        found = [f"  {row}" for row in rows]
+        lines.extend(["", terminal.paint(title, "bold"), *found] if found else [])
+
     styles = {OK: "green", BROKEN: "red", UNREACHABLE: "yellow", MISSING: "dim"}
-    lines = [terminal.paint("Links", "bold")]
-    for status in STATUSES:
-        bar = terminal.paint(format_bar(links[status], links["total"]), styles[status])
-        lines.append(f"  {status:<12}{links[status]:>10,}  {bar}".rstrip())
-    lines.append(f"  {'total':<12}{links['total']:>10,}")
-    if stats["top_broken"]:
-        lines += ["", terminal.paint("Most broken", "bold")]
-    for entry in stats["top_broken"]:
-        bar = format_bar(entry["count"], stats["top_broken"][0]["count"], 10)
-        bar = terminal.paint(bar, "red")
-        lines.append(f"  {entry['count']:>6,}  {bar}  {escape(entry['directory'])}")
-    if stats["actions"]:
-        lines += ["", terminal.paint("Actions", "bold")]
-        lines += [f"  {escape(s):<12}{n:>10,}" for s, n in sorted(stats["actions"].items())]
-    for name, count in stats["repairs"]["instances"].items():
-        words = ", ".join(f"{number:,} {key.replace('_', ' ')}" for key, number in count.items())
-        lines.append(f"  {escape(name)}: {words}")
-    if any(stats["media"].values()):
-        lines += ["", terminal.paint("Media", "bold")]
-        lines += [f"  {k.replace('_', ' '):<14}{n:>8,}" for k, n in stats["media"].items()]
-    lines += ["", terminal.paint("Last scan", "bold")]
-    if last:
-        lines.append(f"  {last['started'][:16].replace('T', ' ')} UTC, {last['status']}")
-        if last["guard"].get("tripped"):
-            lines.append(f"  guard: {escape(last['guard']['reason'])}")
-    else:
-        lines.append("  never; `scan DIR` makes one")
-    relinked = stats["last_cinesync"]
+    bars = {status: bar(links[status], links["total"], 30, styles[status]) for status in STATUSES}
+    counts = [f"{status:<12}{links[status]:>10,}  {bars[status]}".rstrip() for status in STATUSES]
+    show("Links", [*counts, f"{'total':<12}{links['total']:>10,}"])
+    most = max((entry["count"] for entry in stats["top_broken"]), default=0)
+    show("Most broken", (
+        f"{e['count']:>6,}  {bar(e['count'], most, 10, 'red')}  {escape(e['directory'])}"
+        for e in stats["top_broken"]))  # fmt: skip
+    actions = [f"{escape(s):<12}{n:>10,}" for s, n in sorted(stats["actions"].items())]
+    show("Actions", actions + [
+        f"{escape(name)}: {', '.join(f'{n:,} {key}'.replace('_', ' ') for key, n in row.items())}"
+        for name, row in stats["repairs"]["instances"].items()])  # fmt: skip
+    rows = [f"{name.replace('_', ' '):<14}{n:>8,}" for name, n in media.items()]
+    show("Media", rows if any(media.values()) else [])
+    rows = [f"{_minute(last['started'])}, {last['status']}"] if last else []
+    if last and last["guard"].get("tripped"):
+        rows.append(f"guard: {escape(last['guard']['reason'])}")
+    show("Last scan", rows or ["never; `scan DIR` makes one"])
     if relinked:
-        lines += ["", terminal.paint("Last CineSync run", "bold")]
         numbers = [f"{relinked[name] or 0:,} {name}" for name in ("replaced", "skipped", "errors")]
-        when = relinked["started"][:16].replace("T", " ")
-        lines.append(f"  {when} UTC, {relinked['status']}: {', '.join(numbers)}")
-    lines += ["", terminal.paint("Database", "bold")]
+        when = _minute(relinked["started"])
+        show("Last CineSync run", [f"{when}, {relinked['status']}: {', '.join(numbers)}"])
     size = f"{database['size_bytes'] / 1048576:.1f} MiB"
-    lines.append(f"  {escape(database['path'])}, {size}, {database['journal_mode']}")
-    return lines
+    show("Database", [f"{escape(database['path'])}, {size}, {database['journal_mode']}"])
+    return lines[1:]
 
 
-def format_bar(value: int, whole: int, width: int = 30) -> str:
-    """Return a bar of at most `width` characters; a value that is not 0 is never invisible."""
-    return "#" * max(1, round(width * value / whole)) if value else ""
+def _is_placed(context: Context) -> bool:
+    """Tell whether the command line says where the database is."""
+    return bool(context.args.db or getattr(context.args, "refresherr.data_dir"))
 
 
-def run_doctor(context: Context) -> JsonObject:
-    """Look at everything a scan and a repair depend on."""
-    config = context.config
+def _run_doctor(context: Context) -> JsonObject:
+    config, serious = context.config, bool(context.config_error)
     findings = [*examine_runtime(), *examine_config(config, context.config_error)]
-    is_named = context.args.db or getattr(context.args, "refresherr.data_dir")
-    if context.config_error and not is_named:  # where the database is, nobody knows
+    if context.config_error and not _is_placed(context):  # where the database is, nobody knows
         return {"findings": [f._asdict() for f in findings], "exit_code": EXIT_FAILED}
-    serious = bool(context.config_error)
     is_there = os.path.exists(context.db_path)
     try:
-        opened = context.database() if is_there else scratch_database(context.db_path)
-        with opened as conn:
+        with context.database() if is_there else scratch_database(context.db_path) as conn:
             cure = f"`{started_as()} scan DIR` makes it; or name its directory with --data-dir"
             absent = Finding("database", "failed", f"there is none at {context.db_path}", cure)
             database = [*examine_database(conn)] if is_there else [absent]
@@ -9793,21 +9751,18 @@ def run_doctor(context: Context) -> JsonObject:
 
 def format_cron_line(context: Context) -> str:
     """Return a crontab's line for `run --apply`; there, % is a newline unless escaped."""
-    import shlex
-
+    file = context.config.file
     if not context.config.scan.roots:
         return ""  # it would have nothing to do
     words = [sys.executable, os.path.abspath(sys.argv[0]), "-q"]
-    words += ["--config", os.path.abspath(context.config.file)] if context.config.file else []
-    is_named = context.args.db or getattr(context.args, "refresherr.data_dir")
-    if is_named or not context.config.file:
-        words += ["--db", context.db_path]
-    line = " ".join(map(shlex.quote, [*words, "run", "--apply"])).replace("%", "\\%")
-    return f"*/30 * * * * {line}"
+    words += ["--config", os.path.abspath(file)] if file else []
+    words += ["--db", context.db_path] if _is_placed(context) or not file else []
+    return "*/30 * * * * " + " ".join(map(shell_quote, [*words, "run", "--apply"])).replace(
+        "%", "\\%"
+    )
 
 
-def show_doctor(terminal: Terminal, result: JsonObject) -> None:
-    """Print findings and advice."""
+def _show_doctor(terminal: Terminal, result: JsonObject) -> None:
     styles = {"ok": "green", "warning": "yellow", "failed": "red"}
     for finding in result["findings"]:
         state = terminal.paint(f"{finding['state']:<8}", styles[finding["state"]])
@@ -9820,39 +9775,40 @@ def show_doctor(terminal: Terminal, result: JsonObject) -> None:
     terminal.line(", ".join(f"{count[state]} {state}" for state in styles))
 
 
-def run_db(context: Context) -> JsonObject:
-    """Look after the database."""
-    args, path = context.args, context.db_path
+def _run_db(context: Context) -> JsonObject:
+    args, path, roots = context.args, context.db_path, context.config.scan.roots
     if (args.file is not None) != (args.action == "backup"):
         raise UsageError("db backup takes the FILE to write; the other db commands take none")
-    result: JsonObject = {"action": args.action, "path": path}
     if args.dry_run and args.action != "prune":
         raise UsageError("only db prune knows --dry-run")
-    if args.action == "nuke":
-        if not args.yes:
-            raise UsageError(f"db nuke deletes all history in {path}; confirm it with --yes")
+    if args.action == "nuke" and not args.yes:
+        raise UsageError(f"db nuke deletes all history in {path}; confirm it with --yes")
+    if args.action == "prune" and not roots:
+        raise UsageError("db prune needs roots in [scan]: they say what belongs to the library")
+    result: JsonObject = {"action": args.action, "path": path}
+    if args.action == "path":
+        return result
+    with contextlib.ExitStack() as stack:
         context.require_database()
-        with process_lock(path, args.lock_wait, "db nuke"):
+        if args.action in ("nuke", "prune"):
+            stack.enter_context(process_lock(path, args.lock_wait, f"db {args.action}"))
+        if args.action == "nuke":
             _nuke(path)
-    elif args.action == "backup":
-        result["file"] = os.path.abspath(args.file)
-        with context.database() as conn:
+            return result
+        conn = stack.enter_context(context.database())
+        if args.action == "backup":
+            result["file"] = os.path.abspath(args.file)
             backup_database(conn, result["file"], fresh=True)
-    elif args.action == "prune":
-        roots = context.config.scan.roots
-        if not roots:
-            raise UsageError("db prune needs roots in [scan]: they say what belongs to the library")
-        with process_lock(path, args.lock_wait), context.database() as conn:
+        elif args.action == "prune":
             result["directories"] = find_strays(conn, roots)
             if not args.dry_run:
                 forget_strays(conn, roots)
-        result.update(removed=sum(result["directories"].values()), applied=not args.dry_run)
-    elif args.action == "check":
-        with context.database() as conn:
+            result.update(removed=sum(result["directories"].values()), applied=not args.dry_run)
+        else:
             findings = [row[0] for row in conn.execute("PRAGMA integrity_check(20)")]
-        healthy = findings == ["ok"]
-        result.update(ok=healthy, findings=[] if healthy else findings)
-        result["exit_code"] = EXIT_OK if healthy else EXIT_FAILED
+            healthy = findings == ["ok"]
+            result.update(ok=healthy, findings=[] if healthy else findings)
+            result["exit_code"] = EXIT_OK if healthy else EXIT_FAILED
     return result
 
 
@@ -9872,15 +9828,14 @@ def _nuke(path: str) -> None:
         open_database(path).close()
 
 
-def show_db(terminal: Terminal, result: JsonObject) -> None:
-    """Print what was done to the database."""
+def _show_db(terminal: Terminal, result: JsonObject) -> None:
+    forgotten = "forgotten" if result.get("applied") else "would be forgotten"
     done = {
         "path": "",
         "nuke": ": empty again",
         "backup": f" copied to {escape(result.get('file', ''))}",
         "check": ": ok" if result.get("ok") else ": damaged",
-        "prune": f": {plural(result.get('removed', 0), 'link')} "
-        + ("forgotten" if result.get("applied") else "would be forgotten"),
+        "prune": f": {plural(result.get('removed', 0), 'link')} {forgotten}",
     }
     terminal.line(escape(result["path"]) + done[result["action"]])
     places = [f"{count:,} beneath {d}" for d, count in result.get("directories", {}).items()]
@@ -9888,23 +9843,24 @@ def show_db(terminal: Terminal, result: JsonObject) -> None:
         terminal.line(f"    {escape(finding)}")
 
 
-def run_config(context: Context) -> JsonObject:
-    """Show the settings, or a sample."""
+def _run_config(context: Context) -> JsonObject:
     action, config = context.args.action, context.config
     if action == "sample":
         return {"action": action, "sample": format_sample_config()}
-    if action == "check":
-        faults = find_keyless(config)
-        absent = [f"{r} does not exist" for r in config.scan.roots if not os.path.lexists(r)]
-        for text in absent:
-            log.warning("[scan] roots: %s", text)
-        result = {"action": action, "file": config.file or None, "faults": faults}
-        result["exit_code"] = EXIT_USAGE if faults else EXIT_OK
-        return {**result, "warnings": [*config.warnings, *absent], "message": "; ".join(faults)}
-    return {"action": action, **config_to_json(config)}
+    if action == "show":
+        return {"action": action, **config_to_json(config)}
+    faults = find_keyless(config)
+    absent = [f"{root} does not exist" for root in config.scan.roots if not os.path.lexists(root)]
+    for text in absent:
+        log.warning("[scan] roots: %s", text)
+    return {
+        "action": action, "file": config.file or None, "faults": faults,
+        "exit_code": EXIT_USAGE if faults else EXIT_OK, "warnings": [*config.warnings, *absent],
+        "message": "; ".join(faults),
+    }  # fmt: skip
 
 
-def show_config(terminal: Terminal, result: JsonObject) -> None:
+def _show_config(terminal: Terminal, result: JsonObject) -> None:
     """Print settings in the form of the file."""
     if result["action"] == "sample":
         terminal.out.write(result["sample"])
@@ -9921,335 +9877,260 @@ def show_config(terminal: Terminal, result: JsonObject) -> None:
                 terminal.line(f"{key} = {escape(format_setting(parsers[key], value))}".rstrip())
 
 
-def run_help(context: Context) -> JsonObject:
-    """Explain a command, or say the version."""
+def _run_help(context: Context) -> JsonObject:
     if context.args.command == "version":
         return {"text": f"refresherr {__version__}\n"}
-    topics = build_parser().topics
-    if context.args.topic not in topics:
-        hint = _nearest(context.args.topic, filter(None, topics))
-        raise UsageError(f"no command {context.args.topic!r}{hint}")
-    return {"text": topics[context.args.topic].format_help()}
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        build_parser().parse_args([*context.args.topic, "--help"])
+    return {"text": out.getvalue()}
 
 
-_PROGRAMS = "refresherr refresherr.pyz refresherr.py"
-_COMPLETION = """\
-#compdef {programs}
-_refresherr() {{
-    local word options="{first}"
-    for word in {words}; do
-        case $word in
-{cases}
-        esac
-    done
-    {answer}
-}}
-{register} {programs}
-"""
-_SHELLS = {
-    "bash": {
-        "words": '"${COMP_WORDS[@]:1:COMP_CWORD-1}"',
-        "register": "complete -o default -F _refresherr",
-        "answer": 'COMPREPLY=($(compgen -W "$options" -- "${COMP_WORDS[COMP_CWORD]}"))'},
-    "zsh": {
-        "words": "${words[2,CURRENT-1]}", "register": "compdef _refresherr",
-        "answer": "compadd -- ${=options}; _files"},
-}  # fmt: skip
-
-
-def run_completion(context: Context) -> JsonObject:
-    """Print what makes a shell complete commands and options, from the table of commands."""
-
-    def list_words(options: Iterable[Any]) -> str:
-        words = [w for names, details in options for w in (*names, *details.get("choices", ()))
-            if w[0] == "-" or w not in names]  # fmt: skip
-        return " ".join(words)
-
-    everywhere = list_words(GLOBAL_OPTIONS)
-    first = f"{' '.join(command.name for command in COMMANDS)} {everywhere}"
-    cases = {c.name: f"{list_words(c.options)} {everywhere}".strip() for c in COMMANDS}
+def _run_completion(context: Context) -> JsonObject:
+    """Print what makes a shell complete commands and options; zsh takes the line of bash."""
+    words = {name for names, _ in OPTIONS for name in names if name[0] == "-"}
+    words.update(*(details.get("choices", ()) for _, details in OPTIONS))
+    words.update(COMMANDS)
+    listed, programs = " ".join(sorted(words)), "refresherr refresherr.pyz refresherr.py"
     if context.args.shell == "fish":
-        line = "complete -c {} -n '__fish_seen_subcommand_from {}' -a '{}'\n"
-        top = "complete -c {} -n __fish_use_subcommand -a '{}'\n"
-        programs = _PROGRAMS.split()
-        lines = [line.format(program, *case) for program in programs for case in cases.items()]
-        return {"text": "".join([*(top.format(program, first) for program in programs), *lines])}
-    found = "\n".join(f'        {name}) options="{words}" ;;' for name, words in cases.items())
-    parts = {"programs": _PROGRAMS, "first": first, "cases": found, **_SHELLS[context.args.shell]}
-    return {"text": _COMPLETION.format(**parts)}
+        lines = [f"complete -c {program} -a '{listed}'\n" for program in programs.split()]
+        return {"text": "".join(lines)}
+    head = "autoload -U compinit bashcompinit && compinit && bashcompinit\n"
+    line = f"complete -o default -W '{listed}' {programs}\n"
+    return {"text": head * (context.args.shell == "zsh") + line}
 
 
-def option(*names: str, **details: Any) -> Tuple[Tuple[str, ...], Dict[str, Any]]:
+Option = Tuple[Tuple[str, ...], Dict[str, Any]]
+
+
+def option(spec: str, text: str = "", kind: Any = None, **details: Any) -> Option:
     """Return one argument of a command, as argparse takes it.
 
-    One that stands for settings has 'section.key section.key' as its dest.
+    '-n --dry-run' is a switch, '--max N' takes a value, '--root DIR...' many, 'run [RUN]' stands
+    by itself.  `kind` parses a value, or names the settings that it stands for: 'section.key'.
     """
-    return names, details
+    *names, value = spec.split()
+    if value.startswith("-"):
+        return (*names, value), {"action": "store_true", "help": text, **details}
+    if isinstance(kind, str):
+        details["dest"], (section, key) = kind, kind.split()[0].split(".")
+        field = next(field for field in _fields(section) if field.name == key)
+        kind = field.metadata["parse"]
+        text += f"; default: {format_setting(kind, field.default)}" if field.default else ""
+    if value.endswith("...") and spec.startswith("-"):
+        details.update(action="append", default=[])
+    elif value[-1] in ".]":
+        details["nargs"] = "*" if value.endswith("...") else "?"
+    if "choices" not in details:
+        details["metavar"] = value.strip("[.]")
 
-
-def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a parser of settings as an argparse type, its own words in the error."""
-
-    def convert(text: str) -> Any:
+    def parse(word: str) -> Any:
         try:
-            return parse(text)
+            return kind(word)
         except ValueError as exc:
-            raise argparse.ArgumentTypeError(f"{text!r}: {exc}") from exc
+            raise argparse.ArgumentTypeError(f"{word!r}: {exc}") from exc
 
-    return convert
-
-
-COUNT = argument_type(parse_count)
-SIZE = argument_type(parse_size)
-DURATION = argument_type(parse_duration)
-WORKERS = argument_type(parse_workers)
-PATH = argument_type(parse_path)
-INTERVAL = argument_type(parse_interval)
+    return tuple(names), {"type": parse if kind else None, "help": text, **details}
 
 
 class Command(NamedTuple):
     """One row of the table of commands."""
 
-    name: str
-    alias: str
+    names: str  # and the alias
     help: str
-    example: str
     run: Callable[[Context], JsonObject]
     show: Callable[[Terminal, JsonObject], None]
-    options: Sequence[Tuple[Tuple[str, ...], Dict[str, Any]]]
+    options: Sequence[Option]
+
+    @property
+    def name(self) -> str:
+        return self.names.split()[0]
 
 
 # fmt: off
-DRY_RUN = option("-n", "--dry-run", action="store_true", help="change nothing at all")
-APPLY = option("--apply", action="store_true", help="do it; without it, say what would be done")
+DRY_RUN = option("-n --dry-run", "change nothing at all")
+APPLY = option("--apply", "do it; without it, say what would be done")
 SCAN = (
-    option("scan.roots", nargs="*", type=PATH, metavar="ROOT", help="in place of those configured"),
-    option("--workers", type=WORKERS, dest="scan.workers", metavar="N",
-        help="look-ups at once on a slow mount"),
-    option("--accept", action="append", type=PATH, default=[], metavar="DIR",
-        help="confirm that what an earlier scan held beneath DIR is really gone"),
-    option("--accept-breakage", action="store_true", help="confirm all that was held"),
-    option("--full", action="store_true", help="read every directory, changed or not"))
+    option("scan.roots ROOT...", "in place of those configured", parse_path),
+    option("--workers N", "look-ups at once on a slow mount; default: auto", "scan.workers"),
+    option("--accept DIR...",
+        "confirm that what an earlier scan held beneath DIR is really gone", parse_path),
+    option("--accept-breakage", "confirm all that was held"),
+    option("--full", "read every directory, changed or not"))
 WAITS = (
-    option("--min-age", type=DURATION, dest="repair.min_age", metavar="DURATION",
-        help="broken for at least so long"),
-    option("--patience", type=DURATION, dest="repair.patience", metavar="DURATION",
-        help="after a loss of many titles, wait at most so long; 0 does not wait for that"))
+    option("--min-age DURATION", "broken for at least so long", "repair.min_age"),
+    option("--patience DURATION", "after a loss of many titles, wait at most so long; 0 does not "
+        "wait for that", "repair.patience"))
 DISPATCH = (
-    option("--max", type=COUNT, dest="repair.max", metavar="N", help="send no more than N"),
-    option("--timeout", type=DURATION, dest="repair.timeout", metavar="SECONDS",
-        help="for one request"),
-    option("--no-wait", action="store_true", help="do not follow the servers' searches"))
+    option("--max N", "send no more than N", "repair.max"),
+    option("--timeout SECONDS", "for one request", "repair.timeout"),
+    option("--no-wait", "do not follow the servers' searches"))
 CINESYNC = (
-    option("--any-resolution", action="store_true", help="SD for HD, or 2160p, will do"),
-    option("--accept-shrink", action="store_true", help="CineSync's library may have shrunk"),
-    option("--base", type=PATH, dest="cinesync.base", metavar="DIR",
-        help="CineSync's own tree of links"),
-    option("--root", type=PATH, action="append", dest="cinesync.roots", metavar="DIR",
-        help="where broken links may be replaced"),
-    option("--allow-target", type=PATH, action="append", dest="cinesync.allowed_targets",
-        metavar="PREFIX", help="where new targets may lie"))
-COMMANDS = (
-    Command("scan", "", "walk the roots, judge every symlink, record it",
-        "scan /opt/media/tv /opt/media/movies", run_scan, show_scan, (
+    option("--any-resolution", "SD for HD, or 2160p, will do"),
+    option("--accept-shrink", "CineSync's library may have shrunk"),
+    option("--base DIR", "CineSync's own tree of links", "cinesync.base"),
+    option("--root DIR...", "where broken links may be replaced", parse_path,
+        dest="cinesync.roots"),
+    option("--allow-target PREFIX...", "where new targets may lie", parse_path,
+        dest="cinesync.allowed_targets"))
+TABLE = (
+    Command("scan", "walk the roots, judge every symlink, record it", _run_scan, _show_scan, (
         *SCAN,
-        option("--exit-code", action="store_true", help="exit with 10 if links are broken"),
-        option("--forget-mount", action="append", type=PATH, default=[], metavar="DIR",
-            help="a mount point that moved, or changed its type, for good"),
+        option("--exit-code", "exit with 10 if links are broken"),
+        option("--forget-mount DIR...", "a mount point that moved, or changed its type, for good",
+            parse_path),
         DRY_RUN)),
-    Command("broken", "", "list links that need attention",
-        "broken --limit 20", run_broken, show_broken, (
-        option("--limit", type=COUNT, metavar="N", help="show no more than N"),
-        option("--links", action="store_true", help="name every link and its target"),
-        option("--owner", metavar="INSTANCE", help="only those of this server, or 'none'"),
-        option("--root", type=PATH, metavar="DIR", help="only those beneath this directory"),
-        option("--path", metavar="TEXT", help="only paths that contain this"),
-        option("--status", choices=(ATTENTION, *STATUSES[1:], UNREADABLE), default=ATTENTION,
-            help="default: attention, all that needs a person or waits for a repair"))),
-    Command("ingest", "", "read movies, series and files from Sonarr and Radarr",
-        "ingest sonarr_tv", run_ingest, show_ingest, (
-        option("instances", nargs="*", metavar="INSTANCE", help="in place of all"), DRY_RUN)),
-    Command("queue", "queue-repairs", "turn confirmed broken links into actions",
-        "queue --limit 10 --min-age 1h", run_queue, show_queue, (
-        option("--limit", type=COUNT, dest="repair.limit", metavar="N",
-            help="queue no more than N"),
-        *WAITS, DRY_RUN)),
-    Command("dispatch", "process-actions", "carry out pending actions",
-        "dispatch --apply --max 5", run_dispatch, show_dispatch, (*DISPATCH, APPLY, DRY_RUN)),
-    Command("actions", "", "look at and mend the queue",
-        "actions retry --failed", run_actions, show_actions, (
-        option("action", nargs="?", choices=("list", "retry", "cancel"), default="list"),
-        option("ids", nargs="*", type=COUNT, metavar="ID", help="the numbers of actions"),
-        option("--status", help="list: only those"),
-        option("--failed", action="store_true", help="retry: all that failed"),
-        option("--all", action="store_true", help="cancel: all that are pending"),
-        DRY_RUN)),
-    Command("cinesync", "cinesync-repair", "relink broken links to CineSync's copies",
-        "cinesync --apply --limit 50", run_cinesync, show_relinked, (
-        option("--limit", type=COUNT, dest="cinesync.limit", metavar="N",
-            help="try no more than N links"),
+    Command("broken", "list links that need attention", _run_broken, _show_broken, (
+        option("--limit N", "show no more than N", parse_count),
+        option("--links", "name every link and its target"),
+        option("--owner INSTANCE", "only those of this server, or 'none'"),
+        option("--root DIR", "only those beneath this directory", parse_path),
+        option("--path TEXT", "only paths that contain this"),
+        option("--status STATUS", "default: attention, all that needs a person or waits for a "
+            "repair", choices=(ATTENTION, *STATUSES[1:], UNREADABLE), default=ATTENTION))),
+    Command("ingest", "read movies, series and files from Sonarr and Radarr",
+        _run_ingest, _show_ingest, (
+        option("instances INSTANCE...", "in place of all"), DRY_RUN)),
+    Command("queue queue-repairs", "turn confirmed broken links into actions",
+        _run_queue, _show_queue, (
+        option("--limit N", "queue no more than N", "repair.limit"), *WAITS, DRY_RUN)),
+    Command("dispatch process-actions", "carry out pending actions",
+        _run_dispatch, _show_dispatch, (*DISPATCH, APPLY, DRY_RUN)),
+    Command("actions", "look at and mend the queue", _run_actions, _show_actions, (
+        option("action [ACTION]", choices=("list", "retry", "cancel"), default="list"),
+        option("ids ID...", "the numbers of actions", parse_count),
+        option("--status STATUS", "list: only those"),
+        option("--failed", "retry: all that failed"),
+        option("--all", "cancel: all that are pending"), DRY_RUN)),
+    Command("cinesync cinesync-repair", "relink broken links to CineSync's copies",
+        _run_cinesync, _show_relinked, (
+        option("--limit N", "try no more than N links", "cinesync.limit"),
         *WAITS, *CINESYNC, APPLY, DRY_RUN)),
-    Command("retarget", "", "point links to the place where their files have moved",
-        "retarget /mnt/old /mnt/new --apply", run_retarget, show_relinked, (
-        option("old", type=PATH, metavar="OLD", help="where their targets lay"),
-        option("new", type=PATH, metavar="NEW", help="where the same files lie now"),
-        option("--limit", type=COUNT, metavar="N", help="change no more than N links"),
-        option("--allow-target", type=PATH, action="append", default=[], metavar="PREFIX",
-            help="refuse a NEW that does not lie below it"),
+    Command("retarget", "point links to the place where their files have moved",
+        _run_retarget, _show_relinked, (
+        option("old OLD", "where their targets lay", parse_path),
+        option("new NEW", "where the same files lie now", parse_path),
+        option("--limit N", "change no more than N links", parse_count),
+        option("--allow-target PREFIX...", "refuse a NEW that does not lie below it", parse_path),
         APPLY, DRY_RUN)),
-    Command("prune", "", "remove broken links that nobody can repair",
-        "prune --apply --min-age 60d", run_prune, show_prune, (
-        option("--min-age", type=DURATION, default=PRUNE_AGE, metavar="DURATION",
-            help="broken for at least so long; default 30d"),
-        option("--limit", type=COUNT, metavar="N", help="remove no more than N links"),
-        APPLY, DRY_RUN)),
-    Command("verify", "", "read a little of the files behind good links: are they really there?",
-        "verify --max 50", run_verify, show_verify, (
-        option("scan.roots", nargs="*", type=PATH, metavar="ROOT", help="only beneath these"),
-        option("--max", type=COUNT, default=200, metavar="N", help="so many files; default: 200"),
-        option("--max-bytes", type=SIZE, default=1 << 20, metavar="SIZE",
-            help="no more than that of a file; default: 1M"),
-        option("--time-limit", type=DURATION, metavar="DURATION",
-            help="begin no file after this long"),
+    Command("prune", "remove broken links that nobody can repair", _run_prune, _show_relinked, (
+        option("--min-age DURATION", "broken for at least so long; default: 30d", parse_duration,
+            default=PRUNE_AGE),
+        option("--limit N", "remove no more than N links", parse_count), APPLY, DRY_RUN)),
+    Command("verify", "read a little of the files behind good links: are they really there?",
+        _run_verify, _show_verify, (
+        option("scan.roots ROOT...", "only beneath these", parse_path),
+        option("--max N", "so many files; default: 200", parse_count, default=200),
+        option("--max-bytes SIZE", "no more than that of a file; default: 1M", parse_size,
+            default=1 << 20),
+        option("--time-limit DURATION", "begin no file after this long", parse_duration),
         DRY_RUN)),
-    Command("undo", "", "put links back as they were before a run",
-        "undo --apply 42", run_undo, show_undo, (
-        option("run", nargs="?", type=COUNT, metavar="RUN", help="default: the last"),
-        option("--list", action="store_true", help="the runs that can be put back"),
-        option("--path", action="append", type=PATH, default=[], metavar="LINK",
-            help="only this link"),
-        APPLY, DRY_RUN)),
-    Command("run", "", "all: scan, verify, ingest, cinesync, queue, dispatch, refresh, notify",
-        "run --apply --every 30m", run_run, show_run, (
+    Command("undo", "put links back as they were before a run", _run_undo, _show_undo, (
+        option("run [RUN]", "default: the last", parse_count),
+        option("--list", "the runs that can be put back"),
+        option("--path LINK...", "only this link", parse_path), APPLY, DRY_RUN)),
+    Command("run", "all: scan, verify, ingest, cinesync, queue, dispatch, refresh, notify",
+        _run_run, _show_run, (
         *SCAN, *WAITS, *CINESYNC, *DISPATCH,
-        option("--limit", type=COUNT, dest="cinesync.limit repair.limit", metavar="N",
-            help="relink no more than N links, queue no more than N actions"),
-        option("--no-ingest", action="store_true", help="do not read the servers"),
-        option("--no-cinesync", action="store_true", help="do not relink"),
-        option("--time-limit", type=DURATION, dest="run.time_limit", metavar="DURATION",
-            help="begin nothing more after this long"),
-        option("--every", type=INTERVAL, metavar="DURATION", help="stay, and run so often"),
-        APPLY, DRY_RUN)),
-    Command("stats", "db-stats", "counts, worst directories, queue, media, database",
-        "stats --format prometheus --output /var/lib/node_exporter/refresherr.prom",
-        run_stats, show_stats, (
-        option("--top", type=COUNT, default=10, metavar="N", help="so many directories"),
-        option("--format", choices=("text", "json", "prometheus"), default="text"),
-        option("--output", metavar="FILE", help="write there, whole or not at all"))),
-    Command("report", "", "one self-contained HTML page with charts",
-        "report --output /volume1/web/refresherr.html", run_report, show_report, (
-        option("--output", metavar="FILE", help="default: report.html beside the database"),)),
-    Command("doctor", "", "check all that a scan and a repair depend on",
-        "doctor --config /etc/refresherr.ini", run_doctor, show_doctor, (
-        option("--notify", action="store_true", help="send a test to every notifier"),)),
-    Command("db", "", "look after the database",
-        "db backup /backup/symlinks.db", run_db, show_db, (
-        option("action", choices=("path", "check", "backup", "prune", "nuke"),
-            help="prune: forget what lies below no configured root"),
-        option("file", nargs="?", metavar="FILE", help="for backup"),
-        option("--yes", action="store_true", help="nuke: yes, delete everything"), DRY_RUN)),
-    Command("help", "", "explain a command", "help scan", run_help, show_stats, (
-        option("topic", nargs="?", default="", metavar="COMMAND"),)),
-    Command("version", "", "print the version", "version", run_help, show_stats, ()),
-    Command("completion", "", "print the completion of commands for a shell",
-        "completion bash > /etc/bash_completion.d/refresherr", run_completion, show_stats, (
-        option("shell", choices=("bash", "zsh", "fish")),)),
-    Command("config", "", "effective settings, redacted; a commented sample",
-        "config sample > refresherr.ini", run_config, show_config, (
-        option("action", choices=("show", "check", "sample")),)),
+        option("--limit N", "relink no more than N links, queue no more than N actions",
+            parse_count, dest="cinesync.limit repair.limit"),
+        option("--no-ingest", "do not read the servers"),
+        option("--no-cinesync", "do not relink"),
+        option("--time-limit DURATION", "begin nothing more after this long", "run.time_limit"),
+        option("--every DURATION", "stay, and run so often", parse_interval), APPLY, DRY_RUN)),
+    Command("stats db-stats", "counts, worst directories, queue, media, database",
+        _run_stats, _show_text, (
+        option("--top N", "so many directories", parse_count, default=10),
+        option("--format FORMAT", choices=("text", "json", "prometheus"), default="text"),
+        option("--output FILE", "write there, whole or not at all"))),
+    Command("report", "one self-contained HTML page with charts", _run_report, _show_report, (
+        option("--output FILE", "default: report.html beside the database"),)),
+    Command("doctor", "check all that a scan and a repair depend on", _run_doctor, _show_doctor, (
+        option("--notify", "send a test to every notifier"),)),
+    Command("db", "look after the database", _run_db, _show_db, (
+        option("action ACTION", "prune: forget what lies below no configured root",
+            choices=("path", "check", "backup", "prune", "nuke")),
+        option("file [FILE]", "for backup"),
+        option("--yes", "nuke: yes, delete everything"), DRY_RUN)),
+    Command("help", "explain a command", _run_help, _show_text, (
+        option("topic COMMAND..."),)),
+    Command("version", "print the version", _run_help, _show_text, ()),
+    Command("completion", "print the completion of commands for a shell",
+        _run_completion, _show_text, (
+        option("shell SHELL", choices=("bash", "zsh", "fish")),)),
+    Command("config", "effective settings, redacted; a commented sample",
+        _run_config, _show_config, (
+        option("action ACTION", choices=("show", "check", "sample")),)),
 )
+COMMANDS = {command.name: command for command in TABLE}
 GLOBAL_OPTIONS = (
-    option("--config", metavar="FILE", help="the config file"),
-    option("--db", metavar="FILE", help="the database file"),
-    option("--data-dir", type=PATH, dest="refresherr.data_dir", metavar="DIR",
-        help="where the database lives; default /data"),
-    option("--json", action="store_true", help="one JSON object on stdout"),
-    option("-v", "--verbose", action="count", default=0, help="say more; -vv with tracebacks"),
-    option("-q", "--quiet", action="store_true",
-        help="say less; run tells what lasts once, and its end once"),
-    option("--no-color", action="store_true", help="no colours"),
-    option("--log-file", metavar="FILE", help="append all messages there, too"),
-    option("--lock-wait", type=DURATION, default=0.0, metavar="SECONDS",
-        help="wait that long for another run to end"),
+    option("--config FILE", "the config file"),
+    option("--db FILE", "the database file"),
+    option("--data-dir DIR", "where the database lives", "refresherr.data_dir"),
+    option("--json", "one JSON object on stdout"),
+    option("-v --verbose", "say more; -vv with tracebacks"),
+    option("-q --quiet", "say less; run tells what lasts once, and its end once"),
+    option("--no-color", "no colours"),
+    option("--log-file FILE", "append all messages there, too"),
+    option("--lock-wait SECONDS", "wait that long for another run to end", parse_duration),
 )
+OPTIONS = [*GLOBAL_OPTIONS, *(row for command in TABLE for row in command.options)]
 # fmt: on
 
 
-_OPTIONS = [*GLOBAL_OPTIONS, *(row for command in COMMANDS for row in command.options)]
-OPTION_NAMES = sorted({name for names, _ in _OPTIONS for name in names if name[:2] == "--"})
-
-
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises in place of exiting; `topics` are those of its commands."""
-
-    topics: Dict[str, argparse.ArgumentParser]
+    """An argument parser that raises in place of exiting."""
 
     def error(self, message: str) -> Any:
         unknown = re.match(r"argument COMMAND: .*?'(.*?)'", message)
         if unknown:
-            near = _nearest(unknown[1], [c.name for c in COMMANDS])
+            near = _nearest(unknown[1], COMMANDS)
             message = f"no command {unknown[1]!r}{near}"
         elif message.startswith("unrecognized arguments: --"):
             message += "; this command has no such option"
         raise UsageError(f"{message}; see: {self.prog} --help")
 
 
-def explain_option(names: Sequence[str], details: Mapping[str, Any]) -> str:
-    """Return the help of an option, with the default of the setting that it stands for."""
-    section, _, key = details.get("dest", names[0]).split(" ")[0].partition(".")
-    text, known = details.get("help", ""), {f.name: f for f in _fields(section)} if key else {}
-    value = known[key].metadata["default"] if key else ""
-    return f"{text}; default: {value}".replace("%", "%%") if value else text.replace("%", "%%")
-
-
 def build_parser() -> Parser:
     """Return the parser for the table of commands; global options stand before or behind them."""
+    shared = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    for names, details in GLOBAL_OPTIONS:
+        shared.add_argument(*names, **details)
     parser = Parser(
         prog=started_as(),
         description="Finds dead media symlinks and has them repaired; never harms a healthy one.",
         epilog="`help COMMAND` tells more. Without --apply nothing but the database is changed.",
         allow_abbrev=False,
+        parents=[shared],
     )
-    parser.topics = {"": parser}
     parser.add_argument("--version", action="version", version=f"refresherr {__version__}")
-    for names, details in GLOBAL_OPTIONS:
-        parser.add_argument(*names, **details)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for command in COMMANDS:
+    for command in TABLE:
+        text = f"{command.help[0].upper()}{command.help[1:]}."
         sub = commands.add_parser(
-            command.name,
-            aliases=[command.alias] if command.alias else [],
-            help=command.help,
-            description=command.help[0].upper() + command.help[1:] + ".",
-            epilog=f"example: {started_as()} {command.example}",
-            allow_abbrev=False,
-        )
+            command.name, aliases=command.names.split()[1:], help=command.help, description=text,
+            allow_abbrev=False, parents=[shared],
+        )  # fmt: skip
         for names, details in command.options:
-            sub.add_argument(*names, **{**details, "help": explain_option(names, details)})
-        for names, details in GLOBAL_OPTIONS:
-            # A default here would undo what stands before the command.
-            details = {**details, "default": argparse.SUPPRESS}
-            if "-v" in names:
-                details["dest"] = "verbose_behind"
             sub.add_argument(*names, **details)
-        sub.set_defaults(command=command.name, chosen=command)
-        parser.topics.update({command.name: sub, command.alias: sub})
+        sub.set_defaults(command=command.name)
     return parser
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Return the parsed arguments.  UsageError; SystemExit after --help and --version."""
+    known = sorted({name for names, _ in OPTIONS for name in names if name[:2] == "--"})
     for word in argv[: argv.index("--") if "--" in argv else None]:
         name = word.partition("=")[0]
-        if name[:2] == "--" and name not in (*OPTION_NAMES, "--help", "--version"):
-            known = _nearest(name, OPTION_NAMES)
-            hint = known if "mean" in known else f"; see: {started_as()} --help"
+        if name[:2] == "--" and name not in (*known, "--help", "--version"):
+            near = _nearest(name, known)
+            hint = near if "mean" in near else f"; see: {started_as()} --help"
             raise UsageError(f"no option {name}{hint}")
-    args = build_parser().parse_args(argv)
+    unset: JsonObject = {"dry_run": False, "apply": False, "lock_wait": 0.0}
+    for names, details in GLOBAL_OPTIONS:  # a default of their own would undo what stands before
+        unset.setdefault(details.get("dest", names[-1][2:].replace("-", "_")))
+    args = build_parser().parse_args(argv, argparse.Namespace(**unset))
     if args.command is None:
         raise UsageError(f"no command given; begin with: {started_as()} scan DIR; see also: --help")
-    args.verbose += getattr(args, "verbose_behind", 0)
-    args.dry_run, args.apply = getattr(args, "dry_run", False), getattr(args, "apply", False)
     return args
 
 
@@ -10262,9 +10143,6 @@ def open_log_file(file: str) -> TextIO:
         return open(descriptor, "a", 1, encoding="utf-8", errors="backslashreplace")
     except OSError as exc:
         raise RefresherrError(f"cannot write the log file {file}: {exc.strerror}") from exc
-
-
-BY_ITSELF = ("doctor", "help", "version", "completion")  # whatever is wrong with the config
 
 
 def load_context(
@@ -10281,18 +10159,17 @@ def load_context(
         file = find_config_file(args.config, environ, sys.argv[0] or ".")
         config = load_config(file, environ, flags)
     except UsageError as exc:
-        if args.command not in BY_ITSELF and getattr(args, "action", "") != "sample":
+        by_itself = args.command in ("doctor", "help", "version", "completion")
+        if not by_itself and getattr(args, "action", "") != "sample":
             raise
-        error = str(exc)
-        config = load_config(None, {}, flags)
+        error, config = str(exc), load_config(None, {}, flags)
     if args.log_file:
         for handler in log.handlers:
             handler.file = open_log_file(args.log_file)  # type: ignore[attr-defined]
     level = getattr(logging, config.refresherr.log_level.upper())
     log.setLevel(logging.DEBUG if args.verbose else logging.WARNING if args.quiet else level)
-    if args.command != "doctor":
-        for warning in config.warnings:
-            log.warning("%s", warning)
+    for warning in config.warnings if args.command != "doctor" else ():
+        log.warning("%s", warning)
     return Context(args, config, terminal, error)
 
 
@@ -10307,11 +10184,11 @@ def attempt_command(
         args = parse_arguments(argv)
         context = load_context(args, terminal, os.environ)
         with explained_errors(context.db_path):
-            result: JsonObject = {"exit_code": EXIT_OK, **args.chosen.run(context)}
+            result: JsonObject = {"exit_code": EXIT_OK, **COMMANDS[args.command].run(context)}
         note_dry_run(result, context)
         if args.command != "run":  # whose steps have said it
             say_why(result)
-        return result, lambda: args.chosen.show(terminal, result)
+        return result, lambda: COMMANDS[args.command].show(terminal, result)
     except SystemExit as exc:  # --help and --version
         return {"exit_code": exc.code}, lambda: None
     except BrokenPipeError:
@@ -10351,27 +10228,25 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if argv is None:
         restart_in_utf8()
     argv = list(sys.argv[1:] if argv is None else argv)
-    as_json = "--json" in argv
     out, err = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
     for stream in (out, err):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     dumb = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     plain = bool(dumb or "--no-color" in argv)
-    quiet = as_json or plain or "-q" in argv or "--quiet" in argv
+    quiet = plain or not {"--json", "-q", "--quiet"}.isdisjoint(argv)
     terminal = Terminal(out, err, colour=not plain, progress=not quiet)
     tracebacks = any(re.fullmatch("-v{2,}", word) for word in argv) or argv.count("-v") > 1
     log.handlers[:] = [TerminalHandler(terminal, tracebacks)]  # on stderr and nowhere else
     log.propagate = False
     log.setLevel(logging.INFO)
-    in_main_thread = threading.current_thread() is threading.main_thread()
     previous = None
-    if in_main_thread:
+    if threading.current_thread() is threading.main_thread():
         previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         result, show = attempt_command(argv, terminal)
         terminal.clear()
-        if as_json:
+        if "--json" in argv:
             out.write(format_envelope(argv, result))
         else:
             show()
@@ -10391,7 +10266,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def format_envelope(argv: Sequence[str], result: JsonObject) -> str:
     """Return the one JSON object of --json."""
-    names = {name: row.name for row in COMMANDS for name in (row.name, row.alias)}
+    names = {name: command.name for command in TABLE for name in command.names.split()}
     code = result["exit_code"]
     command = next((names[word] for word in argv if word in names), "")
     head = {"command": command, "version": __version__, "exit_code": code}

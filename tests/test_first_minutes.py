@@ -275,12 +275,11 @@ def test_help_version_completion(refresherr: Refresherr, tmp_path: Path) -> None
             file = tmp_path / shell
             file.write_text(script)
             assert subprocess.run([shell, "-n", str(file)], check=False).returncode == 0
-    ask = 'COMP_WORDS=(refresherr scan --acc); COMP_CWORD=2; _refresherr; echo "${COMPREPLY[*]}"'
-    file = tmp_path / "bash"
+    ask = """. "$0"; eval set -- $(complete -p refresherr); compgen -W "$5" -- --acc"""
     done = subprocess.run(
-        ["bash", "-c", f". {file}; {ask}"], capture_output=True, text=True, check=False
+        ["bash", "-c", ask, str(tmp_path / "bash")], capture_output=True, text=True, check=False
     )
-    assert done.stdout.split() == ["--accept", "--accept-breakage"]
+    assert done.stdout.split() == ["--accept", "--accept-breakage", "--accept-shrink"]
 
 
 # The config
