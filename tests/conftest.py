@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import py_compile
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
@@ -31,10 +34,19 @@ class Result(NamedTuple):
         return result
 
 
+@functools.lru_cache(maxsize=None)
+def compiled_program() -> Path:
+    """Compile the program once: for who runs it many times, that is most of what a run costs."""
+    file = Path(tempfile.mkdtemp(prefix="refresherr-tests-")) / "refresherr.pyc"
+    py_compile.compile(str(PROGRAM), cfile=str(file), doraise=True)
+    return file
+
+
 class Refresherr:
     """The program, with a data directory of its own and nothing of ours in its environment."""
 
     def __init__(self, folder: Path) -> None:
+        self.program = PROGRAM
         self.data_dir = folder / "data"
         self.env = {"PATH": os.environ["PATH"], "HOME": str(folder), "LANG": "C.UTF-8"}
 
@@ -43,7 +55,13 @@ class Refresherr:
         return self.data_dir / "symlinks.db"
 
     def command(self, *args: object) -> List[str]:
-        return [sys.executable, str(PROGRAM), "--data-dir", str(self.data_dir), *map(str, args)]
+        return [
+            sys.executable,
+            str(self.program),
+            "--data-dir",
+            str(self.data_dir),
+            *map(str, args),
+        ]
 
     def __call__(self, *args: object, env: Optional[Dict[str, str]] = None) -> Result:
         done = subprocess.run(

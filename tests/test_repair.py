@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
 
 import pytest
-from conftest import Refresherr, Result, target_of
+from conftest import Refresherr, Result, compiled_program, target_of
 from fake_servers import (
     SONARR_3,
     SONARR_4,
@@ -60,6 +60,7 @@ class World:
     ) -> None:
         self.folder = folder
         self.refresherr = refresherr
+        self.refresherr.program = compiled_program()
         self.write_config = write_config
         self.media = folder / "media"
         self.cloud = folder / "cloud"
