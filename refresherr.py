@@ -7646,8 +7646,7 @@ class Repair(Conversation):
 
         Nothing is deleted before all of them are found: only then it is known what they cost.
         """
-        find = functools.partial(self.take, REPAIR_STEPS[:1])
-        found = [action for action in group if self.attempt(find, action)]
+        found = [action for action in group if self.attempt(self.begin, action)]
         fresh = [action for action in found if action.step == "found"]
         waits = (a.error for a in group if a.outcome == PENDING and a.error.startswith("waits un"))
         why = next(waits, "")  # the season waits for its youngest
@@ -7667,6 +7666,11 @@ class Repair(Conversation):
         for action in found:
             self.errand.settle(action, WOULD_SEND)
         return []
+
+    def begin(self, action: Action) -> None:
+        if action.step:
+            self.errand.check_mounts([action])
+        self.take(REPAIR_STEPS[:1], action)
 
     def take(self, steps: Sequence[Step], *actions: Action) -> None:
         """Take those of some steps that come next for actions, and write each down."""
@@ -7782,7 +7786,6 @@ class Repair(Conversation):
 def find_records(repair: Repair, action: Action) -> JsonObject:
     """Find the file records by their exact path, look at the link again, note what there is."""
     server, path = repair.server, slashed(action.server_path)
-    repair.errand.check_mounts([action] if action.step else [])
     for root, accessible in repair.roots.items():
         if accessible is False and is_under(path, root):
             raise HttpError(f"{server.name}: its root folder {root} is not there", repair.fatal)
@@ -7992,14 +7995,13 @@ def send_search(repair: Repair, body: JsonObject, actions: Sequence[Action]) -> 
                 searches = action.progress.get("searches", 0) + 1
                 begun = {"search": body, "last_command": last, "begun": time.time()}
                 repair.note([action], step="searching", searches=searches, **begun)
-    deadline = time.monotonic()
-    if repair.settings.blocklist:
-        deadline += OWN_SEARCH * _mark_failed(repair, actions, is_resumed)
+    is_own = repair.settings.blocklist and _mark_failed(repair, actions, is_resumed)
+    deadline = time.monotonic() + OWN_SEARCH
     command = _find_search(repair, actions, is_resumed) if is_resumed else None
-    while not command and time.monotonic() < deadline:
+    while is_own and not command and time.monotonic() < deadline:
         time.sleep(0.5)
         command = _find_search(repair, actions, is_resumed)
-    if not (command or noted["last_command"]) and time.time() - noted["begun"] > FORGOTTEN:
+    if not (command or noted["last_command"]) and time.time() - noted.get("begun", 0) > FORGOTTEN:
         command = {"name": body["name"]}  # who can tell?  The cooldown decides
     command = command or server.change("POST", "/command", body)
     sent = {"id": dig(command, "id"), "name": dig(command, "name"), "status": "queued"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import json
 import os
 import py_compile
@@ -13,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+from unittest import mock
 
 import pytest
 
@@ -74,6 +77,20 @@ class Refresherr:
             check=False,
         )
         return Result(done.returncode, done.stdout, done.stderr)
+
+    def within(self, *args: object, env: Optional[Dict[str, str]] = None) -> Result:
+        """Run it in this very process, as what calls it often does: a start takes its time."""
+        import refresherr
+
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(
+                mock.patch.dict(os.environ, {**self.env, **(env or {})}, clear=True)
+            )
+            stack.enter_context(contextlib.redirect_stdout(out))
+            stack.enter_context(contextlib.redirect_stderr(err))
+            code = refresherr.main(self.command(*args)[2:])
+        return Result(code, out.getvalue(), err.getvalue())
 
     def start(self, *args: object) -> subprocess.Popen[str]:
         """Start it in the background."""
