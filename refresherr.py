@@ -6583,66 +6583,52 @@ def ingest_instances(
     ]
     kinds = [KINDS[instance.kind] for instance in instances]
     pieces: queue.Queue[Tuple[int, Any]] = queue.Queue(2 * len(instances))
-    left = threading.Event()
     _collect_goals(conn)
     for number, instance in enumerate(instances):
         for table, fields in kinds[number].tables():
             conn.execute(f"DROP TABLE IF EXISTS temp.{table}_{number}")
             conn.execute(f"CREATE TEMP TABLE {table}_{number} (here, {', '.join(fields)})")
-        arguments = (Server(instance, repair.timeout, repair.list_timeout), number, pieces, left)
+        arguments = (Server(instance, repair.timeout, repair.list_timeout), number, pieces)
         threading.Thread(target=_read_server, args=arguments, daemon=True).start()
-    reading = set(range(len(instances)))
-    try:
-        while reading:
-            with contextlib.suppress(queue.Empty):
-                number, piece = pieces.get(timeout=0.5)
-                line = lines[number]
-                if isinstance(piece, list):
-                    for (table, fields), rows in zip(kinds[number].tables(), piece):
-                        _keep(conn, f"{table}_{number}", len(fields), rows)
-                    line["titles"] += len(piece[0])
-                    line["files"] += len(piece[1])
-                elif isinstance(piece, str):
-                    line["version"] = piece
-                else:
-                    reading.remove(number)
-                    if isinstance(piece, HttpError):
-                        log.error("%s", piece)
-                        line["error"] = str(piece)
-                    elif piece:
-                        raise piece
-                    else:
-                        line.update(_replace_rows(conn, line["name"], kinds[number], number))
+    reading = len(instances)
+    while reading:
+        number, piece = pieces.get()
+        line = lines[number]
+        if isinstance(piece, list):
+            for (table, fields), rows in zip(kinds[number].tables(), piece):
+                _keep(conn, f"{table}_{number}", len(fields), rows)
+            line["titles"] += len(piece[0])
+            line["files"] += len(piece[1])
             progress(f"{sum(line['files'] for line in lines):,} files")
-    finally:
-        left.set()
+        elif isinstance(piece, str):
+            line["version"] = piece
+        elif isinstance(piece, HttpError):
+            log.error("%s", piece)
+            line["error"] = str(piece)
+        elif piece:
+            raise piece
+        else:
+            line.update(_replace_rows(conn, line["name"], kinds[number], number))
+        if not isinstance(piece, (list, str)):
+            reading -= 1
     return lines
 
 
-def _read_server(server: Server, number: int, pieces: Any, left: threading.Event) -> None:
+def _read_server(server: Server, number: int, pieces: queue.Queue[Tuple[int, Any]]) -> None:
     """Put (number, piece) into a queue: the version, lists of rows, at the end None or an error."""
-
-    def put(piece: Any) -> None:
-        while not left.is_set():
-            with contextlib.suppress(queue.Full):
-                pieces.put((number, piece), timeout=0.2)
-                return
-        raise InterruptedError
-
     rows: List[List[List[Any]]] = [[], []]
     try:
-        put(server.connect())
+        pieces.put((number, server.connect()))
         for found in _read_all(server):
             for kept, items, (_, fields) in zip(rows, found, server.kind.tables()):
                 kept.extend(_make_row(server, item, fields.values()) for item in items)
             if len(rows[0]) + len(rows[1]) >= ROWS_AT_ONCE:
-                put(rows)
+                pieces.put((number, rows))
                 rows = [[], []]
-        put(rows)
-        put(None)
+        pieces.put((number, rows))
+        pieces.put((number, None))
     except BaseException as exc:
-        with contextlib.suppress(InterruptedError):
-            put(exc)
+        pieces.put((number, exc))
 
 
 def _make_row(server: Server, item: JsonObject, places: Iterable[str]) -> List[Any]:
