@@ -7280,8 +7280,8 @@ def end_action(
 
 
 def settle_repairs(conn: sqlite3.Connection) -> List[Action]:
-    """Call repaired what was sent and whose links the last scan found good, or well replaced; and
-    what has failed, where another link has come in the place of one that is gone.
+    """Call repaired what was sent and is good again, or well replaced, by the last scan; and what
+    has failed, where another link has come in the place of one that is gone.
     """
     settled = []
     for action in load_actions(conn, "status IN ('sent', 'failed')"):
@@ -7306,10 +7306,8 @@ def find_gone(conn: sqlite3.Connection) -> List[Action]:
 
 
 class Dispatcher:
-    """Carries out actions: one server after the other, one request at a time.
-
-    Without `applied` nothing is sent that changes a server: the plan is made and reported.  With
-    `wait` the commands of the servers are followed to their end.
+    """Carries out actions: one server after the other, one request at a time; if not `applied`, it
+    only says what it would send.  With `wait` the servers' commands are followed to their end.
     """
 
     def __init__(self, conn: sqlite3.Connection, config: Config, applied: bool, wait: bool) -> None:
@@ -7487,9 +7485,7 @@ class Conversation:
             raise AwayError(str(away)) from None
 
     def attempt(self, work: Callable[..., Any], *actions: Action) -> bool:
-        """Tell whether some work was done for actions; if not, settle them, or it was the server's
-        fault.
-        """
+        """Tell whether some work was done for actions; what hinders it settles them here alone."""
         try:
             work(*actions)
             return True
@@ -7628,9 +7624,8 @@ class Repair(Conversation):
             raise self.stopped
 
     def prepare(self, group: Sequence[Action]) -> List[Action]:
-        """Take actions that belong together to where only their search is missing.
-
-        Nothing is deleted before all of them are found: only then it is known what they cost.
+        """Take actions that belong together to where only their search is missing.  Nothing is
+        deleted before all of them are found: only then it is known what they cost.
         """
         found = [action for action in group if self.attempt(self.begin, action)]
         fresh = [action for action in found if action.step == "found"]
@@ -7819,10 +7814,8 @@ def find_records(repair: Repair, action: Action) -> JsonObject:
 
 
 def check_gone(repair: Repair, action: Action, is_known: bool) -> None:
-    """Make sure that the server's file is the broken link itself, or what that points to, and gone.
-
-    The text of a link may name a healthy file and lead elsewhere all the same: through `..`
-    behind a symlink, or with a slash at its end.
+    """See that the server's file is the broken link itself, or what that points to, and is gone:
+    the text of a link may name a healthy file and lead elsewhere (`..` behind a symlink, a slash).
     """
     folder, goal = os.path.dirname(action.path), ""
     is_ours = repair.errand.is_broken(action) or not is_known or "removed" in action.progress
@@ -7851,9 +7844,7 @@ def check_gone(repair: Repair, action: Action, is_known: bool) -> None:
 
 
 def is_at_home(repair: Repair, action: Action, place: str) -> bool:
-    """Tell whether the library around a file of the server is there for us: if it is away, that
-    the file cannot be found means nothing.
-    """
+    """Tell whether the library around a file is there for us: or else it may be there, too."""
     if repair.look(os.path.dirname(place)) == OK:
         return True
     root = find_ancestor(slashed(action.server_path), repair.roots)
@@ -7872,10 +7863,8 @@ def are_broken(repair: Repair, paths: Iterable[str]) -> bool:
 
 
 def delete_records(repair: Repair, action: Action) -> JsonObject:
-    """Delete the records, on the server's disk the link as well.
-
-    The server may have done it although the answer says or is nothing; then it has no record.
-    With a recycle bin it cannot move a dangling link there and answers 500.
+    """Delete the records, and on the server's disk the link.  It may be done although no answer
+    says so; and a dangling link cannot be moved to a recycle bin: then the answer is 500.
     """
     for number in action.progress["files"]:
         path = f"{repair.kind.file}/{number}"
@@ -8013,9 +8002,7 @@ def _find_search(
 
 
 def _mark_failed(repair: Repair, actions: Sequence[Action], is_resumed: bool) -> bool:
-    """Have the server take dead releases for failed ones, each once; tell whether it may search
-    for them by itself.
-    """
+    """Have dead releases taken for failed ones, once; tell whether the server may search itself."""
     server, is_own, is_marked = repair.server, repair.searches_itself(), False
     grabs = {_download_of(a): a.progress["grab"] for a in actions if _download_of(a)}
     try:
@@ -8076,9 +8063,7 @@ def is_search_for(command: JsonObject, actions: Iterable[Action]) -> bool:
 
 
 def find_grab(history: Iterable[JsonObject], mine: Iterable[JsonObject]) -> Optional[JsonObject]:
-    """Return which grab brought the file of some episodes or a movie, if it is known: that of the
-    last import among the records that are theirs.  The history is the server's, oldest first.
-    """
+    """Return which grab of a history, oldest first, brought the last import that is `mine`."""
     imports = [r.get("downloadId") for r in mine if r.get("eventType") == "downloadFolderImported"]
     for record in history if imports and imports[-1] else ():
         if record.get("eventType") == "grabbed" and record.get("downloadId") == imports[-1]:
