@@ -2771,7 +2771,7 @@ def fork_quietly() -> int:
     """
     with contextlib.suppress(OSError):
         for _ in range(50):
-            if len(os.listdir("/proc/self/task")) == 1:
+            if len(os.listdir("/proc/self/task")) <= threading.active_count():
                 break
             time.sleep(0.002)
     # A signal's exception is lost where Python is busy with what it does after a fork.
@@ -5829,9 +5829,8 @@ class Kind(NamedTuple):
     """
 
     app: str
-    title: str  # the parameter for the id of a series or movie
+    title: str  # a series or movie
     item: str  # what is searched for and monitored: an episode or a movie
-    items: str  # the key that lists their ids
     monitor: str
     search: str
     file: str
@@ -5847,8 +5846,8 @@ class Kind(NamedTuple):
 
 # fmt: off
 KINDS = {
-    "sonarr": Kind("Sonarr", "seriesId", "episode", "episodeIds", "/episode/monitor",
-        "EpisodeSearch", "/episodefile", "series",
+    "sonarr": Kind("Sonarr", "series", "episode", "/episode/monitor", "EpisodeSearch",
+        "/episodefile", "series",
         {"sonarr_id": "id", "title": "title", "imdb_id": "imdbId", "tvdb_id": "tvdbId",
          "tmdb_id": "tmdbId", "monitored": "monitored", "poster_url": "images.poster",
          "fanart_url": "images.fanart", "year": "year", "tags": "labels"},
@@ -5856,7 +5855,7 @@ KINDS = {
         {"sonarr_file_id": "id", "sonarr_series_id": "seriesId", "season_number": "seasonNumber",
          "quality": "quality.quality.name", "resolution": "quality.quality.resolution",
          "release_group": "releaseGroup", "size_bytes": "size", "original_path": "path"}),
-    "radarr": Kind("Radarr", "movieId", "movie", "movieIds", "/movie/editor", "MoviesSearch",
+    "radarr": Kind("Radarr", "movie", "movie", "/movie/editor", "MoviesSearch",
         "/moviefile", "movies",
         {"radarr_id": "id", "title": "title", "year": "year", "imdb_id": "imdbId",
          "tmdb_id": "tmdbId", "monitored": "monitored", "added_utc": "added",
@@ -5894,10 +5893,6 @@ class Server:
             raise HttpError(f"{self.name}: {text}")
         return self.client.quote(dig(status, "version") or "")
 
-    def get(self, path: str) -> JsonObject:
-        """Return the object, with its id, that a GET answers with."""
-        return self._with_id(self.client.ask("GET", "/api/v3" + path), path)
-
     def get_list(self, path: str, **query: Any) -> Iterator[JsonObject]:
         """Yield the objects of a GET's list.  HttpError if any is none, or has no id: a proxy, or
         something else that is not the server, must not empty its mirror.
@@ -5907,24 +5902,15 @@ class Server:
     def start_list(self, path: str, **query: Any) -> Callable[[], Iterator[JsonObject]]:
         """Do as `get_list` does, but only send the request; what is returned waits for it."""
         wait = self.client.start_list("/api/v3" + path, **query)
+        return lambda: (self.with_id(element, path) for element in wait())
 
-        def objects(elements: Iterator[Any]) -> Iterator[JsonObject]:
-            for element in elements:
-                yield self._with_id(element, path)
-
-        return lambda: objects(wait())
-
-    def _with_id(self, element: Any, path: str) -> JsonObject:
+    def with_id(self, element: Any, path: str) -> JsonObject:
+        """Return some JSON, which must be an object with an id."""
         number = element.get("id") if isinstance(element, dict) else None
-        if type(number) is not int or dig(element, "id") is None:
-            text = f"{self.name}: the JSON of {path} is not what it should be, objects with ids"
-            raise HttpError(text, retry=True)
-        return dict(element)
-
-    def embedded_file(self, movie: JsonObject) -> Optional[JsonObject]:
-        """Return the file of a movie, None where it has none."""
-        file = movie.get("movieFile")
-        return None if file is None else self._with_id(file, "/movie")
+        if type(number) is int and abs(number) < 1 << 63:
+            return element  # type: ignore[no-any-return]
+        text = f"{self.name}: the JSON of {path} is not what it should be, objects with ids"
+        raise HttpError(text, retry=True)
 
     def change(self, method: str, path: str, body: Any = None) -> Any:
         """Send what changes the server."""
@@ -5933,49 +5919,41 @@ class Server:
     def find(self, path: str) -> Optional[JsonObject]:
         """Return one thing, None where the server does not have it."""
         try:
-            return self.get(path)
+            return self.with_id(self.client.ask("GET", "/api/v3" + path), path)
         except HttpError as exc:
             if exc.status != 404:
                 raise
             self.connect()  # or something between us and the server has said so
             return None
 
-    def get_items(self, title_id: int, ids: Iterable[int]) -> List[JsonObject]:
-        """Return the episodes of a series with these ids, or the movie; not what is gone there.
+    def get_title(self, title_id: int) -> Tuple[JsonObject, List[JsonObject]]:
+        """Return a series and its episodes, or a movie as both; nothing if it is gone there.
 
         Not /episode?episodeIds: a single id that is unknown makes that a 500.
         """
-        if self.kind.item == "movie":
-            return list(filter(None, [self.find(f"/movie/{title_id}")]))
-        wanted = set(ids)
-        if self.find(f"/series/{title_id}") is None:
-            return []
-        return [e for e in self.get_list("/episode", seriesId=title_id) if e["id"] in wanted]
+        title = self.find(f"/{self.kind.title}/{title_id}")
+        if title is None or self.kind.item == "movie":
+            return title or {}, [title] if title else []
+        return title, list(self.get_list("/episode", seriesId=title_id))
 
-    def get_history(self, title_id: int, season: Any) -> List[JsonObject]:
+    def get_history(self, title_id: int, season: Any = None) -> List[JsonObject]:
         """Return what the server has done for a season or a movie, the oldest first."""
-        query = {self.kind.title: title_id, "seasonNumber": season}
-        path = "/history/movie"
-        if self.kind.item == "movie" or season is None:
-            del query["seasonNumber"]
-        if self.kind.item == "episode":
-            path = "/history/series"
+        query = {} if season is None or self.kind.item == "movie" else {"seasonNumber": season}
+        path, query[f"{self.kind.title}Id"] = f"/history/{self.kind.title}", title_id
         return sorted(self.get_list(path, **query), key=operator.itemgetter("id"))
 
     def labels(self, title: JsonObject) -> str:
         """Return the labels of a title's tags, comma-separated."""
-        numbers = title.get("tags")
-        if not isinstance(numbers, list) or not numbers:
+        if not isinstance(title.get("tags"), list) or not title["tags"]:
             return ""
         if self._tags is None:
             tags = self.get_list("/tag")
             self._tags = {tag["id"]: str(dig(tag, "label")).lower() for tag in tags}
-        return ",".join(sorted(label for n, label in self._tags.items() if n in numbers))
+        return ",".join(sorted(label for n, label in self._tags.items() if n in title["tags"]))
 
     def file_of(self, item: JsonObject) -> int:
         """Return the id of the file that an episode or movie has, 0 without one."""
-        place = "episodeFileId" if self.kind.item == "episode" else "movieFileId"
-        return int(dig(item, place) or dig(item, "movieFile.id") or 0)
+        return int(dig(item, f"{self.kind.item}FileId") or dig(item, "movieFile.id") or 0)
 
 
 def dig(value: Any, place: str) -> Union[str, int, float, None]:
@@ -6043,73 +6021,58 @@ def ingest_instances(
     A thread a server reads; this one alone writes, to temporary tables first: a server that fails
     halfway changes nothing.
     """
+    blank = {"version": "", **dict.fromkeys(("titles", "files", "linked", "removed"), 0)}
     lines: List[JsonObject] = [
-        {"name": one.name, "kind": one.kind, "version": "", "titles": 0, "files": 0, "linked": 0,
-         "removed": 0, "error": None} for one in instances
-    ]  # fmt: skip
+        {"name": one.name, "kind": one.kind, **blank, "error": None} for one in instances
+    ]
     kinds = [KINDS[instance.kind] for instance in instances]
     pieces: queue.Queue[Tuple[int, Any]] = queue.Queue(2 * len(instances))
-    left = threading.Event()
     _collect_goals(conn)
     for number, instance in enumerate(instances):
         for table, fields in kinds[number].tables():
             conn.execute(f"DROP TABLE IF EXISTS temp.{table}_{number}")
             conn.execute(f"CREATE TEMP TABLE {table}_{number} (here, {', '.join(fields)})")
-        server = Server(instance, repair.timeout, repair.list_timeout)
-        arguments = (server, number, pieces, left)
+        arguments = (Server(instance, repair.timeout, repair.list_timeout), number, pieces)
         threading.Thread(target=_read_server, args=arguments, daemon=True).start()
-    reading = set(range(len(instances)))
-    try:
-        while reading:
-            with contextlib.suppress(queue.Empty):
-                number, piece = pieces.get(timeout=0.5)
-                line = lines[number]
-                if isinstance(piece, list):
-                    for (table, fields), rows in zip(kinds[number].tables(), piece):
-                        _keep(conn, f"{table}_{number}", len(fields), rows)
-                    line["titles"] += len(piece[0])
-                    line["files"] += len(piece[1])
-                elif isinstance(piece, str):
-                    line["version"] = piece
-                else:
-                    reading.remove(number)
-                    if isinstance(piece, HttpError):
-                        log.error("%s", piece)
-                        line["error"] = str(piece)
-                    elif piece:
-                        raise piece
-                    else:
-                        line.update(_replace_rows(conn, line["name"], kinds[number], number))
+    reading = len(instances)
+    while reading:
+        number, piece = pieces.get()
+        line = lines[number]
+        if isinstance(piece, list):
+            for (table, fields), rows in zip(kinds[number].tables(), piece):
+                _keep(conn, f"{table}_{number}", len(fields), rows)
+            line["titles"] += len(piece[0])
+            line["files"] += len(piece[1])
             progress(f"{sum(line['files'] for line in lines):,} files")
-    finally:
-        left.set()
+        elif isinstance(piece, str):
+            line["version"] = piece
+        elif isinstance(piece, HttpError):
+            log.error("%s", piece)
+            line["error"] = str(piece)
+        elif piece:
+            raise piece
+        else:
+            line.update(_replace_rows(conn, line["name"], kinds[number], number))
+        if not isinstance(piece, (list, str)):
+            reading -= 1
     return lines
 
 
-def _read_server(server: Server, number: int, pieces: Any, left: threading.Event) -> None:
+def _read_server(server: Server, number: int, pieces: queue.Queue[Tuple[int, Any]]) -> None:
     """Put (number, piece) into a queue: the version, lists of rows, at the end None or an error."""
-
-    def put(piece: Any) -> None:
-        while not left.is_set():
-            with contextlib.suppress(queue.Full):
-                pieces.put((number, piece), timeout=0.2)
-                return
-        raise InterruptedError
-
     rows: List[List[List[Any]]] = [[], []]
     try:
-        put(server.connect())
+        pieces.put((number, server.connect()))
         for found in _read_all(server):
             for kept, items, (_, fields) in zip(rows, found, server.kind.tables()):
                 kept.extend(_make_row(server, item, fields.values()) for item in items)
             if len(rows[0]) + len(rows[1]) >= ROWS_AT_ONCE:
-                put(rows)
+                pieces.put((number, rows))
                 rows = [[], []]
-        put(rows)
-        put(None)
+        pieces.put((number, rows))
+        pieces.put((number, None))
     except BaseException as exc:
-        with contextlib.suppress(InterruptedError):
-            put(exc)
+        pieces.put((number, exc))
 
 
 def _make_row(server: Server, item: JsonObject, places: Iterable[str]) -> List[Any]:
@@ -6124,12 +6087,15 @@ def _read_all(server: Server) -> Iterator[Tuple[List[JsonObject], List[JsonObjec
     if server.kind.item == "movie":
         for movie in server.get_list("/movie"):
             movie["labels"] = server.labels(movie)
-            file = server.embedded_file(movie)
-            yield [movie], [{**file, "movieId": movie["id"]}] if file else []
+            file = movie.get("movieFile")
+            found = [] if file is None else [server.with_id(file, "/movie")]
+            yield [movie], [{**file, "movieId": movie["id"]} for file in found]
         return
     waiting: Deque[Tuple[int, Callable[[], Iterator[JsonObject]]]] = deque()
 
-    def next_files() -> Iterator[JsonObject]:
+    def next_files(room: int) -> Iterator[JsonObject]:
+        if len(waiting) <= room:
+            return iter(())
         number, wait = waiting.popleft()
         try:
             return wait()
@@ -6140,15 +6106,13 @@ def _read_all(server: Server) -> Iterator[Tuple[List[JsonObject], List[JsonObjec
 
     for series in server.get_list("/series"):
         series["labels"] = server.labels(series)
-        files: Iterator[JsonObject] = iter(())
+        files = next_files(READERS - 1)
         if dig(series, "statistics.episodeFileCount"):
-            if len(waiting) >= READERS:
-                files = next_files()
             start = server.start_list(server.kind.file, seriesId=series["id"])
             waiting.append((series["id"], start))
         yield [series], list(files)  # while the others are under way
     while waiting:
-        yield [], list(next_files())
+        yield [], list(next_files(0))
 
 
 def _collect_goals(conn: sqlite3.Connection) -> None:
@@ -6187,33 +6151,25 @@ def _replace_rows(
 ) -> Dict[str, int]:
     """Put what was read in the place of the instance's rows, each file linked to its symlink."""
     file_id, columns = next(iter(kind.file_fields)), ", ".join(kind.file_fields)
-    (titles, title_fields), (files, _) = kind.tables()
-    names = ", ".join(title_fields)
-    with transaction(conn):
-        removed = conn.execute(
-            f"SELECT count(*) FROM {files} WHERE instance = ? AND {file_id} NOT IN "
-            f"(SELECT {file_id} FROM temp.{files}_{number})",
-            (instance,),
-        ).fetchone()[0]
-        for table in (titles, files):
-            conn.execute(f"DELETE FROM {table} WHERE instance = ?", (instance,))
-        conn.execute(
-            f"INSERT OR REPLACE INTO {titles} (instance, {names}) "
-            f"SELECT ?, {names} FROM temp.{titles}_{number}",
-            (instance,),
-        )
-        conn.execute(
-            f"""INSERT INTO {files} (instance, {columns}, symlink_path)
+    (titles, files), names = (kind.titles, kind.files), ", ".join(kind.title_fields)
+    statements = (
+        f"""SELECT count(*) FROM {files} WHERE instance = ? AND {file_id} NOT IN
+            (SELECT {file_id} FROM temp.{files}_{number})""",
+        f"DELETE FROM {titles} WHERE instance = ?",
+        f"DELETE FROM {files} WHERE instance = ?",
+        f"""INSERT OR REPLACE INTO {titles} (instance, {names})
+            SELECT ?, {names} FROM temp.{titles}_{number}""",
+        f"""INSERT INTO {files} (instance, {columns}, symlink_path)
             SELECT ?, {columns}, coalesce(link.path, near.path, far.path)
             FROM temp.{files}_{number}
             LEFT JOIN symlinks link ON link.path = here AND link.status <> 'missing'
             LEFT JOIN temp.goals near ON near.goal = here
             LEFT JOIN temp.goals far ON far.goal = original_path""",
-            (instance,),
-        )
-        mine = f"SELECT count(symlink_path) FROM {files} WHERE instance = ?"
-        linked = conn.execute(mine, (instance,)).fetchone()[0]
-    return {"linked": linked, "removed": removed}
+        f"SELECT count(symlink_path) FROM {files} WHERE instance = ?",
+    )
+    with transaction(conn):
+        counts = [conn.execute(statement, (instance,)).fetchone() for statement in statements]
+    return {"linked": counts[-1][0], "removed": counts[0][0]}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6251,34 +6207,29 @@ def find_owner(
     is a file, or a folder of files; else, for a video, the instance with the longest root above it.
     """
     goal = os.path.normpath(os.path.join(os.path.dirname(path), target))
-    nearest = sorted(instances, key=lambda instance: -_root_length(instance, path))
-    for name in (path, goal):
-        for instance in nearest:
-            kind = KINDS[instance.kind]
-            title_id, (file_id, parent_id, *_) = next(iter(kind.title_fields)), kind.file_fields
-            season = "f.season_number" if kind.item == "episode" else "NULL"
-            server_path = map_path(name, instance.settings.path_map)
-            asked = [("f.original_path = ? AND f.instance = ?", [to_db(server_path)])]
-            if not is_video(path):  # a link to a folder stands for the files beneath it
-                condition, values = beneath(server_path, "f.original_path")
-                asked.append((f"{condition} AND +f.instance = ?", values))  # by the paths' index
-            for condition, values in asked:
-                row = conn.execute(
-                    f"SELECT f.{file_id}, t.monitored, coalesce(t.tags, ''), f.{parent_id}, "
-                    f"{season} FROM {kind.files} f LEFT JOIN {kind.titles} t "
-                    f"ON t.instance = f.instance AND t.{title_id} = f.{parent_id} "
-                    f"WHERE {condition}",
-                    (*values, instance.name),
-                ).fetchone()
-                if row:
-                    return Owner(instance.name, server_path, *row)
-    if nearest and _root_length(nearest[0], path) and is_video(path):
+    above = {one.name: find_ancestor(path, one.settings.roots) or "" for one in instances}
+    nearest = sorted(instances, key=lambda instance: -len(above[instance.name]))
+    for name, instance in itertools.product((path, goal), nearest):
+        kind = KINDS[instance.kind]
+        title_id, (file_id, parent_id, *_) = next(iter(kind.title_fields)), kind.file_fields
+        server_path = map_path(name, instance.settings.path_map)
+        asked: List[Tuple[str, List[Any]]] = [("f.original_path = ?", [to_db(server_path)])]
+        if not is_video(path):  # a link to a folder stands for the files beneath it
+            asked.append(beneath(server_path, "f.original_path"))
+        for condition, values in asked:
+            row = conn.execute(
+                f"SELECT f.{file_id}, t.monitored, coalesce(t.tags, ''), f.{parent_id}, "
+                f"{'f.season_number' if kind.item == 'episode' else 'NULL'} FROM {kind.files} f "
+                f"LEFT JOIN {kind.titles} t ON t.instance = f.instance "
+                f"AND t.{title_id} = f.{parent_id} "
+                f"WHERE {condition} AND +f.instance = ?",  # by the paths' index
+                (*values, instance.name),
+            ).fetchone()
+            if row:
+                return Owner(instance.name, server_path, *row)
+    if nearest and above[nearest[0].name] and is_video(path):
         return Owner(nearest[0].name, map_path(path, nearest[0].settings.path_map))
     return None
-
-
-def _root_length(instance: Instance, path: str) -> int:
-    return len(find_ancestor(path, instance.settings.roots) or "")
 
 
 class RelayTerm(NamedTuple):
@@ -6309,10 +6260,11 @@ def plan_relay(relay: RelaySettings, path: str) -> List[RelayTerm]:
 
     Shows and movies are named as their folders are: so the relay has always been asked.
     """
-    above = find_ancestor(path, dict(relay.routes))
+    routes, media = dict(relay.routes), parse_media(path)
+    above = find_ancestor(path, routes)
     if above is None or not relay.base or not is_video(path):
         return []
-    kind, media = dict(relay.routes)[above], parse_media(path)
+    kind = routes[above]
     folders = path[len(above.rstrip("/")) + 1 :].split("/")[:-1]
     if kind.startswith("radarr"):
         return [RelayTerm(kind, folders[-1] if folders else media.name)]
@@ -6362,9 +6314,8 @@ def why_not(
         return wait.reason
     if sum(a.times for a in attempts if a.fired >= since) >= settings.max_attempts:
         return "exhausted"
-    if now - max((a.fired for a in attempts), default=0.0) < settings.cooldown:
-        return "cooldown"
-    return ""
+    last = max((attempt.fired for attempt in attempts), default=0.0)
+    return "cooldown" if now - last < settings.cooldown else ""
 
 
 def is_replaced(conn: sqlite3.Connection, path: str, since: float) -> bool:
@@ -6381,6 +6332,14 @@ def is_replaced(conn: sqlite3.Connection, path: str, since: float) -> bool:
     parts = operator.attrgetter("kind", "title", "year", "season", "episodes", "date")
     newer = [name for name in (from_db(row[0]) for row in rows) if os.path.dirname(name) == folder]
     return any(is_video(name) and parts(parse_work(name)) == parts(work) for name in newer)
+
+
+def group_by(items: Iterable[Any], key: Callable[[Any], Any]) -> Dict[Any, List[Any]]:
+    """Return {key: the items that have it}, in their order."""
+    groups: Dict[Any, List[Any]] = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return dict(groups)
 
 
 def fill_batch(groups: Iterable[Sequence[Any]], room: int) -> List[Any]:
@@ -6417,25 +6376,25 @@ def queue_repairs(conn: sqlite3.Connection, config: Config) -> JsonObject:
     found = find_broken(conn, config.scan.roots)
     for path, target, since_utc in itertools.chain(found, find_unplayable(conn, config)):
         since = parse_time(since_utc) or 0.0
-        owner = find_owner(conn, config.instances, path, target)
+        owner = owners[path] = find_owner(conn, config.instances, path, target)
         seasons[path] = name_season(config, path, owner)
         wait = plan_wait(settings.min_age, settings.patience, since, losses.get(path))
         reason = why_not(settings, since, history.get(path, ()), now, wait)
         if not reason and is_replaced(conn, path, since):
             reason = "recovered"
-        reason = reason or ("taken_back" if path in taken_back else "")
-        if not reason and not owner and not plan_relay(config.relay, path):
+        elif not reason and path in taken_back:
+            reason = "taken_back"
+        elif not reason and not owner and not plan_relay(config.relay, path):
             reason = "no_route"
-        if not reason and owner and owner.monitored == 0 and not settings.unmonitored:
+        elif not reason and owner and owner.monitored == 0 and not settings.unmonitored:
             reason = "unmonitored"
-        if not reason and owner and spared[owner.instance].intersection(owner.tags.split(",")):
+        elif not reason and owner and spared[owner.instance].intersection(owner.tags.split(",")):
             reason = "tagged"
         if reason:
             skipped[reason] += 1
             waits += [wait] if reason == "waiting" else []
             young.update({seasons[path]: reason} if reason in YOUNG else {})
-        else:
-            owners[path] = owner
+            del owners[path]
     for path in [path for path in owners if seasons[path] in young]:
         skipped[young[seasons[path]]] += 1  # its season waits for the youngest
         del owners[path]
@@ -6446,35 +6405,25 @@ def queue_repairs(conn: sqlite3.Connection, config: Config) -> JsonObject:
             skipped["unreachable" if status == UNREACHABLE else "recovered"] += 1
             log.debug("%s is not queued: %s", path, why or status)
             del owners[path]
-    queued = _insert_actions(conn, settings, plan_actions(config, owners), seasons, skipped)
-    code = EXIT_REFUSED if skipped["unreachable"] else EXIT_OK
-    told = {"queued": queued, "skipped": dict(skipped), "waits": summarise_waits(waits)}
-    return {**told, "exit_code": code}
-
-
-def _insert_actions(
-    conn: sqlite3.Connection, settings: RepairSettings, plan: List[Tuple[str, List[str]]],
-    seasons: Mapping[str, str], skipped: Counter[str],
-) -> List[JsonObject]:  # fmt: skip
-    """Queue the (URL, links) of a plan, as many as the limit has room for."""
-    groups: Dict[str, List[Tuple[str, List[str]]]] = {}
-    for url, paths in plan:
-        groups.setdefault(seasons[paths[0]], []).append((url, paths))
+    plan = plan_actions(config, owners)
+    groups = group_by(plan.items(), lambda entry: seasons[entry[1][0]])
     batch = fill_batch(groups.values(), settings.limit)
-    links = sum(len(paths) for _, paths in plan)
-    skipped["over_limit"] += links - sum(len(paths) for _, paths in batch)
+    skipped["over_limit"] = sum(map(len, plan.values())) - sum(len(paths) for _, paths in batch)
     queued: List[JsonObject] = []
-    times = {"min_age": settings.min_age, "patience": settings.patience}
     for url, paths in batch:
         reason = "broken link" if len(paths) == 1 else f"{len(paths)} broken links of a season"
-        noted = {"paths": paths, "season": seasons[paths[0]], **times}
+        noted = {"paths": paths, "season": seasons[paths[0]], "min_age": settings.min_age}
+        noted["patience"] = settings.patience
         number, is_new = insert_action(conn, url, reason, paths[0], json.dumps(noted))
         if is_new:
             _write_events(conn, [link_event(path, "", "queued", PENDING) for path in paths])
             queued.append({"id": number, "url": url, "related_path": paths[0], "reason": reason})
         else:
             skipped["already_queued"] += len(paths)
-    return queued
+    return {
+        "queued": queued, "skipped": dict(skipped), "waits": summarise_waits(waits),
+        "exit_code": EXIT_REFUSED if skipped["unreachable"] else EXIT_OK,
+    }  # fmt: skip
 
 
 def list_actions(
@@ -6483,12 +6432,11 @@ def list_actions(
     """Return the rows of `actions list --json`, of a status or with certain ids."""
     select = """SELECT id, url, status, reason, related_path, created_utc, fired_utc, attempts,
         next_attempt_utc, last_error FROM actions ORDER BY id"""
-    found = []
-    for row in map(dict, conn.execute(select)):
-        if (status is None or row["status"] == status) and (not ids or row["id"] in ids):
-            row.update((name, from_db(row[name])) for name in ("related_path", "reason"))
-            found.append(row)
-    return found
+    return [
+        {**row, "related_path": from_db(row["related_path"]), "reason": from_db(row["reason"])}
+        for row in map(dict, conn.execute(select))
+        if (status is None or row["status"] == status) and (not ids or row["id"] in ids)
+    ]
 
 
 def retry_actions(conn: sqlite3.Connection, ids: Sequence[int]) -> List[int]:
@@ -6497,21 +6445,18 @@ def retry_actions(conn: sqlite3.Connection, ids: Sequence[int]) -> List[int]:
     One that had begun goes on from where its file record was found.  Returns the ids.
     """
     changed = []
+    twin = "SELECT 1 FROM actions WHERE status = 'pending' AND url = ?"
+    select = """SELECT id, status, url, progress FROM actions
+        WHERE status IN ('failed', 'cancelled') ORDER BY id"""
     with transaction(conn):
-        for number, status, url, noted in conn.execute(
-            "SELECT id, status, url, progress FROM actions"
-        ).fetchall():
-            if number not in ids if ids else status != FAILED:
-                continue
-            twin = "SELECT 1 FROM actions WHERE status = 'pending' AND url = ? AND id <> ?"
-            if status in (SENT, REPAIRED) or conn.execute(twin, (url, number)).fetchone():
-                continue
-            progress = {**json.loads(noted or "{}"), "searches": 0, "sending": False}
-            if progress.get("step"):
-                progress["step"] = "found"
-            anew = {"attempts": 0, "next_attempt_utc": None, "last_error": None}
-            update_action(conn, number, status=PENDING, progress=json.dumps(progress), **anew)
-            changed.append(number)
+        for number, status, url, noted in conn.execute(select).fetchall():
+            is_chosen = number in ids if ids else status == FAILED
+            if is_chosen and not conn.execute(twin, (url,)).fetchone():
+                progress = {**json.loads(noted or "{}"), "searches": 0, "sending": False}
+                progress.update({"step": "found"} if progress.get("step") else {})
+                anew = {"attempts": 0, "next_attempt_utc": None, "last_error": None}
+                update_action(conn, number, status=PENDING, progress=json.dumps(progress), **anew)
+                changed.append(number)
     return changed or [-1]
 
 
@@ -6519,36 +6464,32 @@ def cancel_actions(conn: sqlite3.Connection, ids: Sequence[int]) -> List[int]:
     """Cancel actions that are pending or on their way, by default all that are pending."""
     open_now = conn.execute("SELECT id, status FROM actions WHERE status IN ('pending', 'sent')")
     chosen = [i for i, status in open_now if (i in ids if ids else status == PENDING)]
-    update = "UPDATE actions SET status = 'cancelled', next_attempt_utc = NULL WHERE id = ?"
     with transaction(conn):
-        conn.executemany(update, [(number,) for number in chosen])
+        for number in chosen:
+            update_action(conn, number, status=CANCELLED, next_attempt_utc=None)
     return chosen or [-1]
 
 
-def plan_actions(
-    config: Config, owners: Mapping[str, Optional[Owner]]
-) -> List[Tuple[str, List[str]]]:
-    """Return (URL, links) of the actions for some broken links, in their order.
+def plan_actions(config: Config, owners: Mapping[str, Optional[Owner]]) -> Dict[str, List[str]]:
+    """Return {URL: links} of the actions for some broken links, in their order.
 
     Broken episodes of one season become one search of the relay from `season_threshold` on.
     """
-    actions: Dict[str, List[str]] = {}
-    seasons: Dict[Tuple[str, str, Optional[int]], Set[int]] = {}
+    actions: Dict[str, List[str]] = defaultdict(list)
     terms = {path: plan_relay(config.relay, path) for path, owner in owners.items() if not owner}
-    for term in itertools.chain.from_iterable(terms.values()):
-        seasons.setdefault(term[:3], set()).add(term.episode)
+    lost = {term for some in terms.values() for term in some}
+    seasons = Counter(term[:3] for term in lost)
     for path, owner in owners.items():
         if owner:
             quoted = quote(os.fsencode(owner.server_path))
-            actions.setdefault(f"arr://{owner.instance}/repair?path={quoted}", []).append(path)
-            continue
-        for term in terms[path]:
-            enough = 0 < config.repair.season_threshold <= len(seasons[term[:3]])
-            url = term.to_url(config.relay, enough and term.season is not None)
-            paths = actions.setdefault(url, [])
-            if path not in paths:
-                paths.append(path)
-    return list(actions.items())
+            actions[f"arr://{owner.instance}/repair?path={quoted}"].append(path)
+        urls = set()
+        for term in terms.get(path, ()):
+            enough = 0 < config.repair.season_threshold <= seasons[term[:3]]
+            urls.add(term.to_url(config.relay, enough and term.season is not None))
+        for url in sorted(urls):
+            actions[url].append(path)
+    return dict(actions)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6652,9 +6593,10 @@ def remove_empty_folders(conn: sqlite3.Connection, config: Config) -> None:
 # ---------------------------------------------------------------------------------------------
 # Dispatch
 # ---------------------------------------------------------------------------------------------
-# A direct repair goes from step to step, see `REPAIR_STEPS`.  Each stands in `actions.progress`
-# before the next is taken, so that a run that was killed is finished by the next one.  When its
-# search is sent the action is 'sent', until the server has a file again that resolves on disk.
+# A direct repair goes from step to step, see `REPAIR_STEPS`.  Each is written into
+# `actions.progress` before the next is taken, so that a run that was killed is finished by the next
+# one.  When its search is sent the action is 'sent', until the server has a file again that
+# resolves on disk.
 
 MAX_TRIES = 5
 FIRST_DELAY = 60.0  # seconds before the second try; doubled with each
@@ -6669,6 +6611,14 @@ VALUES ((SELECT coalesce(max(run_id), 0) FROM runs), ?, ?, '', 'removed', ?,
 """
 
 
+class Settled(Exception):
+    """An action goes no further now: (outcome, why).  'unreachable' leaves it as it is, like ''."""
+
+
+class AwayError(RefresherrError):
+    """Not what a server was asked for is at fault, but the server, or the way to it."""
+
+
 @dataclasses.dataclass
 class Action:
     """A row of `actions`, and what became of it in this run."""
@@ -6680,94 +6630,83 @@ class Action:
     attempts: int
     progress: JsonObject
     fired: float
-    is_due: bool = True
+    is_due: bool
     outcome: str = ""
     error: str = ""
     commands: List[JsonObject] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        paths = self.progress.get("paths") or [self.path]
+        self.paths = [path for path in paths if path.startswith("/")]  # or else it is a label
+        parts = urlsplit(self.url if self.url.startswith("arr:") else "")
+        self.server = parts.netloc  # '' stands for the relay
+        self.server_path = os.fsdecode(unquote_to_bytes(parts.query.partition("=")[2]))
+        folder = os.path.dirname(slashed(self.server_path))
+        self.season = str(self.progress.get("season") or folder or self.id)
 
     @property
     def step(self) -> str:
         return str(self.progress.get("step", ""))
 
     @property
-    def paths(self) -> List[str]:
-        """The links that wait for it; the container edition has labels in their place."""
-        paths = self.progress.get("paths") or [self.path]
-        return [path for path in paths if path.startswith("/")]
-
-    @property
-    def server(self) -> str:
-        """The instance of an arr:// URL; '' stands for the relay."""
-        return urlsplit(self.url).netloc if self.url.startswith("arr:") else ""
-
-    @property
-    def server_path(self) -> str:
-        """The file as the server sees it."""
-        return os.fsdecode(unquote_to_bytes(urlsplit(self.url).query.partition("=")[2]))
-
-    @property
-    def season(self) -> str:
-        """What it is to be done together with."""
-        folder = os.path.dirname(slashed(self.server_path))
-        return str(self.progress.get("season") or folder or self.id)
-
-    @property
-    def files(self) -> List[int]:
-        """The ids of the file records that it is about."""
-        return self.progress.get("files") or [self.progress["file_id"]]  # the second: version 1.0
-
-    def to_json(self) -> JsonObject:
-        """Return an item of `dispatch --json`."""
-        return {
-            "id": self.id, "url": self.url, "related_path": self.path, "status": self.outcome,
-            "error": self.error or None, "commands": self.commands,
-        }  # fmt: skip
+    def items(self) -> Set[int]:
+        """The ids of the episodes, or the movie, that its file held."""
+        return set(map(int, self.progress.get("items", ())))
 
 
-def load_actions(conn: sqlite3.Connection, condition: str, *values: Any) -> List[Action]:
+def load_actions(conn: sqlite3.Connection, condition: str) -> List[Action]:
     """Return the actions that an SQL condition names, oldest first."""
-    rows = conn.execute(
-        "SELECT id, url, related_path, status, attempts, progress, fired_utc, "
-        f"coalesce(next_attempt_utc, '') <= ? FROM actions WHERE {condition} ORDER BY id",
-        (utc_now(), *values),
-    )
+    query = f"""SELECT id, coalesce(url, ''), related_path, status, coalesce(attempts, 0),
+        coalesce(progress, '{{}}'), fired_utc, coalesce(next_attempt_utc, '') <= ?
+        FROM actions WHERE {condition} ORDER BY id"""
     return [
-        Action(number, url or "", from_db(path), status, attempts or 0,
-            json.loads(progress or "{}"), parse_time(fired) or 0.0, bool(is_due))
-        for number, url, path, status, attempts, progress, fired, is_due in rows
-    ]  # fmt: skip
+        Action(
+            number, url, from_db(path), status, tries, json.loads(noted), parse_time(at) or 0, due
+        )
+        for number, url, path, status, tries, noted, at, due in conn.execute(query, (utc_now(),))
+    ]
+
+
+def note_progress(
+    conn: sqlite3.Connection, actions: Iterable[Action], event: str = "", **progress: Any
+) -> None:
+    """Write down how far actions have come."""
+    with transaction(conn):
+        for action in actions:
+            action.progress.update(progress)
+            update_action(conn, action.id, progress=json.dumps(action.progress))
+            if event:
+                _write_events(conn, [link_event(action.path, "", event, action.status)])
 
 
 def end_action(
-    conn: sqlite3.Connection, action: Action, status: str, error: str = "", fired: bool = True
+    conn: sqlite3.Connection, action: Action, status: str, why: str = "", counts: bool = True
 ) -> None:
-    """Give an action its new status, and the log of events a row."""
+    """Give an action its new status; with `counts` it is an attempt, and its cooldown begins."""
     action.status = action.outcome = status
-    action.error = escape_message(error)  # a name in it may not be UTF-8
+    action.error = escape_message(why)  # a name in it may not be UTF-8
     columns: JsonObject = {"last_error": action.error or None, "next_attempt_utc": None}
-    if fired and status != REPAIRED:
-        columns["fired_utc"] = utc_now()
-    if status == SENT:
-        columns["attempts"] = 0
+    columns.update({"fired_utc": utc_now()} if counts else {})
+    columns.update({"attempts": 0} if status == SENT else {})
     with transaction(conn):
         update_action(conn, action.id, status=status, **columns)
-        paths = action.paths or [action.path]
-        _write_events(conn, [link_event(path, "", status, status) for path in paths])
+        events = [link_event(p, "", status, status) for p in action.paths or [action.path]]
+        _write_events(conn, events)
 
 
 def settle_repairs(conn: sqlite3.Connection) -> List[Action]:
-    """Call repaired what was sent and whose links the last scan found good, or well replaced; and
-    what has failed, where another link has come in the place of one that is gone.
+    """Call repaired what was sent and is good again, or well replaced, by the last scan; and what
+    has failed, where another link has come in the place of one that is gone.
     """
     settled = []
     for action in load_actions(conn, "status IN ('sent', 'failed')"):
-        known = find_links(conn, action.paths)
-        good = [path for path, link in known.items() if link.status == OK]
-        if action.status == FAILED and any(link.status != MISSING for link in known.values()):
+        states = {path: link.status for path, link in find_links(conn, action.paths).items()}
+        if action.status == FAILED and set(states.values()) - {MISSING}:
             continue
-        back = [path in good or is_replaced(conn, path, action.fired) for path in action.paths]
-        if back and all(back):
-            end_action(conn, action, REPAIRED)
+        if action.paths and all(
+            states.get(path) == OK or is_replaced(conn, path, action.fired) for path in action.paths
+        ):
+            end_action(conn, action, REPAIRED, counts=False)
             settled.append(action)
     return settled
 
@@ -6776,28 +6715,18 @@ def find_gone(conn: sqlite3.Connection) -> List[Action]:
     """Return the repairs that have failed after they had begun, and whose link is gone since."""
     last = "SELECT max(id) FROM actions GROUP BY related_path"
     failed = load_actions(conn, f"status = 'failed' AND url LIKE 'arr://%' AND id IN ({last})")
-    gone = {path for action in failed for path in action.paths}
-    links = find_links(conn, list(gone))
-    gone = {path for path in gone if path not in links or links[path].status == MISSING}
-    return [a for a in failed if a.progress.get("items") and gone.issuperset(a.paths)]
-
-
-class AwayError(HttpError):
-    """Not what a server was asked for is at fault, but the server, or the way to it."""
+    links = find_links(conn, [path for action in failed for path in action.paths])
+    there = {path for path, link in links.items() if link.status != MISSING}
+    return [action for action in failed if action.items and there.isdisjoint(action.paths)]
 
 
 class Dispatcher:
-    """Carries out actions: one server after the other, one request at a time.
-
-    Without `applied` nothing is sent that changes a server: the plan is made and reported.  With
-    `wait` the commands of the servers are followed to their end.
+    """Carries out actions: one server after the other, one request at a time; if not `applied`, it
+    only says what it would send.  With `wait` the servers' commands are followed to their end.
     """
 
     def __init__(self, conn: sqlite3.Connection, config: Config, applied: bool, wait: bool) -> None:
-        self.conn = conn
-        self.config = config
-        self.applied = applied
-        self.wait = wait
+        self.conn, self.config, self.applied, self.wait = conn, config, applied, wait
         self.left = self.limit = config.repair.max  # so many may still be tried in this run
         self.deadline = math.inf  # of time.monotonic()
         self.losses = load_losses(conn)
@@ -6821,93 +6750,84 @@ class Dispatcher:
             if not re.match("(arr|https?)://", action.url):
                 self.fail(action, HttpError("cannot be sent: its URL is not http or https"))
             elif first.setdefault(action.url, action.id) != action.id:  # of the container edition
-                words = f"the same as action {first[action.url]}"
-                end_action(self.conn, action, CANCELLED, words, fired=False)
-        names = {action.server for action in actions if not action.outcome}
-        failed = [a for a in find_gone(self.conn) if self.is_time_to_ask(a.server)]
-        for name in sorted(names.union(action.server for action in failed)):
-            mine = [a for a in actions if a.server == name and not a.outcome]
-            self.visit(name, mine, [a for a in failed if a.server == name])
+                self.settle(action, CANCELLED, f"the same as action {first[action.url]}")
+        day = time.time() - DAY
+        failed = [a for a in find_gone(self.conn) if a.progress.get("asked", 0.0) < day]
+        self.visit([action for action in actions if not action.outcome], failed)
         return self.result(settled + actions + failed)
-
-    def visit(self, name: str, actions: List[Action], failed: Sequence[Action]) -> None:
-        """Do what there is to do at a server, or at the relay."""
-        instances = {instance.name: instance for instance in self.config.instances}
-        try:
-            if not name:
-                self.ask_relay(actions)
-            elif name in instances:
-                Repair(self, instances[name]).run(actions, failed)
-            elif actions:
-                self.stop((), f"{name} is not in the config any more; its actions wait")
-        except HttpError as exc:
-            if actions:
-                self.stop((a for a in actions if a.status == PENDING and a.is_due), str(exc))
 
     def ask_failed(self, names: Iterable[str]) -> None:
         """Ask servers after failed repairs whose link is gone."""
-        failed = find_gone(self.conn)
-        for name in set(names).intersection(action.server for action in failed):
-            self.visit(name, [], [action for action in failed if action.server == name])
+        chosen = set(names)
+        self.visit((), [action for action in find_gone(self.conn) if action.server in chosen])
 
-    def stop(self, actions: Iterable[Action], problem: str) -> None:
-        """Leave the actions of a server as they are, and say why."""
+    def visit(self, actions: Sequence[Action], failed: Sequence[Action]) -> None:
+        instances = {instance.name: instance for instance in self.config.instances}
+        for name in sorted({action.server for action in (*actions, *failed)}):
+            mine = [action for action in actions if action.server == name]
+            try:
+                if not name:
+                    Relay(self).run(mine)
+                elif name in instances:
+                    Repair(self, instances[name]).run(mine, [a for a in failed if a.server == name])
+                elif mine:
+                    self.complain(f"{name} is not in the config any more; its actions wait")
+            except (HttpError, AwayError) as exc:
+                if mine:
+                    self.complain(str(exc))
+                waiting = [a for a in mine if a.status == PENDING and a.is_due and not a.outcome]
+                for action in waiting if self.has_room() else ():
+                    self.settle(action, PENDING, str(exc))
+
+    def complain(self, problem: str) -> None:
         log.error("%s", problem)
         self.problems.append(problem)
-        for action in actions:
-            if not action.outcome and self.has_room():
-                action.outcome, action.error = PENDING, redact(problem)
 
-    def result(self, actions: List[Action]) -> JsonObject:
+    def result(self, actions: Iterable[Action]) -> JsonObject:
         touched = [action for action in actions if action.outcome]
         count = Counter(action.outcome for action in touched)
         good = sum(count[status] for status in (SENT, CANCELLED, REPAIRED, WOULD_SEND))
         code = EXIT_OK
         if self.problems or count[FAILED] or count[RETRY]:
             code = EXIT_PARTIAL if good else EXIT_FAILED
-        code = EXIT_REFUSED if self.refused else code
-        result: JsonObject = {"applied": self.applied, "exit_code": code}
-        result.update({name: count[name] for name in (SENT, FAILED, RETRY, CANCELLED, REPAIRED)})
-        result["actions"] = [action.to_json() for action in touched]
-        if self.problems:
-            result["message"] = "; ".join(dict.fromkeys(self.problems))
-        return result
-
-    # What all actions have in common
+        names = (SENT, FAILED, RETRY, CANCELLED, REPAIRED)
+        return {
+            "applied": self.applied, "exit_code": EXIT_REFUSED if self.refused else code,
+            **{name: count[name] for name in names},
+            "actions": [
+                {"id": a.id, "url": a.url, "related_path": a.path, "status": a.outcome,
+                 "error": a.error or None, "commands": a.commands} for a in touched
+            ],
+            **({"message": "; ".join(dict.fromkeys(self.problems))} if self.problems else {}),
+        }  # fmt: skip
 
     def has_room(self, count: int = 1) -> bool:
         """Tell whether so many actions that belong together may still be tried in this run."""
-        is_first = self.left == self.limit > 0
-        return (0 < count <= self.left or is_first) and time.monotonic() < self.deadline
+        fits = 0 < count <= self.left or self.left == self.limit > 0
+        return fits and time.monotonic() < self.deadline
 
-    def is_broken(self, action: Action) -> bool:
-        """Look at an action's links this very moment; if none is broken, settle the action."""
-        if not action.paths:  # somebody's own; no link tells of its mount
-            last = "SELECT exit_code FROM runs WHERE command = 'scan' ORDER BY run_id DESC LIMIT 1"
-            if (self.conn.execute(last).fetchone() or (EXIT_OK,))[0] == EXIT_REFUSED:
-                self.put_off(action, "the last scan was refused")
-            return not action.outcome
-        verdicts, waits = self.look(action.paths), []
-        # As it was queued; what an older edition or a script has queued was never to be young.
-        patience = min(self.config.repair.patience, action.progress.get("patience", math.inf))
-        for path, known in find_links(self.conn, list(verdicts)).items():
-            if known.status == UNREACHABLE and verdicts[path][0] == BROKEN:
-                verdicts[path] = UNREACHABLE, known.error or "the last scan could not judge it"
-            since, loss = parse_time(known.broken_since) or 0.0, self.losses.get(path)
-            if verdicts[path][0] == BROKEN:
-                waits.append(plan_wait(action.progress.get("min_age", 0.0), patience, since, loss))
-        if waits and time.time() < max(waits).until:  # more was lost since it was queued
-            action.outcome, action.error = PENDING, str(max(waits))
-            return False
-        states = dict(verdicts.values())  # {status: why}
-        if BROKEN in states:
-            return True
-        if UNREACHABLE in states:
-            self.put_off(action, states[UNREACHABLE])
-        elif OK in states or not action.step:
-            words = "the link works again" if OK in states else "there is no such link"
-            end_action(self.conn, action, CANCELLED, words, fired=False)
-        return False
+    def settle(self, action: Action, outcome: str, why: str = "") -> None:
+        """Give an action its outcome, see `Settled`."""
+        if outcome == UNREACHABLE:
+            outcome, why, self.refused = PENDING, f"not judged now: {why}", True
+            log.warning("%s: %s", action.path, why)
+        if outcome in (SENT, FAILED, CANCELLED, REPAIRED):
+            end_action(self.conn, action, outcome, why, counts=outcome in (SENT, FAILED))
+        elif outcome:
+            action.outcome, action.error = outcome, escape_message(why)
+
+    def fail(self, action: Action, exc: HttpError) -> None:
+        """Have an action tried again later, if that makes sense, or let it fail."""
+        log.error("%s: %s", action.path or action.url, exc)
+        if action.status != PENDING:  # its work is done; only asking after it has failed
+            self.problems.append(str(exc))
+        elif not exc.retry or action.attempts + 1 >= MAX_TRIES:
+            self.settle(action, FAILED, str(exc))
+        else:
+            self.settle(action, RETRY, str(exc))
+            when = time.time() + max(exc.after, FIRST_DELAY * 2**action.attempts)
+            columns = {"attempts": action.attempts + 1, "last_error": action.error}
+            update_action(self.conn, action.id, next_attempt_utc=format_time(when), **columns)
 
     def look(self, paths: Sequence[str]) -> Dict[str, Tuple[str, str]]:
         """Look at links this very moment; once something hangs, at no more: each costs its time."""
@@ -6919,311 +6839,257 @@ class Dispatcher:
             self.hung = dict(verdicts.values()).get(UNREACHABLE, "")
         return verdicts
 
-    def is_away(self, action: Action) -> bool:
-        """Tell whether what an action's links pointed to cannot be judged now; put it off then.
+    def is_broken(self, action: Action) -> bool:
+        """Look at an action's links this very moment: False if all are gone since it has begun."""
+        if not action.paths:  # somebody's own; no link tells of its mount
+            last = "SELECT exit_code FROM runs WHERE command = 'scan' ORDER BY run_id DESC LIMIT 1"
+            if tuple(self.conn.execute(last).fetchone() or ()) == (EXIT_REFUSED,):
+                raise Settled(UNREACHABLE, "the last scan was refused")
+            return True
+        verdicts, waits = self.look(action.paths), []
+        # As it was queued; what an older edition or a script has queued was never to be young.
+        patience = min(self.config.repair.patience, action.progress.get("patience", math.inf))
+        for path, known in find_links(self.conn, list(verdicts)).items():
+            if known.status == UNREACHABLE and verdicts[path][0] == BROKEN:
+                verdicts[path] = UNREACHABLE, known.error or "the last scan could not judge it"
+            since, loss = parse_time(known.broken_since) or 0.0, self.losses.get(path)
+            if verdicts[path][0] == BROKEN:
+                waits.append(plan_wait(action.progress.get("min_age", 0.0), patience, since, loss))
+        if waits and time.time() < max(waits).until:  # more was lost since it was queued
+            raise Settled(PENDING, str(max(waits)))
+        states = dict(verdicts.values())  # {status: why}
+        if UNREACHABLE in states and BROKEN not in states:
+            raise Settled(UNREACHABLE, states[UNREACHABLE])
+        if BROKEN not in states and (OK in states or not action.step):
+            words = "the link works again" if OK in states else "there is no such link"
+            raise Settled(CANCELLED, words)
+        return BROKEN in states
 
-        For a repair under way: the link is gone, and cannot tell of its mount any more.
+    def check_mounts(self, actions: Iterable[Action]) -> None:
+        """See that what links that are gone pointed to can be judged: an outage is no moment to
+        search for anything.
         """
-        for path in action.paths:
-            known = find_link(self.conn, path)
-            target = from_db(known.target) if known else ""
-            # As it stands: what `..` means behind a symlink, the worker finds out.
-            goal = os.path.join(os.path.dirname(path), target)
-            status, why = self.look([goal]).get(goal, (MISSING, ""))
+        links = find_links(self.conn, [path for action in actions for path in action.paths])
+        # As they stand: what `..` means behind a symlink, the worker finds out.
+        goals = [os.path.join(os.path.dirname(p), from_db(k.target)) for p, k in links.items()]
+        for status, why in self.look(goals).values():
             if status == UNREACHABLE:
-                self.put_off(action, why)
-                return True
+                raise Settled(UNREACHABLE, why)
+
+
+class Conversation:
+    """What is said to a server, or to the relay, in one run of a dispatch."""
+
+    fatal = -1  # the status after which nothing more is begun there
+
+    def __init__(self, errand: Dispatcher, name: str, probe: Callable[[], Any]) -> None:
+        self.errand, self.conn, self.name = errand, errand.conn, name
+        self.probe = probe  # raises HttpError where it is away, or not what it should be
+        self.settings = errand.config.repair
+        self.note = functools.partial(note_progress, errand.conn)
+        self.used_up = f"waits: [repair] per_day = {self.settings.per_day} is used up"
+        self.stopped: Optional[HttpError] = None
+
+    def blame(self, exc: HttpError) -> None:
+        """Raise AwayError where not the request was at fault, but the server or the way to it."""
+        try:
+            if exc.status in DENIED:
+                raise exc
+            self.probe()
+        except HttpError as away:
+            raise AwayError(str(away)) from None
+
+    def attempt(self, work: Callable[..., Any], *actions: Action) -> bool:
+        """Tell whether some work was done for actions; what hinders it settles them here alone."""
+        try:
+            work(*actions)
+            return True
+        except Settled as settled:
+            for action in actions:
+                self.errand.settle(action, *settled.args)
+        except HttpError as exc:
+            self.blame(exc)
+            if exc.status == self.fatal:
+                self.stopped = self.stopped or exc
+            for action in actions if exc.status != self.fatal else ():
+                if not action.outcome:
+                    self.errand.fail(action, exc)
         return False
 
-    def put_off(self, action: Action, reason: str) -> None:
-        """Leave an action as it is: its link cannot be judged."""
-        action.outcome, action.error = PENDING, f"not judged now: {reason}"
-        log.warning("%s: %s", action.path, action.error)
-        self.refused = True
-
-    def fail(self, action: Action, exc: HttpError) -> None:
-        """Have an action tried again later, if that makes sense, or let it fail."""
-        if action.status != PENDING:  # its work is done; only asking after it has failed
-            self.problems.append(str(exc))
-        elif not exc.retry or action.attempts + 1 >= MAX_TRIES:
-            end_action(self.conn, action, FAILED, str(exc))
-        else:
-            action.attempts += 1
-            delay = max(exc.after, FIRST_DELAY * 2 ** (action.attempts - 1))
-            action.outcome, action.error = RETRY, escape_message(str(exc))
-            columns = {"attempts": action.attempts, "last_error": action.error}
-            when = format_time(time.time() + delay)
-            update_action(self.conn, action.id, next_attempt_utc=when, **columns)
-        log.error("%s: %s", action.path or action.url, exc)
-
-    def note(self, actions: Iterable[Action], event: str = "", **progress: Any) -> None:
-        """Write down how far actions have come."""
-        with transaction(self.conn):
-            for action in actions:
-                action.progress.update(progress)
-                update_action(self.conn, action.id, progress=json.dumps(action.progress))
-                if event:
-                    _write_events(self.conn, [link_event(action.path, "", event, action.status)])
-
-    def is_time_to_ask(self, name: str) -> bool:
-        """Tell whether a server was not asked after failed repairs for a day."""
-        last = read_note(self.conn, f"asked after failed repairs: {name}", 0.0)
-        return bool(last < time.time() - DAY)
-
-    def budget(self, name: str, count: int = 0) -> float:
-        """Return how many more searches a server may be sent today, after `count` more of them."""
-        key, now = f"searches: {name}", time.time()
-        sent = [entry for entry in read_note(self.conn, key, []) if entry[0] > now - DAY]
+    def budget(self, count: int = 0) -> float:
+        """Return how many more searches may be sent there today, after `count` more of them."""
+        key, now = f"searches: {self.name}", time.time()
+        row = self.conn.execute("SELECT value FROM notes WHERE name = ?", (key,)).fetchone()
+        sent = [entry for entry in json.loads(row[0] if row else "[]") if entry[0] > now - DAY]
         if count:
             sent.append([now, count])
-            write_note(self.conn, key, sent)
-        limit = self.config.repair.per_day or math.inf
-        return float(limit - sum(number for _, number in sent))
+            update = "INSERT OR REPLACE INTO notes VALUES (?, ?)"
+            self.conn.execute(update, (key, json.dumps(sent)))
+        return float((self.settings.per_day or math.inf) - sum(number for _, number in sent))
 
-    def wait_for_budget(self, action: Action) -> None:
-        """Leave an action for another day."""
-        action.outcome = PENDING
-        action.error = f"waits: [repair] per_day = {self.config.repair.per_day} is used up"
 
-    # The relay
+class Relay(Conversation):
+    """The conversation with the relay; its token is added here and nowhere else."""
 
-    def ask_relay(self, actions: Sequence[Action]) -> None:
-        """Send actions to the relay; its token is added here and nowhere else."""
-        relay = self.config.relay
-        address = relay_find_url(relay) if relay.base else ""
-        client = Client("relay", address, self.config.repair.timeout, {}, relay.token)
-        ours = [a for a in actions if address and _address_of(a) == strip_secrets(address)]
-        for where in sorted({_address_of(action) for action in actions if action not in ours}):
-            advice = "set base in [relay], or cancel its actions"
-            self.stop((), f"no relay is configured at {where}; {advice}")
-        groups: Dict[str, List[Action]] = {}
-        for action in ours:
-            if action.progress.get("sending"):  # a run was killed then: the cooldown decides
-                end_action(self.conn, action, SENT)
-            elif action.is_due:
-                groups.setdefault(action.season, []).append(action)
-        if ours:
-            self.probe_relay()
-        for group in groups.values():
-            if not self.has_room(len(group)):
-                break
-            for action in group:
-                if not self.is_broken(action):
-                    continue
-                if self.budget("relay") < 1:
-                    self.wait_for_budget(action)
-                    continue
-                self.left -= 1
-                if self.applied:
-                    self.send_to_relay(client, action)
-                else:
-                    action.outcome = WOULD_SEND
+    def __init__(self, errand: Dispatcher) -> None:
+        super().__init__(errand, "relay", self.knock)
+        relay = errand.config.relay
+        self.address = strip_secrets(relay_find_url(relay)) if relay.base else ""
+        base, _, _ = relay_find_url(relay).rpartition("/find")
+        self.client = Client("relay", base, self.settings.timeout, {}, relay.token)
 
-    def send_to_relay(self, client: Client, action: Action) -> None:
-        """Send one action to the relay."""
-        query = parse_qs(action.url.partition("?")[2])
+    def knock(self) -> None:
+        """Raise HttpError where the relay is away."""
         try:
-            self.note([action], sending=True)
-            sent = {**query, "token": self.config.relay.token}
-            _check_relay(client, client.send(Call("GET", "", sent))[1])
-            with transaction(self.conn):
-                self.budget("relay", 1)
-                end_action(self.conn, action, SENT)
-        except HttpError as exc:
-            self.note([action], sending=False)
-            if exc.status in DENIED:
-                raise
-            self.fail(action, exc)
-            if not exc.status:
-                self.probe_relay()
-
-    def probe_relay(self) -> None:
-        """Raise HttpError where the relay is away; without token and term it searches nothing."""
-        base = relay_find_url(self.config.relay)[: -len("/find")]
-        try:
-            Client("relay", base, self.config.repair.timeout, {}).send(Call("GET"))
+            self.client.send(Call("GET"))  # without token and term it searches nothing
         except HttpError as exc:
             if not exc.status or exc.status >= 500:
                 raise
 
+    def run(self, actions: Iterable[Action]) -> None:
+        """Send those actions that are due."""
+        places = group_by(actions, lambda action: action.url.partition("?")[0])
+        ours = places.pop(self.address, [])
+        for place in sorted(places):
+            advice = "set base in [relay], or cancel its actions"
+            self.errand.complain(f"no relay is configured at {place}; {advice}")
+        for action in ours:
+            if action.progress.get("sending"):  # a run was killed then: the cooldown decides
+                end_action(self.conn, action, SENT)
+        if ours:
+            self.probe()
+        due = [action for action in ours if action.is_due and not action.outcome]
+        for group in group_by(due, operator.attrgetter("season")).values():
+            if not self.errand.has_room(len(group)):
+                break
+            for action in group:
+                self.attempt(self.send, action)
 
-def read_note(conn: sqlite3.Connection, name: str, default: Any) -> Any:
-    """Return what stands under a name in the table of notes."""
-    row = conn.execute("SELECT value FROM notes WHERE name = ?", (name,)).fetchone()
-    return json.loads(row[0]) if row else default
+    def send(self, action: Action) -> None:
+        """Send one action."""
+        self.errand.is_broken(action)
+        if self.budget() < 1:
+            raise Settled(PENDING, self.used_up)
+        self.errand.left -= 1
+        if not self.errand.applied:
+            raise Settled(WOULD_SEND)
+        query = {**parse_qs(action.url.partition("?")[2]), "token": self.errand.config.relay.token}
+        self.note([action], sending=True)
+        try:
+            _, answer = self.client.send(Call("GET", "/find", query))
+            if isinstance(answer, dict) and answer.get("ok") is False:  # with status 200
+                status = int(dig(answer, "code") or 400)
+                said = self.client.quote(read_error(json.dumps(answer).encode()) or "no reason")
+                retry = status >= 500 or status in RETRY_STATUSES
+                raise HttpError(f"relay: {said}", status, retry)
+        except HttpError:
+            self.note([action], sending=False)
+            raise
+        with transaction(self.conn):
+            self.budget(1)
+            end_action(self.conn, action, SENT)
 
 
-def write_note(conn: sqlite3.Connection, name: str, value: Any) -> None:
-    """Write something under a name into the table of notes."""
-    conn.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, json.dumps(value)))
-
-
-def _address_of(action: Action) -> str:
-    return action.url.partition("?")[0]
-
-
-def _check_relay(client: Client, answer: Any) -> None:
-    """Raise HttpError where the relay says no with status 200, as it does."""
-    if isinstance(answer, dict) and answer.get("ok") is False:
-        status = int(dig(answer, "code") or 400)
-        words = client.quote(read_error(json.dumps(answer).encode()) or "no reason given")
-        raise HttpError(f"relay: {words}", status, status >= 500 or status in RETRY_STATUSES)
-
-
-class Repair:
+class Repair(Conversation):
     """The conversation with one Sonarr or Radarr."""
 
+    fatal = 409  # a root folder is missing: no moment to delete anything
+
     def __init__(self, errand: Dispatcher, instance: Instance) -> None:
-        self.errand = errand
-        self.conn = errand.conn
-        self.settings = errand.config.repair
-        self.server = Server(instance, self.settings.timeout, self.settings.list_timeout)
+        repair = errand.config.repair
+        self.server = Server(instance, repair.timeout, repair.list_timeout)
+        super().__init__(errand, instance.name, self.server.connect)
+        self.kind = self.server.kind
+        self.item_key = f"{self.kind.item}Id"  # in the server's history
         self.skip_tags = {tag.lower() for tag in instance.settings.skip_tags}
-        self.is_sonarr = self.server.kind.item == "episode"
+        self.is_sonarr = self.kind.item == "episode"
         self.titles: Dict[str, JsonObject] = {}  # by the folder of a series, the file of a movie
         self.roots: Dict[str, Any] = {}  # root folders: whether the server can reach them
-        self.due: List[Action] = []
-        self.whole: Dict[Tuple[int, int], bool] = {}  # (series, season): whether all of it is gone
-        self.stopped: Optional[HttpError] = None
+        self.due: Set[str] = set()  # the files that this run is about
         self.reserved = 0  # searches that are still to be sent in this run
 
     def run(self, actions: Sequence[Action], failed: Sequence[Action]) -> None:
         """Remove the broken records, search for what they held, ask after earlier searches."""
-        self.connect()
-        groups: Dict[str, List[Action]] = {}
-        for action in actions:
-            if action.status == PENDING and action.is_due:
-                self.due.append(action)
-                key = action.season if self.is_sonarr else action.url
-                groups.setdefault(key, []).append(action)
+        self.probe()
+        for root in self.server.get_list("/rootfolder"):
+            self.roots[slashed(str(dig(root, "path"))).rstrip("/") or "/"] = root.get("accessible")
+        place = "path" if self.is_sonarr else "movieFile.path"
+        for title in self.server.get_list(f"/{self.kind.title}"):
+            path = slashed(str(dig(title, place) or "")).rstrip("/")
+            self.titles[path] = {"id": title["id"], "tags": title.get("tags")}
+        self.titles.pop("", None)
+        due = [action for action in actions if action.status == PENDING and action.is_due]
+        self.due = {action.server_path for action in due}
         ready: List[Action] = []
-        searches = Searches(self)
-        for group in groups.values():
+        for group in group_by(due, lambda a: a.season if self.is_sonarr else a.url).values():
             if self.stopped or not self.errand.has_room(len(group)):
                 break
             ready += self.prepare(group)
         for action in (*actions, *failed):
             if action.status != PENDING and time.monotonic() < self.errand.deadline:
-                ready += [action] if self.attempt(searches.follow_up, action) else []
-        if failed:
-            with transaction(self.conn):
-                name = f"asked after failed repairs: {self.server.name}"
-                write_note(self.conn, name, time.time())
-        titles: Dict[str, List[Action]] = {}
-        for action in ready:
-            resumed = action.progress["search"] if action.step == "searching" else None
-            key = resumed or action.progress["title_id"]
-            titles.setdefault(json.dumps(key, sort_keys=True), []).append(action)
-        for group in titles.values():
-            self.attempt(searches.search, *group)
+                ready += [action] if self.attempt(self.follow_up, action) else []
+        self.note(failed, asked=time.time())
+        keys = {action.id: action.progress["title_id"] for action in ready}
+        keys.update({a.id: str(a.progress["search"]) for a in ready if a.step == "searching"})
+        for group in group_by(ready, lambda action: keys[action.id]).values():
+            self.attempt(functools.partial(self.take, REPAIR_STEPS[-1:]), *group)
         if self.errand.wait:
-            searches.follow([action for action in ready if action.commands])
+            self.attempt(self.follow, *(action for action in ready if action.commands))
         if self.stopped:
             raise self.stopped
 
-    def connect(self) -> None:
-        """Learn which series or movie is where, and which root folders the server can reach."""
-        self.server.connect()
-        for root in self.server.get_list("/rootfolder"):
-            self.roots[slashed(str(dig(root, "path"))).rstrip("/") or "/"] = root.get("accessible")
-        place = "path" if self.is_sonarr else "movieFile.path"
-        for title in self.server.get_list("/series" if self.is_sonarr else "/movie"):
-            path = dig(title, place)
-            if path:
-                kept = {"id": title["id"], "tags": title.get("tags")}
-                self.titles[slashed(str(path)).rstrip("/")] = kept
-
-    def attempt(self, step: Callable[..., bool], *actions: Action) -> bool:
-        """Take a step; an error is that of its actions alone, unless the server is not itself."""
-        try:
-            return step(*actions)
-        except AwayError:
-            raise
-        except HttpError as exc:
-            self.blame(exc)
-            if exc.status == 409:  # a root folder is missing: no moment to delete anything
-                self.stopped = self.stopped or exc
-                return False
-            for action in actions:
-                if not action.outcome:
-                    self.errand.fail(action, exc)
-            return False
-
-    def blame(self, exc: HttpError) -> None:
-        """Raise AwayError where not the request was at fault, but the server or the way to it."""
-        if exc.status in DENIED:
-            raise AwayError(str(exc), exc.status)
-        try:
-            self.server.connect()
-        except HttpError as away:
-            raise AwayError(str(away), away.status, away.retry, away.after) from None
-
-    # One file, step by step
-
     def prepare(self, group: Sequence[Action]) -> List[Action]:
-        """Take actions that belong together to where only their search is missing.
-
-        Nothing is deleted before all of them are found: only then it is known what they cost.
+        """Take actions that belong together to where only their search is missing.  Nothing is
+        deleted before all of them are found: only then it is known what they cost.
         """
-        found = [action for action in group if self.attempt(self.resume, action)]
+        found = [action for action in group if self.attempt(self.begin, action)]
         fresh = [action for action in found if action.step == "found"]
-        waiting = [a for a in group if a.outcome == PENDING and a.error.startswith("waits until")]
-        for action in fresh if waiting else ():  # the season waits for its youngest
-            action.outcome, action.error = PENDING, waiting[0].error
-        found, fresh = ([a for a in some if not a.outcome] for some in (found, fresh))
+        waits = (a.error for a in group if a.outcome == PENDING and a.error.startswith("waits un"))
+        why = next(waits, "")  # the season waits for its youngest
         is_whole = all(action.progress.get("whole") for action in fresh)
-        cost = 1 if is_whole else sum(len(action.progress["items"]) for action in fresh)
-        budget = self.errand.budget(self.server.name) - self.reserved
-        if fresh and budget < min(cost, self.settings.per_day or cost):
-            for action in fresh:
-                self.errand.wait_for_budget(action)
-            found = [action for action in found if action not in fresh]
-            cost = 0
-        self.reserved += cost
+        cost = 1 if is_whole else sum(len(action.items) for action in fresh)
+        left = self.budget() - self.reserved
+        if fresh and not why and left < min(cost, self.settings.per_day or cost):
+            why = self.used_up
+        for action in fresh if why else ():
+            self.errand.settle(action, PENDING, why)
+        found = [action for action in found if not action.outcome]
+        self.reserved += cost if found else 0
         self.errand.left -= len(found)
-        if not self.errand.applied:
-            for action in found:
-                action.outcome = WOULD_SEND
-            return []
-        return [action for action in found if self.attempt(self.advance, action)]
+        if self.errand.applied:
+            advance = functools.partial(self.take, REPAIR_STEPS[1:-1])
+            return [action for action in found if self.attempt(advance, action)]
+        for action in found:
+            self.errand.settle(action, WOULD_SEND)
+        return []
 
-    def resume(self, action: Action) -> bool:
-        """Find what an action is about, or what an earlier run has left of it to be done."""
-        if action.step and self.errand.is_away(action):
-            return False  # an outage is no moment to search for anything
-        if action.step in ("", "found"):
-            return find_records(self, action)
-        if action.step != "deleted":  # by a run that ended, perhaps long ago
-            try:
-                missing = self.missing(self.get_items(action))
-            except HttpError as exc:  # nothing but the search decides now
-                self.blame(exc)
-                return True
-            self.errand.note([action], missing=missing)
-            if not missing:
-                end_action(self.conn, action, SENT)  # it has come back already
-                return False
-        return True
+    def begin(self, action: Action) -> None:
+        if action.step:
+            self.errand.check_mounts([action])
+        self.take(REPAIR_STEPS[:1], action)
 
-    def advance(self, action: Action) -> bool:
-        """Take the steps that are left until the search."""
-        for step in REPAIR_STEPS:
-            if step.needs != action.step:
-                continue
-            try:
-                step.does(self, action)
-            except HttpError as exc:
-                self.blame(exc)
-                if step.refusal == ENDS or action.step == "found":
-                    raise
-                owed = [*action.progress.get("owed", ()), step.name]
-                self.report(action, exc)
-                self.errand.note([action], owed=owed)
-            self.errand.note([action], "deleted" * (step.name == "deleted"), step=step.name)
-        return True
+    def take(self, steps: Sequence[Step], *actions: Action) -> None:
+        """Take those of some steps that come next for actions, and write each down."""
+        for step in steps:
+            if actions[0].step in step.needs:
+                event = "deleted" if step.name == "deleted" else ""
+                self.note(actions, event, **{"step": step.name, **self.do(step, *actions)})
+
+    def do(self, step: Step, *actions: Action) -> JsonObject:
+        """Do what a step does; return what is to be written down of it."""
+        if step.refusal == ENDS:
+            return step.does(self, *actions)
+        owed = [name for name in actions[0].progress.get("owed", ()) if name != step.name]
+        try:
+            return {"owed": owed, **step.does(self, *actions)}
+        except HttpError as exc:
+            if actions[0].step == "found":
+                raise
+            self.blame(exc)
+            self.report(actions[0], exc)
+            return {"owed": [*owed, step.name]}
 
     def report(self, action: Action, exc: HttpError) -> None:
-        """Say what could not be done for now."""
         log.warning("%s: %s; tried again later", action.path, exc)
         self.errand.problems.append(f"{exc}; tried again later")
 
@@ -7231,177 +7097,192 @@ class Repair:
         """Return the state of one link, file or directory at this very moment, hang-safe."""
         return self.errand.look([path]).get(path, (MISSING, ""))[0]
 
-    @property
-    def item_key(self) -> str:
-        """What the id of an episode or movie is called in the server's history."""
-        return "episodeId" if self.is_sonarr else "movieId"
+    def places(self, server_path: Any) -> List[str]:
+        """Return where a path of the server may be here."""
+        return map_back(str(server_path), self.server.path_map)
 
-    def noted(self, action: Action) -> List[int]:
-        return [int(number) for number in action.progress.get("items", ())]
+    def follow_up(self, action: Action) -> None:
+        """Ask what has come of a search; Settled, unless it is to be sent again."""
+        for step in REPAIR_STEPS if self.errand.applied else ():
+            if step.name in action.progress.get("owed", ()):
+                self.note([action], **self.do(step, action))
+        if action.status not in (SENT, FAILED):
+            raise Settled("")
+        server, searches = self.server, action.progress.get("searches", 1)
+        _, items = server.get_title(action.progress.get("title_id", 0))
+        files = {server.file_of(item) for item in items if item["id"] in action.items}
+        states = set()
+        for record in filter(None, (server.find(f"{self.kind.file}/{n}") for n in files - {0})):
+            found = set(map(self.look, self.places(dig(record, "path"))))
+            states.add(OK if OK in found else UNREACHABLE if UNREACHABLE in found else MISSING)
+        if 0 not in files and states == {OK}:
+            raise Settled(REPAIRED)
+        if action.status != SENT or UNREACHABLE in states:
+            raise Settled("")
+        if not files or states - {OK}:
+            gone = f"{self.name} does not have it any more"
+            raise Settled(FAILED, "its new file is broken as well" if files else gone)
+        is_begun = action.step == "searching"  # by a run that was killed
+        if not is_begun and time.time() - action.fired < self.settings.cooldown:
+            raise Settled("")  # it may come yet
+        self.errand.check_mounts([action])
+        if not is_begun and searches >= self.settings.max_attempts:
+            count = f"{searches} search{'es' if searches > 1 else ''}"
+            raise Settled(FAILED, f"{count}, and nothing came of it; {self.explain(action)}")
+        if not self.errand.applied:
+            raise Settled(WOULD_SEND)
+        if not is_begun and self.budget() < 1:
+            raise Settled("")
+        if not is_begun:
+            self.note([action], step="cleared")
 
-    def get_items(self, action: Action) -> List[JsonObject]:
-        """Return the episodes or the movie of an action as they are now."""
-        return self.server.get_items(action.progress.get("title_id", 0), self.noted(action))
+    def searches_itself(self) -> bool:
+        """Tell whether the server searches anew for what is marked as failed."""
+        try:
+            config = self.server.client.ask("GET", "/api/v3/config/downloadclient")
+            return not isinstance(config, dict) or config.get("autoRedownloadFailed") is not False
+        except HttpError as exc:
+            self.blame(exc)
+            return True
 
-    def missing(self, items: Iterable[JsonObject]) -> List[int]:
-        return [item["id"] for item in items if not self.server.file_of(item)]
+    def explain(self, action: Action) -> str:
+        """Return what the server did after its searches, as far as it tells."""
+        noted, said = action.progress, ""
+        try:
+            history = self.server.get_history(noted.get("title_id", 0), noted.get("season_number"))
+            mine = [r for r in history if r.get(self.item_key) in action.items]
+            said = describe_history(
+                [r for r in mine if r["id"] > noted.get("last_history", math.inf)]
+            )
+            command = self.server.find(f"/command/{noted.get('command', 0)}") or {}
+            if command.get("status") in FINAL_STATES[1:]:
+                said += f"; its last search {command['status']}: {dig(command, 'message') or ''}"
+        except HttpError as exc:
+            said = said or f"what {self.name} did cannot be told ({exc})"
+        return self.server.client.quote(said)
+
+    def follow(self, *actions: Action) -> None:
+        """Follow commands to their end, for a while; that they end well repairs nothing yet."""
+        deadline = min(time.monotonic() + POLL_LIMIT, self.errand.deadline)
+        for action in actions:
+            sent, delay = action.commands[0], 0.5  # others may have the same
+            while sent["status"] not in FINAL_STATES and time.monotonic() < deadline:
+                time.sleep(delay)
+                delay = min(5.0, delay * 1.5)
+                command = self.server.find(f"/command/{sent['id']}") or {"status": "completed"}
+                sent.update(status=str(dig(command, "status")), message=dig(command, "message"))
+            if sent["status"] in FINAL_STATES[1:]:
+                said = self.server.client.quote(sent["message"])
+                action.error = f"{self.name}: search {sent['status']}: {said}"
 
 
-# The steps of one file
+# The steps of a repair.  Each returns what is to be written down beside its name.
 
 
-def find_records(repair: Repair, action: Action) -> bool:
+def find_records(repair: Repair, action: Action) -> JsonObject:
     """Find the file records by their exact path, look at the link again, note what there is."""
-    server = repair.server
-    path = slashed(action.server_path)
+    server, path = repair.server, slashed(action.server_path)
     for root, accessible in repair.roots.items():
         if accessible is False and is_under(path, root):
-            raise HttpError(f"{server.name}: its root folder {root} is not there", 409)
-    title = find_title(repair.titles, path)
-    query = {server.kind.title: title["id"]} if title else {}
-    records = list(server.get_list(server.kind.file, **query)) if title else []
+            raise HttpError(f"{server.name}: its root folder {root} is not there", repair.fatal)
+    names = [find_ancestor(path, repair.titles)]
+    if not names[0] and path:  # a folder of files, if they are of one title
+        names = [name for name in repair.titles if is_under(name, path)]
+    title = repair.titles.get(names[0] or "") if len(names) == 1 else None
+    query = {f"{repair.kind.title}Id": title["id"]} if title else {}
+    records = list(server.get_list(repair.kind.file, **query)) if title else []
     mine = [record for record in records if is_under(slashed(str(dig(record, "path"))), path)]
-    if not is_gone_here(repair, action, bool(mine)):
-        return False
+    check_gone(repair, action, bool(mine))
     numbers = [record["id"] for record in mine]
-    if mine and action.step and set(numbers) <= set(action.files):
-        return True  # the flags that were noted first are the true ones
-    if not mine and action.step:
-        repair.errand.note([action], step="deleted", missing=repair.noted(action))
-        return True
+    if action.step and set(numbers) <= set(action.progress.get("files", ())):
+        return {} if mine else {"step": "deleted"}  # the flags noted first are the true ones
     items: List[JsonObject] = []
     for number in numbers if repair.is_sonarr else ():
         items += server.get_list("/episode", episodeFileId=number)
     if mine and title and not repair.is_sonarr:
-        items = server.get_items(title["id"], ())
+        _, items = server.get_title(title["id"])
     if not items or not title:
         text = f"knows no file {action.server_path}; correct path_map, or remove the link"
         raise HttpError(f"{server.name}: {text}", 404)
-    if is_spared(repair, action, title, items):
-        return False
+    tags = repair.skip_tags and repair.skip_tags.intersection(server.labels(title).split(","))
+    if tags or not (repair.settings.unmonitored or any(item.get("monitored") for item in items)):
+        why = f"it carries the tag {', '.join(sorted(tags))}" if tags else "it is unmonitored"
+        end_action(repair.conn, action, CANCELLED, why)  # until the cooldown is over
+        raise Settled("")
     seasons = {record.get("seasonNumber") for record in mine}
     season = seasons.pop() if len(seasons) == 1 else None
-    wanted = {str(item["id"]): bool(item.get("monitored")) for item in items}
-    repair.errand.note(
-        [action], step="found", files=numbers, title_id=title["id"], season_number=season,
-        items=wanted, missing=[int(number) for number in wanted],
-        whole=is_whole(repair, title["id"], season, records),
-        **look_up_grab(repair, title["id"], season, wanted),
-    )  # fmt: skip
-    return True
+    files = [str(r.get("path")) for r in records if season and r.get("seasonNumber") == season]
+    noted = {
+        "files": numbers, "title_id": title["id"], "season_number": season,
+        "items": {str(item["id"]): bool(item.get("monitored")) for item in items},
+        "whole": bool(files) and are_broken(repair, files),
+        "grab": None, "last_history": 0,
+    }  # fmt: skip
+    with contextlib.suppress(HttpError):  # then it is not known which release is dead
+        history = server.get_history(title["id"], season)
+        wanted = {item["id"] for item in items}
+        mine = [record for record in history if record.get(repair.item_key) in wanted]
+        noted.update(
+            grab=find_grab(history, mine), last_history=history[-1]["id"] if history else 0
+        )
+    return noted
 
 
-def find_title(titles: Mapping[str, JsonObject], path: str) -> Optional[JsonObject]:
-    """Return the title that a path belongs to, or the only one that has its file beneath it."""
-    within = [title for file, title in titles.items() if path and is_under(file, path)]
-    return titles.get(find_ancestor(path, titles) or "") or (
-        within[0] if len(within) == 1 else None
-    )
-
-
-def is_spared(
-    repair: Repair, action: Action, title: JsonObject, items: Iterable[JsonObject]
-) -> bool:
-    """Tell whether the user wants something left alone; settle its action then."""
-    tags = repair.skip_tags and repair.skip_tags.intersection(
-        repair.server.labels(title).split(",")
-    )
-    refusal = f"it carries the tag {', '.join(sorted(tags))}" if tags else ""
-    if not any(item.get("monitored") for item in items) and not repair.settings.unmonitored:
-        refusal = "it is unmonitored"
-    if refusal:
-        end_action(repair.conn, action, CANCELLED, refusal)
-    return bool(refusal)
-
-
-def is_gone_here(repair: Repair, action: Action, is_known: bool) -> bool:
-    """Tell whether a file of the server is surely gone; settle the action where it is not."""
-    if not repair.errand.is_broken(action):
-        folder = os.path.dirname(action.path)
-        is_ours = not is_known or "removed" in action.progress
-        if not (action.outcome or is_ours or repair.look(folder) == OK):
-            # The library is away for us; the server may see it, and a healthy link in it.
-            repair.errand.put_off(action, f"{folder} is not there")
-    if not action.outcome:
-        check_file(repair, action)
-    return not action.outcome
-
-
-def check_file(repair: Repair, action: Action) -> None:
-    """Make sure that the server's file is the broken link itself, or what that points to.
-
-    The text of a link may name a healthy file and lead elsewhere all the same: through `..`
-    behind a symlink, or with a slash at its end.  HttpError if the file is there.
+def check_gone(repair: Repair, action: Action, is_known: bool) -> None:
+    """See that the server's file is the broken link itself, or what that points to, and is gone:
+    the text of a link may name a healthy file and lead elsewhere (`..` behind a symlink, a slash).
     """
-    path, goal = action.path, ""
-    places = map_back(action.server_path, repair.server.path_map)
-    states = [repair.look(place) for place in places]
+    folder, goal = os.path.dirname(action.path), ""
+    is_ours = repair.errand.is_broken(action) or not is_known or "removed" in action.progress
+    if not is_ours and repair.look(folder) != OK:
+        # The library is away for us; the server may see it, and a healthy link in it.
+        raise Settled(UNREACHABLE, f"{folder} is not there")
+    places = repair.places(action.server_path)
+    states = {repair.look(place): place for place in places}
     with contextlib.suppress(OSError):
-        goal = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
-    text = f"by its path_map, {action.server_path} is neither the link nor its target"
-    if path in places or goal in places or action.step:
-        if UNREACHABLE in states:
-            text = f"{places[states.index(UNREACHABLE)]} cannot be judged now"
-            raise HttpError(f"{repair.server.name}: {text}", 503, retry=True)
-        if OK in states and path in places:  # several links wait for one file
-            text = f"{places[states.index(OK)]} is not broken now"
-            raise HttpError(f"{repair.server.name}: {text}", 503, retry=True)
-        text = f"its file {places[0]} is not gone; the link's own text is at fault"
-        if OK not in states:
-            away = next((p for p in places if p != path and not is_at_home(repair, action, p)), "")
-            if away:
-                repair.errand.put_off(action, f"the root folder of {away} is not there")
-            return
-    raise HttpError(f"{repair.server.name}: {text}; correct that, and queue it anew", 404)
+        goal = os.path.normpath(os.path.join(folder, os.readlink(action.path)))
+    is_other = not action.step and {action.path, goal}.isdisjoint(places)
+    # Where the link itself is the file, several links may wait for it.
+    doubts = (
+        (is_other, 404, f"{action.server_path} is, by its path_map, neither link nor target"),
+        (UNREACHABLE in states, 503, f"{states.get(UNREACHABLE)} cannot be judged now"),
+        (OK in states and action.path in places, 503, f"{states.get(OK)} is not broken now"),
+        (OK in states, 404, f"its file {states.get(OK)} is not gone; the link's text is at fault"),
+    )
+    for is_so, status, text in doubts:
+        if is_so:
+            cure = "; correct that, and queue it anew" if status == 404 else ""
+            raise HttpError(f"{repair.name}: {text}{cure}", status, retry=status == 503)
+    for place in places:
+        if place != action.path and not is_at_home(repair, action, place):
+            raise Settled(UNREACHABLE, f"the root folder of {place} is not there")
 
 
 def is_at_home(repair: Repair, action: Action, place: str) -> bool:
-    """Tell whether the library around a file of the server is there for us: if it is away, that
-    the file cannot be found means nothing.
-    """
+    """Tell whether the library around a file is there for us: or else it may be there, too."""
     if repair.look(os.path.dirname(place)) == OK:
         return True
     root = find_ancestor(slashed(action.server_path), repair.roots)
-    roots = map_back(root, repair.server.path_map) if root else []
-    mine = [here for here in roots if is_under(place, here)]
-    return any(repair.look(here) == OK and not is_empty_folder(here) for here in mine)
+    mine = [here for here in repair.places(root) if is_under(place, here)] if root else []
+    with contextlib.suppress(OSError):
+        return any(repair.look(here) == OK and os.listdir(here) for here in mine)
+    return False
 
 
-def is_whole(repair: Repair, title_id: int, season: Any, records: Iterable[JsonObject]) -> bool:
+def are_broken(repair: Repair, paths: Iterable[str]) -> bool:
     """Tell, before anything of a season is deleted, whether all its files are broken links."""
-    if not repair.is_sonarr or not season:
-        return False
-    if (title_id, season) not in repair.whole:
-        due = {action.server_path for action in repair.due}
-        paths = [str(r.get("path")) for r in records if r.get("seasonNumber") == season]
-        places = {path: map_back(path, repair.server.path_map) for path in paths}
-        links = find_links(repair.conn, [one for some in places.values() for one in some])
-        repair.whole[title_id, season] = all(
-            path in due or any(p in links and links[p].status == BROKEN for p in places[path])
-            for path in paths
-        )
-    return repair.whole[title_id, season]
+    places = {path: repair.places(path) for path in paths if path not in repair.due}
+    links = find_links(repair.conn, [place for some in places.values() for place in some])
+    broken = {path for path, link in links.items() if link.status == BROKEN}
+    return not any(broken.isdisjoint(some) for some in places.values())
 
 
-def look_up_grab(repair: Repair, title_id: int, season: Any, items: Iterable[str]) -> JsonObject:
-    """Return, to be noted, what the server had grabbed when it got a file that is now dead."""
-    try:
-        history = repair.server.get_history(title_id, season)
-    except HttpError as exc:
-        log.debug("%s", exc)
-        return {"grab": None, "last_history": 0}
-    grab = find_grab(history, repair.item_key, set(map(int, items)))
-    return {"grab": grab, "last_history": max((r["id"] for r in history), default=0)}
-
-
-def delete_records(repair: Repair, action: Action) -> None:
-    """Delete the records, on the server's disk the link as well.
-
-    The server may have done it although the answer says or is nothing; then it has no record.
-    With a recycle bin it cannot move a dangling link there and answers 500.
+def delete_records(repair: Repair, action: Action) -> JsonObject:
+    """Delete the records, and on the server's disk the link.  It may be done although no answer
+    says so; and a dangling link cannot be moved to a recycle bin: then the answer is 500.
     """
-    for number in action.files:
-        path = f"{repair.server.kind.file}/{number}"
+    for number in action.progress["files"]:
+        path = f"{repair.kind.file}/{number}"
         try:
             repair.server.change("DELETE", path)
         except HttpError as exc:
@@ -7409,373 +7290,196 @@ def delete_records(repair: Repair, action: Action) -> None:
                 repair.server.change("DELETE", path)
             elif not (exc.retry or exc.status == 404) or repair.server.find(path) is not None:
                 raise
+    return {}
 
 
-def restore_flags(repair: Repair, action: Action) -> None:
+def restore_flags(repair: Repair, action: Action) -> JsonObject:
     """Put the monitored flags back that the deletion changed."""
-    kind, flags = repair.server.kind, action.progress["items"]
-    items = repair.get_items(action)
-    if any(repair.server.file_of(item) in action.files for item in items):
-        repair.errand.note([action], step="found")  # it said 'deleted' and did not
-        raise HttpError(f"{repair.server.name}: has the file record still", 503, retry=True)
-    repair.errand.note([action], missing=repair.missing(items))
+    kind, flags = repair.kind, action.progress["items"]
+    _, items = repair.server.get_title(action.progress["title_id"])
+    items = [item for item in items if item["id"] in action.items]
+    if any(repair.server.file_of(item) in action.progress.get("files", ()) for item in items):
+        repair.note([action], step="found")  # it said 'deleted' and did not
+        raise HttpError(f"{repair.name}: has the file record still", 503, retry=True)
     for flag in (True, False):
-        turned = [i["id"] for i in items if bool(i.get("monitored")) is not flag]
+        turned = [item["id"] for item in items if bool(item.get("monitored")) is not flag]
         changed = [number for number in turned if flags.get(str(number)) is flag]
         if changed:
-            repair.server.change("PUT", kind.monitor, {kind.items: changed, "monitored": flag})
-
-
-def remove_link(repair: Repair, action: Action) -> bool:
-    """Remove the server's link from the disk, journalled, if it is broken this very moment;
-    or else an import would find its place taken.
-    """
-    removed = False
-    for here in map_back(action.server_path, repair.server.path_map):
-        removed = (repair.look(here) == BROKEN and unlink(repair, action, here)) or removed
-    return removed
-
-
-def unlink(repair: Repair, action: Action, here: str) -> bool:
-    """Remove a link that has just been found broken; the journal has it first."""
-    try:
-        text = os.readlink(here)
-        row = (to_db(here), to_db(text), utc_now())
-        number = repair.conn.execute(_JOURNAL_REMOVAL, row).lastrowid
-        repair.errand.note([action], removed=here)
-        # The server may have put a new link there since: what goes is what was seen.
-        if repair.look(here) != BROKEN or os.readlink(here) != text:
-            repair.conn.execute("DELETE FROM link_changes WHERE change_id = ?", (number,))
-            del action.progress["removed"]
-            repair.errand.note([action])
-            return False
-        os.unlink(here)
-        repair.errand.note([action], "removed")
-    except OSError as exc:
-        text = f"cannot remove {here}: {exc.strerror}; make its directory writable"
-        raise HttpError(
-            f"{repair.server.name}: cannot delete its file, and Refresherr {text}", 500
-        ) from exc
-    return True
-
-
-class Searches:
-    """The searches for what a repair has removed from one Sonarr or Radarr, and what becomes of
-    them.
-    """
-
-    def __init__(self, repair: Repair) -> None:
-        self.repair, self.server, self.errand = repair, repair.server, repair.errand
-        self.conn, self.settings = repair.conn, repair.settings
-
-    def search(self, *actions: Action) -> bool:
-        """Search for what the files of one series, or one movie, held."""
-        if any(self.errand.is_away(action) for action in actions):
-            return False  # the mount has gone meanwhile: no moment to download anything
-        if actions[0].step == "searching":
-            self.post(actions[0].progress["search"], actions)
-            return True
-        rest = [action for action in actions if action.progress["missing"]]
-        for action in actions:
-            if action not in rest:  # it has come back already
-                end_action(self.conn, action, SENT)
-        if self.settings.blocklist:
-            rest = self.blocklist(rest)
-        seasons: Dict[Any, List[Action]] = {}
-        for action in rest:
-            if action.progress.get("whole"):
-                seasons.setdefault(action.progress["season_number"], []).append(action)
-        for season, group in seasons.items():
-            title_id = group[0].progress["title_id"]
-            if self.is_for_season(title_id, season, _all_missing(group)):
-                body = {"name": "SeasonSearch", "seriesId": title_id, "seasonNumber": season}
-                self.post(body, group)
-                rest = [action for action in rest if action not in group]
-        if rest:
-            kind = self.server.kind
-            self.post({"name": kind.search, kind.items: _all_missing(rest)}, rest)
-        return True
-
-    def is_for_season(self, series_id: int, season: int, missing: List[int]) -> bool:
-        """Tell whether a season search finds what is missing: it refuses where any episode has a
-        file, or is unmonitored.
-        """
-        if len(missing) < 2:
-            return False
-        try:
-            found = list(self.server.get_list("/episode", seriesId=series_id, seasonNumber=season))
-            series = self.server.get(f"/series/{series_id}")
-        except HttpError as exc:
-            self.repair.blame(exc)
-            return False
-        episodes = [episode for episode in found if episode.get("seasonNumber") == season]
-        is_monitored = all(thing.get("monitored") for thing in [series, *episodes])
-        return is_monitored and not any(map(self.server.file_of, episodes))
-
-    def post(self, body: JsonObject, actions: Sequence[Action]) -> None:
-        """Send a search command, once: what a killed run sent is looked for first."""
-        last = actions[0].progress.get("last_command", 0)
-        command = None
-        if actions[0].step == "searching":
-            command = find_command(self.commands_since(last, True), body, last)
-            age = time.time() - actions[0].progress.get("begun", 0.0)
-            if not last and not command and age > FORGOTTEN:  # who can tell?  The cooldown decides
-                command = {"name": body["name"]}
-        else:
-            last = self.last_command()
-            with transaction(self.conn):  # or a killed run would split the group
-                self.errand.budget(self.server.name, len(body.get(self.server.kind.items, "1")))
-                for action in actions:
-                    searches = action.progress.get("searches", 0) + 1
-                    noted = {"search": body, "last_command": last, "searches": searches}
-                    noted["begun"] = time.time()
-                    self.errand.note([action], step="searching", **noted)
-        self.adopt(command or self.server.change("POST", "/command", body), actions)
-
-    def adopt(self, command: JsonObject, actions: Sequence[Action]) -> None:
-        """Take a command for the search of some actions; they are sent."""
-        sent = {"id": dig(command, "id"), "name": dig(command, "name"), "status": "queued"}
-        with transaction(self.conn):
-            self.errand.note(actions, step="sent", command=sent["id"])
-            for action in actions:
-                action.commands = [sent]
-                end_action(self.conn, action, SENT)
-
-    def last_command(self) -> int:
-        return max((known["id"] for known in self.server.get_list("/command")), default=0)
-
-    def commands_since(self, last: int, is_resumed: bool = False) -> List[JsonObject]:
-        """Return the commands that are newer.  The list forgets them soon, but for a day they can
-        be asked for by their numbers, and what a killed run has sent came next.
-        """
-        found = {c["id"]: c for c in self.server.get_list("/command") if c["id"] > last}
-        for number in range(last + 1, last + 6) if is_resumed and last else ():
-            command = None if number in found else self.server.find(f"/command/{number}")
-            found.update({number: command} if command else {})
-        return list(found.values())
-
-    # The dead release
-
-    def blocklist(self, actions: Sequence[Action]) -> List[Action]:
-        """Have the server take dead releases for failed ones, each once; return the actions that
-        are still to be searched for, where its own search for them is not.
-        """
-        grabs: Dict[str, List[Action]] = {}
-        for action in actions:
-            if action.progress.get("grab"):
-                grabs.setdefault(action.progress["grab"]["download"], []).append(action)
-        for group in grabs.values():
-            try:
-                command = self.mark_failed(group[0].progress["grab"], group, len(grabs) == 1)
-            except HttpError as exc:  # nothing but the search decides now
-                self.repair.blame(exc)
-                self.repair.report(group[0], exc)
-                continue
-            if command:
-                count = {"searches": group[0].progress.get("searches", 0) + 1}
-                self.errand.note(group, **count)
-                self.errand.budget(self.server.name, 1)
-                self.adopt(command, group)
-        return [action for action in actions if action.step != "sent"]
-
-    def mark_failed(
-        self, grab: JsonObject, actions: Sequence[Action], is_only: bool
-    ) -> Optional[JsonObject]:
-        """Mark a grab as failed, and return the server's own search for it, None without one."""
-        missing, last = _all_missing(actions), actions[0].progress.get("blocking")
-        history = self.server.get_history(actions[0].progress["title_id"], None)
-        mine = [record for record in history if record.get("downloadId") == grab["download"]]
-        is_done = any(r.get("eventType") == "downloadFailed" and r["id"] > grab["id"] for r in mine)
-        if not is_done:
-            config = self.server.client.ask("GET", "/api/v3/config/downloadclient")
-            is_own = not isinstance(config, dict) or config.get("autoRedownloadFailed") is not False
-            all_of_it = {r.get(self.repair.item_key) for r in mine if r["eventType"] == "grabbed"}
-            is_apart = actions[0].progress.get("whole") and not is_only
-            if is_own and (is_apart or not all_of_it.issubset(missing)):
-                text = "is not blocklisted: the server would search by itself, and not for a season"
-                if not is_apart:
-                    text = "is not blocklisted: the server would search for what is healthy, too"
-                log.warning("%s: %s %s", self.server.name, self.server.client.quote(grab["title"]),
-                    f"{text}; switch off its 'Redownload Failed'")  # fmt: skip
-                return None
-            last = self.last_command()
-            self.errand.note(actions, blocking=last if is_own else None)
-            path = f"/api/v3/history/failed/{grab['id']}"
-            try:
-                self.server.client.send(Call("POST", path, {"skipRedownload": "true"}))
-            except HttpError as exc:  # it may have been heard all the same
-                self.repair.blame(exc)
-                self.repair.report(actions[0], exc)
-            last = last if is_own else None
-        deadline = time.monotonic() + OWN_SEARCH
-        while last is not None:
-            for command in self.commands_since(last, is_done):
-                if is_search_for(command, actions[0].progress, missing):
-                    return command
-            if is_done or time.monotonic() > deadline:
-                return {"name": "its own search"} if is_done and not last else None
-            time.sleep(0.5)
-        return None
-
-    # What comes of a search
-
-    def follow_up(self, action: Action) -> bool:
-        """Ask whether something has come of a search; True if it is to be sent again."""
-        self.settle_debts(action)
-        if action.status not in (SENT, FAILED):
-            return False
-        progress, is_sent = action.progress, action.status == SENT
-        items = self.repair.get_items(action)
-        missing = self.repair.missing(items)
-        files = {number for number in map(self.server.file_of, items) if number}
-        states = {self.state_of(number) for number in files}
-        if UNREACHABLE in states:
-            return False
-        if items and not missing and states == {OK}:
-            end_action(self.conn, action, REPAIRED)
-        if action.status != SENT:
-            return False
-        if not items or states - {OK}:
-            text = "its new file is broken as well"
-            text = text if items else f"{self.server.name} does not have it any more"
-            end_action(self.conn, action, FAILED, text)
-            return False
-        cooldown_is_over = time.time() - action.fired >= self.settings.cooldown
-        is_begun = action.step == "searching"  # by a run that was killed
-        if not (is_begun or cooldown_is_over) or self.errand.is_away(action):
-            return False  # it may come yet, or it is no moment to download anything
-        if not is_begun and progress.get("searches", 1) >= self.settings.max_attempts:
-            count = plural(progress.get("searches", 1), "search").replace("searchs", "searches")
-            text = f"{count}, and nothing came of it; {self.explain(action)}"
-            end_action(self.conn, action, FAILED, text)
-        elif not self.errand.applied:
-            action.outcome = WOULD_SEND
-        elif is_begun or self.errand.budget(self.server.name) >= 1:
-            if not is_begun:
-                self.errand.note([action], step="cleared", missing=missing)
-            return is_sent
-        return False
-
-    def settle_debts(self, action: Action) -> None:
-        """Try again what could not be done beside the search."""
-        owed = action.progress.get("owed") or []
-        for step in REPAIR_STEPS:
-            if step.name in owed and self.errand.applied:
-                try:
-                    step.does(self.repair, action)
-                    owed = [name for name in owed if name != step.name]
-                    self.errand.note([action], owed=owed)
-                except HttpError as exc:
-                    self.repair.blame(exc)
-                    self.repair.report(action, exc)
-
-    def state_of(self, file_id: int) -> str:
-        """Return whether a file that the server has resolves here."""
-        record = self.server.find(f"{self.server.kind.file}/{file_id}")
-        places = map_back(str(dig(record, "path")), self.server.path_map) if record else []
-        states = [self.repair.look(place) for place in places]
-        return next((state for state in (OK, UNREACHABLE) if state in states), MISSING)
-
-    def explain(self, action: Action) -> str:
-        """Return what the server did after its searches, as far as it tells."""
-        noted = action.progress
-        try:
-            history = self.server.get_history(noted["title_id"], noted.get("season_number"))
-            ids = set(self.repair.noted(action))
-            said = describe_history(
-                history, self.repair.item_key, ids, noted.get("last_history", math.inf)
+            repair.server.change(
+                "PUT", kind.monitor, {f"{kind.item}Ids": changed, "monitored": flag}
             )
-            command = self.server.find(f"/command/{noted.get('command', 0)}") or {}
-            if command.get("status") in FINAL_STATES[1:]:
-                said += f"; its last search {command['status']}: {dig(command, 'message') or ''}"
-        except (HttpError, KeyError) as exc:
-            said = f"what {self.server.name} did cannot be told ({exc})"
-        return self.server.client.quote(said)
+    return {}
 
-    def follow(self, actions: Sequence[Action]) -> None:
-        """Follow the commands to their end, for a while; that they end well repairs nothing yet."""
-        deadline, delay = min(time.monotonic() + POLL_LIMIT, self.errand.deadline), 0.5
-        waiting = {action.commands[0]["id"]: action.commands[0] for action in actions}
-        while waiting and time.monotonic() < deadline:
-            time.sleep(delay)
-            delay = min(5.0, delay * 1.5)
-            for number, sent in sorted(waiting.items()):
-                try:
-                    command = self.server.find(f"/command/{number}") or {"status": FINAL_STATES[0]}
-                except HttpError as exc:
-                    log.warning("%s", exc)
-                    return
-                sent["status"] = str(dig(command, "status"))
-                if sent["status"] in FINAL_STATES:
-                    del waiting[number]
-                if sent["status"] in FINAL_STATES[1:]:
-                    said = self.server.client.quote(dig(command, "message"))
-                    for action in actions:
-                        if action.commands[0]["id"] == number:
-                            action.error = f"{self.server.name}: search {sent['status']}: {said}"
+
+def remove_link(repair: Repair, action: Action) -> JsonObject:
+    """Remove the server's link from the disk, if it is broken this very moment, or else an import
+    would find its place taken; the journal has it first.
+    """
+    noted: JsonObject = {}
+    for here in repair.places(action.server_path):
+        try:
+            text = read_link(here)
+            if not text or repair.look(here) != BROKEN:
+                continue
+            row = (to_db(here), to_db(text), utc_now())
+            number = repair.conn.execute(_JOURNAL_REMOVAL, row).lastrowid
+            # The server may have put a new link there since: what goes is what was seen.
+            if repair.look(here) == BROKEN and read_link(here) == text:
+                os.unlink(here)
+                noted = {"removed": here}
+                repair.note([action], "removed", **noted)
+            else:
+                repair.conn.execute("DELETE FROM link_changes WHERE change_id = ?", (number,))
+        except OSError as exc:
+            text = f"cannot delete its file, and Refresherr cannot remove {here}: {exc.strerror}"
+            raise HttpError(f"{repair.name}: {text}; make its directory writable", 500) from exc
+    return noted
+
+
+def search(repair: Repair, *actions: Action) -> JsonObject:
+    """Search for what the files of one series, or one movie, held."""
+    repair.errand.check_mounts(actions)  # one may have gone meanwhile
+    server, kind, number = repair.server, repair.kind, actions[0].progress["title_id"]
+    title, items = {}, []  # type: JsonObject, List[JsonObject]
+    missing = {item for action in actions for item in action.items}
+    try:
+        title, items = server.get_title(number)
+        missing = {item["id"] for item in items if not server.file_of(item)}
+    except HttpError as exc:  # nothing but the search decides now
+        repair.blame(exc)
+    for action in actions:
+        action.progress["missing"] = sorted(missing & action.items)
+        if not action.progress["missing"]:  # it has come back already
+            repair.errand.settle(action, SENT)
+    rest = [action for action in actions if action.progress["missing"]]
+    if rest and rest[0].step == "searching":
+        send_search(repair, rest[0].progress["search"], rest)
+        return {}
+    others: List[Action] = []
+    seasons = group_by(rest, lambda a: a.progress.get("whole") and a.progress["season_number"])
+    for season, group in seasons.items():
+        # A season search refuses where any episode has a file, or is unmonitored.
+        episodes = [episode for episode in items if episode.get("seasonNumber") == season]
+        is_empty = len(_missing(group)) > 1 and not any(map(server.file_of, episodes))
+        if season and is_empty and all(each.get("monitored") for each in [title, *episodes]):
+            body = {"name": "SeasonSearch", "seriesId": number, "seasonNumber": season}
+            send_search(repair, body, group)
+        else:
+            others += group
+    # A server that searches by itself does so for each dead release alone.
+    is_apart = repair.settings.blocklist and repair.searches_itself()
+    for part in group_by(others, lambda a: is_apart and _download_of(a)).values():
+        send_search(repair, {"name": kind.search, f"{kind.item}Ids": _missing(part)}, part)
+    return {}
+
+
+def send_search(repair: Repair, body: JsonObject, actions: Sequence[Action]) -> None:
+    """Send a search, once: what a killed run sent, or the server by itself, is looked for first."""
+    server, noted = repair.server, actions[0].progress
+    is_resumed = actions[0].step == "searching"
+    if not is_resumed:
+        last = max([0, *(command["id"] for command in server.get_list("/command"))])
+        with transaction(repair.conn):  # or a killed run would split the group
+            repair.budget(len(body.get(f"{repair.kind.item}Ids", "1")))
+            for action in actions:
+                searches = action.progress.get("searches", 0) + 1
+                begun = {"search": body, "last_command": last, "begun": time.time()}
+                repair.note([action], step="searching", searches=searches, **begun)
+    is_own = repair.settings.blocklist and _mark_failed(repair, actions, is_resumed)
+    deadline = time.monotonic() + OWN_SEARCH
+    command = _find_search(repair, actions, is_resumed) if is_resumed else None
+    while is_own and not command and time.monotonic() < deadline:
+        time.sleep(0.5)
+        command = _find_search(repair, actions, is_resumed)
+    if not (command or noted["last_command"]) and time.time() - noted.get("begun", 0) > FORGOTTEN:
+        command = {"name": body["name"]}  # who can tell?  The cooldown decides
+    command = command or server.change("POST", "/command", body)
+    sent = {"id": dig(command, "id"), "name": dig(command, "name"), "status": "queued"}
+    with transaction(repair.conn):
+        repair.note(actions, step="sent", command=sent["id"])
+        for action in actions:
+            action.commands = [sent]
+            end_action(repair.conn, action, SENT)
+
+
+def _find_search(
+    repair: Repair, actions: Sequence[Action], is_resumed: bool
+) -> Optional[JsonObject]:
+    """Return the command that searches for what is missing since.  The list forgets commands soon,
+    but for a day they can be asked for by their numbers, and what a killed run has sent came next.
+    """
+    last = actions[0].progress["last_command"]
+    found = {command["id"]: command for command in repair.server.get_list("/command")}
+    for number in range(last + 1, last + 6) if last and is_resumed else ():
+        found[number] = found.get(number) or repair.server.find(f"/command/{number}") or {}
+    newer = (command for number, command in found.items() if number > last)
+    return next((command for command in newer if is_search_for(command, actions)), None)
+
+
+def _mark_failed(repair: Repair, actions: Sequence[Action], is_resumed: bool) -> bool:
+    """Have dead releases taken for failed ones, once; tell whether the server may search itself."""
+    server, is_own, is_marked = repair.server, repair.searches_itself(), False
+    grabs = {_download_of(a): a.progress["grab"] for a in actions if _download_of(a)}
+    try:
+        history = server.get_history(actions[0].progress["title_id"]) if grabs else []
+        for download, grab in grabs.items():
+            mine = [record for record in history if record.get("downloadId") == download]
+            ids = {r.get(repair.item_key) for r in mine if r.get("eventType") == "grabbed"}
+            if any(r.get("eventType") == "downloadFailed" and r["id"] > grab["id"] for r in mine):
+                is_marked = is_marked or is_resumed
+            elif is_own and (len(grabs) > 1 or not ids.issubset(_missing(actions))):
+                title = server.client.quote(grab["title"])
+                text = "the server would search by itself, and not for exactly what is missing"
+                advice = "switch off its 'Redownload Failed'"
+                log.warning("%s: %s is not blocklisted: %s; %s", repair.name, title, text, advice)
+            else:
+                is_marked = True
+                path = f"/api/v3/history/failed/{grab['id']}"
+                server.client.send(Call("POST", path, {"skipRedownload": "true"}))
+    except HttpError as exc:  # it may have been heard, and nothing but the search decides now
+        repair.blame(exc)
+        repair.report(actions[0], exc)
+    return is_marked and is_own
 
 
 ENDS, OWED = "ends the action, or has it tried again", "is reported and owed; the search goes out"
 
 
 class Step(NamedTuple):
-    """A step of a direct repair: the step that must have been taken before, what it does, and what
-    it means if the server refuses it.
-    """
+    """A step of a direct repair."""
 
     name: str
-    needs: str
-    does: Callable[[Repair, Action], Any]
-    refusal: str
+    needs: Tuple[str, ...]  # the steps that it may follow
+    does: Callable[..., JsonObject]
+    refusal: str  # what it means if the server refuses it
 
 
-# Then, for all actions of a series or a movie together: 'searching' and 'sent', see `Searches`.
 REPAIR_STEPS = (
-    Step("found", "", find_records, ENDS),  # the file records, their episodes or movie, their flags
-    Step("deleted", "found", delete_records, ENDS),  # the records are gone from the server
-    Step("restored", "deleted", restore_flags, OWED),  # the flags are as they were
-    Step("cleared", "restored", remove_link, OWED),  # nothing of the old file is in the way
+    Step("found", ("", "found"), find_records, ENDS),  # the records, their episodes or movie
+    Step("deleted", ("found",), delete_records, ENDS),  # the records are gone from the server
+    Step("restored", ("deleted",), restore_flags, OWED),  # the monitored flags are as they were
+    Step("cleared", ("restored",), remove_link, OWED),  # nothing of the old file is in the way
+    # For all actions of a series or movie together; meanwhile they are 'searching'.
+    Step("sent", ("cleared", "searching"), search, ENDS),
 )
 
 
-def is_empty_folder(path: str) -> bool:
-    """Tell whether there is nothing in a directory, or no directory."""
-    with contextlib.suppress(OSError), os.scandir(path) as entries:
-        return next(entries, None) is None
-    return True
-
-
-def find_command(
-    commands: Iterable[JsonObject], body: JsonObject, after: int
-) -> Optional[JsonObject]:
-    """Return the command that does what `body` says and is newer than command number `after`."""
-    for command in commands:
-        sent = {**(command.get("body") or {}), "name": command.get("name")}
-        if command["id"] > after and all(sent.get(key) == value for key, value in body.items()):
-            return command
-    return None
-
-
-def is_search_for(command: JsonObject, progress: JsonObject, missing: Sequence[int]) -> bool:
+def is_search_for(command: JsonObject, actions: Iterable[Action]) -> bool:
     """Tell whether a command searches for all that is missing of one series or movie."""
-    body = command.get("body")
+    body, noted = command.get("body"), [action.progress for action in actions]
     if not isinstance(body, dict):
         return False
     if command.get("name") == "SeasonSearch":
-        season = (body.get("seriesId"), body.get("seasonNumber"))
-        return season == (progress["title_id"], progress.get("season_number"))
+        season = body.get("seriesId"), body.get("seasonNumber")
+        return {season} == {(one["title_id"], one["season_number"]) for one in noted}
     ids = body.get("episodeIds") or body.get("movieIds") or ()
-    return command.get("name") in ("EpisodeSearch", "MoviesSearch") and set(missing) <= set(ids)
+    is_search = command.get("name") in ("EpisodeSearch", "MoviesSearch")
+    return is_search and set(_missing(actions)) <= set(ids)
 
 
-def find_grab(history: Sequence[JsonObject], key: str, items: Set[int]) -> Optional[JsonObject]:
-    """Return which grab brought the file that some episodes or a movie have, if it is known: that
-    of their last import.  The history is the server's, the oldest first.
-    """
-    imports = [
-        record.get("downloadId") for record in history
-        if record.get("eventType") == "downloadFolderImported" and record.get(key) in items
-    ]  # fmt: skip
+def find_grab(history: Iterable[JsonObject], mine: Iterable[JsonObject]) -> Optional[JsonObject]:
+    """Return which grab of a history, oldest first, brought the last import that is `mine`."""
+    imports = [r.get("downloadId") for r in mine if r.get("eventType") == "downloadFolderImported"]
     for record in history if imports and imports[-1] else ():
         if record.get("eventType") == "grabbed" and record.get("downloadId") == imports[-1]:
             title = str(record.get("sourceTitle"))
@@ -7783,19 +7487,21 @@ def find_grab(history: Sequence[JsonObject], key: str, items: Set[int]) -> Optio
     return None
 
 
-def describe_history(history: Sequence[JsonObject], key: str, items: Set[int], after: float) -> str:
-    """Return in words what a server grabbed for some episodes or a movie after a history record."""
-    events = [r for r in history if r["id"] > after and r.get(key) in items]
+def describe_history(events: Sequence[JsonObject]) -> str:
+    """Return in words what a server grabbed."""
     grabs = Counter(str(r.get("sourceTitle")) for r in events if r.get("eventType") == "grabbed")
-    if not grabs:
-        return "the server grabbed nothing"
     titles = (f"{title} {plural(count, 'time')}" for title, count in grabs.most_common(3))
-    failed = sum(r.get("eventType") == "downloadFailed" for r in events)
-    return f"the server grabbed {', '.join(titles)}; {plural(failed, 'download')} failed"
+    failed = sum(record.get("eventType") == "downloadFailed" for record in events)
+    said = f"{', '.join(titles)}; {plural(failed, 'download')} failed" if grabs else "nothing"
+    return f"the server grabbed {said}"
 
 
-def _all_missing(actions: Iterable[Action]) -> List[int]:
+def _missing(actions: Iterable[Action]) -> List[int]:
     return sorted({number for action in actions for number in action.progress["missing"]})
+
+
+def _download_of(action: Action) -> str:
+    return str((action.progress.get("grab") or {}).get("download", ""))
 
 
 # ---------------------------------------------------------------------------------------------

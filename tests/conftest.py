@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import json
 import os
+import py_compile
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+from unittest import mock
 
 import pytest
 
@@ -31,10 +37,19 @@ class Result(NamedTuple):
         return result
 
 
+@functools.lru_cache(maxsize=None)
+def compiled_program() -> Path:
+    """Compile the program once: for who runs it many times, that is most of what a run costs."""
+    file = Path(tempfile.mkdtemp(prefix="refresherr-tests-")) / "refresherr.pyc"
+    py_compile.compile(str(PROGRAM), cfile=str(file), doraise=True)
+    return file
+
+
 class Refresherr:
     """The program, with a data directory of its own and nothing of ours in its environment."""
 
     def __init__(self, folder: Path) -> None:
+        self.program = PROGRAM
         self.data_dir = folder / "data"
         self.env = {"PATH": os.environ["PATH"], "HOME": str(folder), "LANG": "C.UTF-8"}
 
@@ -43,7 +58,13 @@ class Refresherr:
         return self.data_dir / "symlinks.db"
 
     def command(self, *args: object) -> List[str]:
-        return [sys.executable, str(PROGRAM), "--data-dir", str(self.data_dir), *map(str, args)]
+        return [
+            sys.executable,
+            str(self.program),
+            "--data-dir",
+            str(self.data_dir),
+            *map(str, args),
+        ]
 
     def __call__(self, *args: object, env: Optional[Dict[str, str]] = None) -> Result:
         done = subprocess.run(
@@ -56,6 +77,20 @@ class Refresherr:
             check=False,
         )
         return Result(done.returncode, done.stdout, done.stderr)
+
+    def within(self, *args: object, env: Optional[Dict[str, str]] = None) -> Result:
+        """Run it in this very process, as what calls it often does: a start takes its time."""
+        import refresherr
+
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(
+                mock.patch.dict(os.environ, {**self.env, **(env or {})}, clear=True)
+            )
+            stack.enter_context(contextlib.redirect_stdout(out))
+            stack.enter_context(contextlib.redirect_stderr(err))
+            code = refresherr.main(self.command(*args)[2:])
+        return Result(code, out.getvalue(), err.getvalue())
 
     def start(self, *args: object) -> subprocess.Popen[str]:
         """Start it in the background."""

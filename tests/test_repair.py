@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
 
 import pytest
-from conftest import Refresherr, Result, target_of
+from conftest import Refresherr, Result, compiled_program, target_of
 from fake_servers import (
     SONARR_3,
     SONARR_4,
@@ -55,11 +55,14 @@ class Radarr(Watchful, FakeRadarr):
 class World:
     """A library, its servers, the config that ties them to the program, and what must hold."""
 
+    is_within = False  # whether the program runs in this process: a start takes its time
+
     def __init__(
         self, folder: Path, refresherr: Refresherr, write_config: Callable[[str], Path]
     ) -> None:
         self.folder = folder
         self.refresherr = refresherr
+        self.refresherr.program = compiled_program()
         self.write_config = write_config
         self.media = folder / "media"
         self.cloud = folder / "cloud"
@@ -196,7 +199,8 @@ class World:
     def call(self, *args: object, **env: str) -> Result:
         """Run the program, the config written anew."""
         self.configure()
-        result = self.refresherr(*args, env=env)
+        run = self.refresherr.within if self.is_within else self.refresherr
+        result = run(*args, env=env)
         self.outputs += [result.out, result.err]
         assert "internal error" not in result.err, result.err
         return result
@@ -318,6 +322,7 @@ def world(
     tmp_path: Path, refresherr: Refresherr, write_config: Callable[[str], Path]
 ) -> Iterator[World]:
     world = World(tmp_path, refresherr, write_config)
+    world.is_within = True
     with world.stack:
         yield world
         world.examine()
@@ -687,6 +692,7 @@ def mixed(
     tmp_path: Path, refresherr: Refresherr, write_config: Callable[[str], Path]
 ) -> Iterator[Mixed]:
     world = Mixed(tmp_path, refresherr, write_config)
+    world.is_within = True
     with world.stack:
         yield world
         world.examine()

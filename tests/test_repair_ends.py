@@ -248,11 +248,17 @@ def test_a_failed_repair_is_asked_after(world: World, by: str) -> None:
     assert "the server grabbed nothing" in result["actions"][0]["error"]
     world.do("scan")
     assert world.do("stats")["repairs"]["needs_attention"] == 1
+    if by == "dispatch":
+        for is_asked in (True, False):  # once a day
+            radarr.clear_requests()
+            world.do("dispatch", *FAST)
+            assert bool(radarr.requests) is is_asked
+        asked = """'"asked": ', '"asked": 1, "last": '"""
+        world.alter(f"UPDATE actions SET progress = replace(progress, {asked})")
     other = radarr.root / "Film (2021)" / "Film by RSS.mkv"
     world.link(other)
     radarr.make_file(movie, other.name, [radarr.movies[movie]])
     if by == "dispatch":
-        world.alter("DELETE FROM notes WHERE name LIKE 'asked after%'")
         assert world.do("dispatch", *FAST)["repaired"] == 1
         radarr.clear_requests()
         world.do("dispatch", *FAST)
