@@ -9621,6 +9621,7 @@ def option(spec: str, text: str = "", kind: Any = None, **details: Any) -> Optio
         details["dest"], (section, key) = kind, kind.split()[0].split(".")
         field = next(field for field in _fields(section) if field.name == key)
         kind = field.metadata["parse"]
+        kind = parse_path if kind is parse_own_path else kind  # relative ones as well, in a shell
         text += f"; default: {format_setting(kind, field.default)}" if field.default else ""
     if value.endswith("...") and spec.startswith("-"):
         details.update(action="append", default=[])
