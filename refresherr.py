@@ -1949,7 +1949,7 @@ def recorded_run(conn: sqlite3.Connection, command: str) -> Iterator[JsonObject]
 # thread in the kernel's D state cannot be ended (measured: any other way lingers).  This process
 # sends requests and keeps the database.  The path that a worker is about to touch stands in memory
 # shared with it, so it knows what hangs without a message: it kills that worker, seals off the
-# mount, and asks the rest anew.  One worker serves local disks; what lies on a slow mount goes to
+# mount, and asks the rest anew.  Two workers serve local disks; what lies on a slow mount goes to
 # another one with many threads.
 
 # File systems on which a directory's time of change tells whether anything in it has changed.
@@ -1960,7 +1960,8 @@ F_SETPIPE_SZ = 1031  # Linux, missing from `fcntl` before 3.10
 GONE_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 NO_LISTING_ERRNOS = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 AUTO_WORKERS = 24  # a libfuse daemon has some ten threads; what waits for them costs nothing
-AT_ONCE = 100  # requests in one message to the worker for local disks, and links between two beats
+LOCAL, THREADED = (0, 1), 2  # two workers for local disks, and one with many threads
+AT_ONCE = 100  # requests in one message to a worker for local disks, and links between two beats
 IN_FLIGHT = 3  # such messages that it has not answered yet
 CACHE_SIZE = 20000  # directories that a worker remembers
 YOUNG_NS = 2 * 10**9  # a directory changed so lately may change again within the same time stamp
@@ -2637,7 +2638,7 @@ class WorkerPool:
         self.ignore = Ignore(settings.ignore, settings.ignore_defaults)
         self.good: Counter[str] = Counter()  # targets found, by mount point
         self.answerers = {**ANSWERERS, **(answerers or {})}
-        self._processes: Dict[bool, WorkerProcess] = {}  # by whether it has many threads
+        self._processes: Dict[int, WorkerProcess] = {}  # LOCAL, THREADED
         self._again: Dict[bool, Deque[Request]] = {False: deque(), True: deque()}
         self._suspects: Set[Tuple[str, float]] = set()
         self._alive: Dict[str, float] = {}  # when a mount last answered, by mount point
@@ -2678,22 +2679,23 @@ class WorkerPool:
             wanted = max(0, 4 * self.threads - len(threaded))
             threaded.extend(itertools.islice(iter(source, None), wanted))
         while not at_once and len(threaded) <= 4 * self.threads:
-            process = self._processes.get(False)
-            if process and len(process.batches) >= IN_FLIGHT:
+            free = (p for p in map(self._process, LOCAL) if len(p.batches) < IN_FLIGHT)
+            process = next(free, None)
+            if process is None:
                 break
             local.extend(itertools.islice(iter(source, None), max(0, AT_ONCE - len(local))))
             if not local:
                 break
             batch = [local.popleft() for _ in range(min(AT_ONCE, len(local)))]
-            self._process(False).send(batch, {})
-        while threaded and len(self._process(True).batches) < 2 * self.threads:
-            self._process(True).send([threaded.popleft()], {})
+            process.send(batch, {})
+        while threaded and len(self._process(THREADED).batches) < 2 * self.threads:
+            self._process(THREADED).send([threaded.popleft()], {})
 
-    def _process(self, is_threaded: bool) -> WorkerProcess:
-        if is_threaded not in self._processes:
-            threads = self.threads if is_threaded else 1
-            self._processes[is_threaded] = WorkerProcess(self, threads)
-        return self._processes[is_threaded]
+    def _process(self, which: int) -> WorkerProcess:
+        if which not in self._processes:
+            threads = self.threads if which == THREADED else 1
+            self._processes[which] = WorkerProcess(self, threads)
+        return self._processes[which]
 
     def _receive(self) -> Iterator[Tuple[Request, Answer]]:
         """Yield the answers that have come, or nothing after a while."""
@@ -2733,18 +2735,18 @@ class WorkerPool:
     def _check_hangs(self) -> None:
         """Look at what each thread waits for; kill a worker that waits too long."""
         limit, now = self.stat_timeout, time.monotonic()
-        for is_threaded, process in list(self._processes.items()):
+        for which, process in list(self._processes.items()):
             waiting = process.slots.waiting()
             for path, since in waiting:
                 # Does the mount still answer, or is it only this path that hangs?
                 if now - since > limit / 4 and (path, since) not in self._suspects:
                     self._suspects.add((path, since))
-                    self._process(True).send([("alive", self._mount_of(path))], {})
+                    self._process(THREADED).send([("alive", self._mount_of(path))], {})
             if any(now - since >= limit for _, since in waiting):
-                del self._processes[is_threaded]
+                del self._processes[which]
                 process.close()
                 requests = [r for batch in process.batches.values() for r in batch]
-                self._again[is_threaded].extendleft(r for r in requests if r[0] != "alive")
+                self._again[process.threads > 1].extendleft(r for r in requests if r[0] != "alive")
                 for path, since in waiting:
                     if now - since > limit * 0.75:
                         self._give_up(path, since)
@@ -3508,10 +3510,12 @@ class Walk:
     def run(self, progress: Callable[[str], None]) -> None:
         """Visit all that is to be visited; one that is interrupted keeps what it has seen."""
         try:
-            for request, answer in self.watch.pool.run(self.next_request):
+            answers = self.watch.pool.run(self.next_request)
+            for number, (request, answer) in enumerate(answers, 1):
                 self.take(self.asked.pop(request[1]), Visit(*answer))
-                self.writer.flush(BATCH)
-                progress(f"{sum(root['examined'] for root in self.roots):,} links examined")
+                if number % AT_ONCE == 0:
+                    self.writer.flush(BATCH)
+                    progress(f"{sum(root['examined'] for root in self.roots):,} links examined")
             self.take_odd()
         finally:
             self.writer.flush()
