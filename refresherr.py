@@ -3513,9 +3513,9 @@ class Walk:
             answers = self.watch.pool.run(self.next_request)
             for number, (request, answer) in enumerate(answers, 1):
                 self.take(self.asked.pop(request[1]), Visit(*answer))
+                progress(f"{sum(root['examined'] for root in self.roots):,} links examined")
                 if number % AT_ONCE == 0:
                     self.writer.flush(BATCH)
-                    progress(f"{sum(root['examined'] for root in self.roots):,} links examined")
             self.take_odd()
         finally:
             self.writer.flush()
@@ -8944,9 +8944,9 @@ def _show_queue(terminal: Terminal, result: JsonObject) -> None:
 
 def _run_dispatch(context: Context) -> JsonObject:
     with context.recorded("dispatch", not context.applied) as (conn, summary):
-        errand = Dispatcher(conn, context.config, context.applied, not context.args.no_wait)
-        errand.deadline = context.deadline
-        summary.update(errand.run(context.config.repair.max))
+        dispatcher = Dispatcher(conn, context.config, context.applied, not context.args.no_wait)
+        dispatcher.deadline = context.deadline
+        summary.update(dispatcher.run(context.config.repair.max))
         errors = [action["error"] for action in summary["actions"] if action["error"]]
         if summary["exit_code"] != EXIT_OK and errors:
             summary.setdefault("message", "; ".join(dict.fromkeys(errors)))

@@ -49,7 +49,7 @@ class Refresherr:
     """The program, with a data directory of its own and nothing of ours in its environment."""
 
     def __init__(self, folder: Path) -> None:
-        self.program = PROGRAM
+        self.program = compiled_program()
         self.data_dir = folder / "data"
         self.env = {"PATH": os.environ["PATH"], "HOME": str(folder), "LANG": "C.UTF-8"}
 

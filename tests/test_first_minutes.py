@@ -235,6 +235,7 @@ def test_a_log_file(refresherr: Refresherr, library: Library, tmp_path: Path) ->
 
 def test_advice_names_what_was_typed(refresherr: Refresherr, library: Library) -> None:
     assert "--data-dir" in refresherr("--data-dri", "./data", "scan").err
+    refresherr.program = PROGRAM
     assert (
         f"python3 {PROGRAM}" in refresherr("stats").err or str(PROGRAM) in refresherr("stats").err
     )
