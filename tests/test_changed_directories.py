@@ -408,12 +408,14 @@ def test_every_way_of_changing_a_directory_is_seen(library: MountedLibrary, kind
     ways = {**TARGETS, **LIBRARY}
     places = build(library, kind, list(ways))
     library.settle()
-    for _ in range(2):
+    compare(library)
+    if kind != "fuse":  # where no directory vouches for anything
         compare(library)
     for way, change in ways.items():
         change(*places[way])
     compare(library)
-    compare(library)  # at once, while what has changed is young
+    if kind != "fuse":
+        compare(library)  # at once, while what has changed is young
     library.settle()
     compare(library)
 
