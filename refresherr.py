@@ -298,8 +298,9 @@ class TerminalHandler(logging.Handler):
         with contextlib.suppress(OSError, ValueError):
             print(utc_now(), labelled, file=self.file or io.StringIO())
         if record.levelno >= logging.WARNING:
+            known = text in self.said or mask_numbers(text) in self.told
             self.said.append(text)
-            if mask_numbers(text) in self.told:
+            if known:
                 return
             text = labelled
         with contextlib.suppress(OSError, ValueError):  # stderr is gone: nobody is left to be told
@@ -7593,7 +7594,7 @@ def note_told(conn: sqlite3.Connection, lines: Iterable[JsonObject]) -> None:
         last, _ = load_note(conn, f"told {name}") or (None, None)
         save_note(conn, f"told {name}", (last if error else utc_now(), error))
         if error:
-            log.warning("%s; `doctor --notify` tries it again", error)
+            log.warning("%s (`doctor --notify` tries it again)", error)
 
 
 def cut(text: str, limit: int, encoding: str = "utf-8") -> str:
@@ -8504,7 +8505,7 @@ def examine_notifiers(config: Config, conn: sqlite3.Connection) -> Iterator[Find
         when = f"last took a message at {last}" if last else "has taken no message yet"
         state, advice = ("ok", "") if last else ("warning", "`doctor --notify` sends it a test")
         if error:
-            state, when = "failed", f"{error}; {when}"
+            state, when = "failed", f"{when}: {error.split(': ', 1)[1]}"
             advice = f"correct {name} in [notify]; `doctor --notify` tries it"
         yield Finding(name, state, when, advice)
 
@@ -9146,9 +9147,10 @@ def take_and_tell(context: Context, summary: JsonObject, timeout: float) -> Json
     if config.run.report and not context.args.dry_run:
         steps["report"] = renew_report(conn, config)
     told = state["told"] if applied else load_note(conn, "told in a preview") or []
+    shown = {"shown": told, **state}["shown"] if applied else told  # on stdout
     code = combine_exit_codes([s["exit_code"] for s in steps.values() if s["status"] != SKIP])
     note, news = plan_note(conn, before, steps, told, config.notify.when)
-    now_open = still_open(steps, told)
+    now_open, state["shown"] = still_open(steps, told), still_open(steps, shown)
     calls = note_calls(note, config.notify.ntfy_token) if applied and news else {}
     sent = tell(config.notify, calls, timeout)
     if applied:
@@ -9158,16 +9160,16 @@ def take_and_tell(context: Context, summary: JsonObject, timeout: float) -> Json
         summary["state"] = {**state, "last_event": last_event(conn), "left": left}
     else:
         save_note(conn, "told in a preview", now_open)
-    problems = (f"{what}: {why}".rstrip(": ") for what, why in name_problems(steps).items())
-    end = {"applied": applied, "exit_code": code, "message": "; ".join(problems)}
-    if not end["message"]:
-        del end["message"]
+    problems = [f"{what}: {why}".rstrip(": ") for what, why in name_problems(steps).items()]
+    message = {"message": "; ".join(problems)} if problems else {}
+    end = {"applied": applied, "exit_code": code, **message}
     kept = ("exit_code", "status", "message", "run_id")
     brief = {name: {k: step[k] for k in kept if k in step} for name, step in steps.items()}
     summary.update(brief, **end)
     return {
-        "over": sorted({*told} - {*now_open}), "run_id": summary.get("run_id"), "notified": sent,
-        "news": news, **steps, **end, "text": f"{note.title}\n{note.text}",
+        "over": sorted({*shown} - {*state["shown"]}), "run_id": summary.get("run_id"),
+        "notified": sent, "news": plan_note(conn, before, steps, shown, config.notify.when)[1],
+        **steps, **end, "text": f"{note.title}\n{note.text}",
     }  # fmt: skip
 
 
@@ -9596,17 +9598,28 @@ def _run_help(context: Context) -> JsonObject:
 
 
 def _run_completion(context: Context) -> JsonObject:
-    """Print what makes a shell complete commands and options; zsh takes the line of bash."""
-    words = {name for names, _ in OPTIONS for name in names if name[0] == "-"}
-    words.update(*(details.get("choices", ()) for _, details in OPTIONS))
-    words.update(COMMANDS)
-    listed, programs = " ".join(sorted(words)), "refresherr refresherr.pyz refresherr.py"
+    """Print what makes a shell complete commands, and the options of the one that was typed."""
+
+    def words(options: Iterable[Option]) -> str:
+        found = ((*filter(re.compile("-").match, n), *m.get("choices", ())) for n, m in options)
+        return " ".join(itertools.chain(*found))
+
+    first, programs = " ".join(COMMANDS), "refresherr refresherr.pyz refresherr.py"
+    cases = {c.names: words((*c.options, *GLOBAL_OPTIONS)) for c in TABLE}
     if context.args.shell == "fish":
-        lines = [f"complete -c {program} -a '{listed}'\n" for program in programs.split()]
-        return {"text": "".join(lines)}
-    head = "autoload -U compinit bashcompinit && compinit && bashcompinit\n"
-    line = f"complete -o default -W '{listed}' {programs}\n"
-    return {"text": head * (context.args.shell == "zsh") + line}
+        seen = ((f"seen_subcommand_from {n}", w) for n, w in cases.items())
+        rows = [("use_subcommand", f"{first} {words(GLOBAL_OPTIONS)}"), *seen]
+        line = "complete -c {} -n '__fish_{}' -a '{}'\n"
+        return {"text": "".join(line.format(p, *row) for p in programs.split() for row in rows)}
+    rules = "\n".join(f"{n.replace(' ', '|')}) words='{w}'; break;;" for n, w in cases.items())
+    zsh = "autoload -U compinit bashcompinit && compinit && bashcompinit\n"
+    return {"text": zsh * (context.args.shell == "zsh") + f"""_refresherr() {{
+local word words='{first} {words(GLOBAL_OPTIONS)}'
+for word in "${{COMP_WORDS[@]:1:COMP_CWORD-1}}"; do case $word in\n{rules}\nesac; done
+COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+}}
+complete -o default -F _refresherr {programs}
+"""}  # fmt: skip
 
 
 Option = Tuple[Tuple[str, ...], Dict[str, Any]]
@@ -9627,6 +9640,7 @@ def option(spec: str, text: str = "", kind: Any = None, **details: Any) -> Optio
         kind = field.metadata["parse"]
         kind = parse_path if kind is parse_own_path else kind  # relative ones as well, in a shell
         text += f"; default: {format_setting(kind, field.default)}" if field.default else ""
+        kind = parse_path if value == "DIR" else kind  # it may begin where one stands
     if value.endswith("...") and spec.startswith("-"):
         details.update(action="append", default=[])
     elif value[-1] in ".]":
@@ -9794,8 +9808,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         unknown = re.match(r"argument COMMAND: .*?'(.*?)'", message)
         if unknown:
-            near = _nearest(unknown[1], COMMANDS)
-            message = f"no command {unknown[1]!r}{near}"
+            message = f"no command {unknown[1]!r}{_nearest(unknown[1], COMMANDS)}"
         elif message.startswith("unrecognized arguments: --"):
             message += "; this command has no such option"
         raise UsageError(f"{message}; see: {self.prog} --help")
@@ -9806,6 +9819,7 @@ def build_parser() -> Parser:
     shared = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     for names, details in GLOBAL_OPTIONS:
         shared.add_argument(*names, **details)
+    shared.add_argument("--version", action="version", version=f"refresherr {__version__}")
     parser = Parser(
         prog=started_as(),
         description="Finds dead media symlinks and has them repaired; never harms a healthy one.",
@@ -9813,7 +9827,6 @@ def build_parser() -> Parser:
         allow_abbrev=False,
         parents=[shared],
     )
-    parser.add_argument("--version", action="version", version=f"refresherr {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for command in TABLE:
         text = f"{command.help[0].upper()}{command.help[1:]}."
@@ -9891,8 +9904,10 @@ def attempt_command(
 
     The one place that turns what stops a command into a result.
     """
+    text = io.StringIO()
     try:
-        args = parse_arguments(argv)
+        with contextlib.redirect_stdout(text):  # --help and --version print by themselves
+            args = parse_arguments(argv)
         context = load_context(args, terminal, os.environ)
         with explained_errors(context.db_path):
             result: JsonObject = {"exit_code": EXIT_OK, **COMMANDS[args.command].run(context)}
@@ -9900,8 +9915,9 @@ def attempt_command(
         if args.command != "run":  # whose steps have said it
             say_why(result)
         return result, lambda: COMMANDS[args.command].show(terminal, result)
-    except SystemExit as exc:  # --help and --version
-        return {"exit_code": exc.code}, lambda: None
+    except SystemExit as exc:
+        result = {"exit_code": exc.code, "text": text.getvalue()}
+        return result, lambda: _show_text(terminal, result)
     except BrokenPipeError:
         raise  # nobody reads what --every prints
     except (Exception, KeyboardInterrupt) as exc:

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shutil
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -276,11 +277,66 @@ def test_help_version_completion(refresherr: Refresherr, tmp_path: Path) -> None
             file = tmp_path / shell
             file.write_text(script)
             assert subprocess.run([shell, "-n", str(file)], check=False).returncode == 0
-    ask = """. "$0"; eval set -- $(complete -p refresherr); compgen -W "$5" -- --acc"""
-    done = subprocess.run(
-        ["bash", "-c", ask, str(tmp_path / "bash")], capture_output=True, text=True, check=False
-    )
-    assert done.stdout.split() == ["--accept", "--accept-breakage", "--accept-shrink"]
+    ask = """. "$0"; COMP_WORDS=($1); COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+        _refresherr; echo "${COMPREPLY[@]}" """
+    for typed, answer in {
+        "refresherr --db x scan --acc": "--accept --accept-breakage",
+        "refresherr run --acc": "--accept --accept-breakage --accept-shrink",
+        "refresherr db-stats --format p": "prometheus",
+        "refresherr queue-repairs --m": "--min-age",
+        "refresherr act": "actions",
+    }.items():
+        done = subprocess.run(
+            ["bash", "-c", ask, str(tmp_path / "bash"), typed],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.stdout.strip() == answer, typed
+
+
+@pytest.mark.parametrize("words", ["--version", "scan --version", "--help", "scan --help"])
+def test_help_and_version_are_one_object_too(refresherr: Refresherr, words: str) -> None:
+    plain, result = refresherr(*words.split()), refresherr(*words.split(), "--json")
+    assert plain.code == result.code == 0
+    assert result.json["text"] == plain.out != ""
+
+
+def test_a_path_on_the_command_line_may_begin_where_one_stands(
+    refresherr: Refresherr, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    context = program.parse_arguments(["run", "--data-dir", "data", "--base", "../x"])
+    assert vars(context)["refresherr.data_dir"] == str(tmp_path / "data")
+    assert vars(context)["cinesync.base"] == str(tmp_path.parent / "x")
+
+
+def test_nothing_is_said_twice_though_nobody_listens(
+    refresherr: Refresherr, library: Library, write_config: Callable[[str], Path]
+) -> None:
+    library.season("Show", 3)
+    write_config(f"""[scan]
+roots = {library.root}
+    {library.root}-absent
+[sonarr x]
+url = http://127.0.0.1:9
+api_key = x
+[relay]
+base = http://127.0.0.1:9
+[notify]
+webhook = http://127.0.0.1:9/hook
+""")
+    refresherr.scan(library.root)
+    with contextlib.closing(sqlite3.connect(str(refresherr.db_path))) as conn, conn:
+        conn.execute(
+            "INSERT INTO actions (url, status) VALUES ('arr://sonarr_x/repair?path=/x', 'pending')"
+        )
+    first, second = refresherr("run", "-q", "--apply"), refresherr("run", "-q", "--apply")
+    assert first.err.count("error: sonarr_x: ") == 1 == first.err.count("warning: webhook: ")
+    assert "scan partial" not in second.out and second.out + second.err == ""
+    found = {f["name"]: f for f in refresherr("doctor", "--json").json["findings"]}["webhook"]
+    assert "webhook" not in found["detail"] and "refused" in found["detail"]
+    Path(f"{library.root}-absent").mkdir()
+    third, fourth = refresherr("run", "-q", "--apply"), refresherr("run", "-q", "--apply")
+    assert third.out.count("no longer: scan partial") == 1 and fourth.out == ""
 
 
 # The config
