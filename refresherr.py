@@ -4285,10 +4285,11 @@ def recheck_links(
                 if point is not None:
                     verdicts[path] = UNREACHABLE, unwell[point]
         ground = find_witnesses(conn, watch, losses)
-    crowd = find_lost_titles(conn, losses)
+    crowd = functools.lru_cache(1)(lambda: find_lost_titles(conn, losses))  # rarely needed
     for loss in losses:
         # The scan that lost it may have met other losses along with it, or none.
-        for ground.lost_titles in ({}, crowd):
+        for titles in (dict, crowd):
+            ground.lost_titles = titles()
             survey_losses([loss], ground)
             doubt = explain_loss(loss, ground)
             if doubt and loss.path in accepted and doubt.defence in (BARE, NO_WITNESS):
@@ -4919,10 +4920,11 @@ class Journal(NamedTuple):
         """Look again at links, change what `choose` returns; return why some cannot be judged."""
         refused: Set[str] = set()
         ready, left = changes, len(changes) if limit is None else limit
-        for start in range(0, len(changes), CHANGES_AT_ONCE):
+        size = CHANGES_AT_ONCE if self.run_id or limit is not None else max(1, len(changes))
+        for start in range(0, len(changes), size):
             if not left or (refused and not ready) or time.monotonic() > deadline:
                 break  # in an outage, what hangs would cost its time with each part
-            part = changes[start : start + CHANGES_AT_ONCE]
+            part = changes[start : start + size]
             verdicts = recheck_links(self.conn, self.settings, [change.path for change in part])
             for change in part:
                 status, why = verdicts.get(change.path, (MISSING, ""))
@@ -5635,7 +5637,8 @@ class Client:
         request = (call.method, target, data, headers)
         with contextlib.suppress(queue.Empty, ConnectionError):
             since, connection = self._idle.get_nowait()
-            if call.method == "GET" and time.monotonic() - since < KEPT_ALIVE:
+            is_safe = call.method == "GET" and "term" not in call.query  # the relay searches for it
+            if is_safe and time.monotonic() - since < KEPT_ALIVE:
                 return self._receive(connection, call.path, request, *limits)
             connection.close()
         return self._receive(self._connect(parts), call.path, request, *limits)
@@ -6698,10 +6701,11 @@ def settle_repairs(conn: sqlite3.Connection) -> List[Action]:
     """Call repaired what was sent and is good again, or well replaced, by the last scan; and what
     has failed, where another link has come in the place of one that is gone.
     """
-    settled = []
+    settled, select = [], "SELECT path FROM symlinks WHERE status = 'ok' AND read_error <> ''"
+    unread = {from_db(row[0]) for row in conn.execute(select)}
     for action in load_actions(conn, "status IN ('sent', 'failed')"):
         states = {path: link.status for path, link in find_links(conn, action.paths).items()}
-        if action.status == FAILED and set(states.values()) - {MISSING}:
+        if unread & set(states) or (action.status == FAILED and set(states.values()) - {MISSING}):
             continue
         if action.paths and all(
             states.get(path) == OK or is_replaced(conn, path, action.fired) for path in action.paths
@@ -7131,8 +7135,6 @@ class Repair(Conversation):
             raise Settled(FAILED, f"{count}, and nothing came of it; {self.explain(action)}")
         if not self.errand.applied:
             raise Settled(WOULD_SEND)
-        if not is_begun and self.budget() < 1:
-            raise Settled("")
         if not is_begun:
             self.note([action], step="cleared")
 
@@ -7319,7 +7321,11 @@ def remove_link(repair: Repair, action: Action) -> JsonObject:
     for here in repair.places(action.server_path):
         try:
             text = read_link(here)
-            if not text or repair.look(here) != BROKEN:
+            state = repair.look(here) if text else MISSING
+            if state == UNREACHABLE:
+                repair.errand.check_mounts([action])  # it may be more than this link
+                raise HttpError(f"{repair.name}: {here} cannot be judged now", 503, retry=True)
+            if state != BROKEN:
                 continue
             row = (to_db(here), to_db(text), utc_now())
             number = repair.conn.execute(_JOURNAL_REMOVAL, row).lastrowid
@@ -7378,9 +7384,13 @@ def send_search(repair: Repair, body: JsonObject, actions: Sequence[Action]) -> 
     server, noted = repair.server, actions[0].progress
     is_resumed = actions[0].step == "searching"
     if not is_resumed:
+        cost = len(body.get(f"{repair.kind.item}Ids", "1"))
+        is_repeat, per_day = all(a.status == SENT for a in actions), repair.settings.per_day
+        if is_repeat and repair.budget() < min(cost, per_day or cost):
+            return  # another day; what is new has found its place in `prepare`
         last = max([0, *(command["id"] for command in server.get_list("/command"))])
         with transaction(repair.conn):  # or a killed run would split the group
-            repair.budget(len(body.get(f"{repair.kind.item}Ids", "1")))
+            repair.budget(cost)
             for action in actions:
                 searches = action.progress.get("searches", 0) + 1
                 begun = {"search": body, "last_command": last, "begun": time.time()}
@@ -7827,8 +7837,10 @@ def list_links(
             and (attempts[-1].is_open or needs_attention(config.repair, link, attempts))
         )
     links = describe_links(conn, config, paths[:limit])
+    spent = {path for path, _, _ in find_unplayable(conn, config)}
     for link in links if status == UNREADABLE else ():
-        link.update(status=UNREADABLE, error=errors[link["path"]], next="verify reads it again")
+        link.update(status=UNREADABLE, error=errors[link["path"]])
+        link.update({} if link["path"] in spent else {"next": "verify reads it again"})
     return links, len(paths)
 
 
