@@ -970,16 +970,17 @@ _LONE_EPISODE = re.compile(  # E01, Ep. 1, Episode 1
 _MORE_EPISODES = re.compile(
     r"(?i)([-~]?)[ ._]*[-+&]?[ ._]*(?:(?:s?(\d{1,4}))?[ ._]?[ex]p?)?(\d{1,4})")
 _BEHIND_NUMBER = re.compile(  # what belongs to it: E01b, E11.5 (not 1.23.45), E1.E2, E01 and 2
-    r"(?i)(?!v\d)[^\W\d_]|[\xbc-\xbe]|[.,]\d(?!\d|(?:\.\d\d){2}(?!\d))|"
+    r"(?i)(?!v\d)[^\W\d_]|[\xbc-\xbe]|[.,]\d(?!\d|(?:\.\d\d){2}(?!\d))|(?:\.\.|[,;\u2010-\u2015])e?\d|"
     r"[ ._]{0,4}[+&~/][ ._]{0,4}\d|"
     r"[ ._,]*-?[ ._]{0,4}(?:s\d{1,4}[ ._-]?)?ep?[ ._]?\d|-\d{1,3}(?![\da-z]|\.\d)|"
     r"[ ._]{1,4}(?:and|et|und|to|till|bis|à|au|al|[aey-])[ ._]{1,4}(?:s\d{1,4})?ep?[ ._]?\d|"
-    r"[ ._]{1,4}(?:and|et|und|to|till|bis|à|au|al)[ ._]{1,4}(?:episode[ ._]?)?\d")
+    r"[ ._]{1,4}(?:and|et|und|to|till|bis|à|au|al|och|og|tot|plus)[ ._]{1,4}(?:episode[ ._]?)?\d|"
+    r"[ ._]{1,4}[aey][ ._]{1,4}0\d(?!\d)")
 _BEFORE_NUMBER = re.compile(  # E00 and S14E01, 2x9-2x10
     r"(?i)(?<![^\W_])(?:(?:s\d{1,4})?ep?[ ._]?|\d{1,2}x)\d{1,4}[ ._]{0,4}"
     r"(?:[-+&~,/]|and|et|und|to|bis|à|au?)?[ ._]{0,4}$")
-_LIKE_NUMBER = re.compile(  # 1x1, S01E, SE01, 1of6, SP1
-    r"(?i)(?<![^\W_])(?:\d{1,2}x\d{1,3}(?![\da-z])|s\d{1,4}[ ._-]?e|se\d|"
+_LIKE_NUMBER = re.compile(  # 1x1, 1x01b, 01-02, S01E, SE01, 1of6, SP1
+    r"(?i)(?<![^\W_])(?:(?:\d{1,2}x\d{1,3}[a-d]?|\d\d[-~+&]\d\d)(?![\da-z])|s\d{1,4}[ ._-]?e|se\d|"
     r"e(?:p(?:isode)?[ ._-]?)?\d|(?:sp|ova|oad)[ ._]?\d{0,2}(?![^\W_])|\d{1,2}[ ._]?of[ ._]?\d)")
 _ABSOLUTE = re.compile(  # Show - 012, or all of a name up to a dash or bracket: 012 - Title
     r"(?i)(?:[ _]-[ _]#?|^(?=\d+(?:[ _]-[ _]| ?[(\[]|$)))(\d{1,4})(?:v\d)?(?![\da-z])")
@@ -1001,8 +1002,8 @@ _BESIDE = re.compile(  # half of it; extras, some of which are names of episodes
     r"(?:[ ._]?of[ ._]?\d+)?|\d{1,2}[ ._]?of[ ._]?\d{1,2})|(?P<name>(?<![+&] )extras?|bonus|"
     r"interviews?|trailers?|teasers?|promos?|previews?|supplements?|menu|clips?|scenes?|x\d\d)|"
     r"making[ ._-]?of|behind[ ._-]?the[ ._-]?scenes|deleted[ ._-]?scenes?|featurettes?|bloopers?|"
-    r"gag[ ._-]?reel|outtakes?|special[ ._-]features?|(?:nc|creditless[ ._-]?)(?:op|ed)\d*)"
-    r"(?![^\W_])")
+    r"(?:gag|b)[ ._-]?(?:reel|roll)|outtakes?|special[ ._-]features?|screen[ ._-]?tests?|"
+    r"(?:nc|creditless[ ._-]?)(?:op|ed)\d*)(?![^\W_])")
 _PART = re.compile(  # Part 2, pt2, (2)
     r"(?i)(?<![^\W_])(?:part[ei]?e?|pt|teil|(?P<title>vol(?:ume)?|chapter))(?P<gap>[ ._-]*)"
     r"(\d{1,2}|[ivx]{1,4}|one|two|three|four|five|six)(?![^\W_])|[ ._]\((\d)\)")
