@@ -6293,10 +6293,9 @@ class Attempt(NamedTuple):
 def load_history(conn: sqlite3.Connection) -> Dict[str, List[Attempt]]:
     """Return the actions there were for each link, oldest first."""
     history: Dict[str, List[Attempt]] = {}
-    for url, status, path, fired, progress, error in conn.execute(
-        "SELECT coalesce(url, ''), status, related_path, fired_utc, progress, last_error "
-        "FROM actions WHERE related_path IS NOT NULL ORDER BY id"
-    ):
+    select = """SELECT coalesce(url, ''), status, related_path, fired_utc, progress, last_error
+        FROM actions WHERE related_path IS NOT NULL ORDER BY id"""
+    for url, status, path, fired, progress, error in conn.execute(select):
         noted = json.loads(progress or "{}")
         is_open = status == PENDING or (status == SENT and url.startswith("arr:"))
         times = max(1, noted.get("searches", 1)) if status in (SENT, FAILED, REPAIRED) else 0
@@ -6328,11 +6327,9 @@ def is_replaced(conn: sqlite3.Connection, path: str, since: float) -> bool:
     if not is_video(path) or not (work.kind == "movie" or work.episodes or work.date):
         return False  # its name does not say enough
     condition, values = beneath(folder)
-    rows = conn.execute(
-        "SELECT path FROM symlinks WHERE substr(first_seen_utc, 1, 19) > ? AND status = 'ok' "
-        f"AND {condition}",
-        (format_time(since)[:19], *values),
-    )
+    select = f"""SELECT path FROM symlinks WHERE substr(first_seen_utc, 1, 19) > ?
+        AND status = 'ok' AND {condition}"""
+    rows = conn.execute(select, (format_time(since)[:19], *values))
     parts = operator.attrgetter("kind", "title", "year", "season", "episodes", "date")
     newer = [name for name in (from_db(row[0]) for row in rows) if os.path.dirname(name) == folder]
     return any(is_video(name) and parts(parse_work(name)) == parts(work) for name in newer)
@@ -7154,9 +7151,8 @@ class Repair(Conversation):
         try:
             history = self.server.get_history(noted.get("title_id", 0), noted.get("season_number"))
             mine = [r for r in history if r.get(self.item_key) in action.items]
-            said = describe_history(
-                [r for r in mine if r["id"] > noted.get("last_history", math.inf)]
-            )
+            last = noted.get("last_history", math.inf)
+            said = describe_history([record for record in mine if record["id"] > last])
             command = self.server.find(f"/command/{noted.get('command', 0)}") or {}
             if command.get("status") in FINAL_STATES[1:]:
                 said += f"; its last search {command['status']}: {dig(command, 'message') or ''}"
@@ -7225,9 +7221,8 @@ def find_records(repair: Repair, action: Action) -> JsonObject:
         history = server.get_history(title["id"], season)
         wanted = {item["id"] for item in items}
         mine = [record for record in history if record.get(repair.item_key) in wanted]
-        noted.update(
-            grab=find_grab(history, mine), last_history=history[-1]["id"] if history else 0
-        )
+        last = history[-1]["id"] if history else 0
+        noted.update(grab=find_grab(history, mine), last_history=last)
     return noted
 
 
@@ -7308,9 +7303,8 @@ def restore_flags(repair: Repair, action: Action) -> JsonObject:
         turned = [item["id"] for item in items if bool(item.get("monitored")) is not flag]
         changed = [number for number in turned if flags.get(str(number)) is flag]
         if changed:
-            repair.server.change(
-                "PUT", kind.monitor, {f"{kind.item}Ids": changed, "monitored": flag}
-            )
+            body = {f"{kind.item}Ids": changed, "monitored": flag}
+            repair.server.change("PUT", kind.monitor, body)
     return {}
 
 
@@ -7386,8 +7380,8 @@ def send_search(repair: Repair, body: JsonObject, actions: Sequence[Action]) -> 
     is_resumed = actions[0].step == "searching"
     if not is_resumed:
         cost = len(body.get(f"{repair.kind.item}Ids", "1"))
-        is_repeat, per_day = all(a.status == SENT for a in actions), repair.settings.per_day
-        if is_repeat and repair.budget() < min(cost, per_day or cost):
+        is_repeat = all(action.status == SENT for action in actions)
+        if is_repeat and repair.budget() < min(cost, repair.settings.per_day):
             return  # another day; what is new has found its place in `prepare`
         last = max([0, *(command["id"] for command in server.get_list("/command"))])
         with transaction(repair.conn):  # or a killed run would split the group
