@@ -971,16 +971,17 @@ _LONE_EPISODE = re.compile(  # E01, Ep. 1, Episode 1
 _MORE_EPISODES = re.compile(
     r"(?i)([-~]?)[ ._]*[-+&]?[ ._]*(?:(?:s?(\d{1,4}))?[ ._]?[ex]p?)?(\d{1,4})")
 _BEHIND_NUMBER = re.compile(  # what belongs to it: E01b, E11.5 (not 1.23.45), E1.E2, E01 and 2
-    r"(?i)(?!v\d)[^\W\d_]|[\xbc-\xbe]|[.,]\d(?!\d|(?:\.\d\d){2}(?!\d))|"
+    r"(?i)(?!v\d)[^\W\d_]|[\xbc-\xbe]|[.,]\d(?!\d|(?:\.\d\d){2}(?!\d))|(?:\.\.|[,;\u2010-\u2015])e?\d|"
     r"[ ._]{0,4}[+&~/][ ._]{0,4}\d|"
     r"[ ._,]*-?[ ._]{0,4}(?:s\d{1,4}[ ._-]?)?ep?[ ._]?\d|-\d{1,3}(?![\da-z]|\.\d)|"
     r"[ ._]{1,4}(?:and|et|und|to|till|bis|à|au|al|[aey-])[ ._]{1,4}(?:s\d{1,4})?ep?[ ._]?\d|"
-    r"[ ._]{1,4}(?:and|et|und|to|till|bis|à|au|al)[ ._]{1,4}(?:episode[ ._]?)?\d")
+    r"[ ._]{1,4}(?:and|et|und|to|till|bis|à|au|al|och|og|tot|plus)[ ._]{1,4}(?:episode[ ._]?)?\d|"
+    r"[ ._]{1,4}[aey][ ._]{1,4}0\d(?!\d)")
 _BEFORE_NUMBER = re.compile(  # E00 and S14E01, 2x9-2x10
     r"(?i)(?<![^\W_])(?:(?:s\d{1,4})?ep?[ ._]?|\d{1,2}x)\d{1,4}[ ._]{0,4}"
     r"(?:[-+&~,/]|and|et|und|to|bis|à|au?)?[ ._]{0,4}$")
-_LIKE_NUMBER = re.compile(  # 1x1, S01E, SE01, 1of6, SP1
-    r"(?i)(?<![^\W_])(?:\d{1,2}x\d{1,3}(?![\da-z])|s\d{1,4}[ ._-]?e|se\d|"
+_LIKE_NUMBER = re.compile(  # 1x1, 1x01b, 01-02, S01E, SE01, 1of6, SP1
+    r"(?i)(?<![^\W_])(?:(?:\d{1,2}x\d{1,3}[a-d]?|\d\d[-~+&]\d\d)(?![\da-z])|s\d{1,4}[ ._-]?e|se\d|"
     r"e(?:p(?:isode)?[ ._-]?)?\d|(?:sp|ova|oad)[ ._]?\d{0,2}(?![^\W_])|\d{1,2}[ ._]?of[ ._]?\d)")
 _ABSOLUTE = re.compile(  # Show - 012, or all of a name up to a dash or bracket: 012 - Title
     r"(?i)(?:[ _]-[ _]#?|^(?=\d+(?:[ _]-[ _]| ?[(\[]|$)))(\d{1,4})(?:v\d)?(?![\da-z])")
@@ -1002,8 +1003,8 @@ _BESIDE = re.compile(  # half of it; extras, some of which are names of episodes
     r"(?:[ ._]?of[ ._]?\d+)?|\d{1,2}[ ._]?of[ ._]?\d{1,2})|(?P<name>(?<![+&] )extras?|bonus|"
     r"interviews?|trailers?|teasers?|promos?|previews?|supplements?|menu|clips?|scenes?|x\d\d)|"
     r"making[ ._-]?of|behind[ ._-]?the[ ._-]?scenes|deleted[ ._-]?scenes?|featurettes?|bloopers?|"
-    r"gag[ ._-]?reel|outtakes?|special[ ._-]features?|(?:nc|creditless[ ._-]?)(?:op|ed)\d*)"
-    r"(?![^\W_])")
+    r"(?:gag|b)[ ._-]?(?:reel|roll)|outtakes?|special[ ._-]features?|screen[ ._-]?tests?|"
+    r"(?:nc|creditless[ ._-]?)(?:op|ed)\d*)(?![^\W_])")
 _PART = re.compile(  # Part 2, pt2, (2)
     r"(?i)(?<![^\W_])(?:part[ei]?e?|pt|teil|(?P<title>vol(?:ume)?|chapter))(?P<gap>[ ._-]*)"
     r"(\d{1,2}|[ivx]{1,4}|one|two|three|four|five|six)(?![^\W_])|[ ._]\((\d)\)")
@@ -4290,10 +4291,11 @@ def recheck_links(
                 if point is not None:
                     verdicts[path] = UNREACHABLE, unwell[point]
         ground = find_witnesses(conn, watch, losses)
-    crowd = find_lost_titles(conn, losses)
+    crowd = functools.lru_cache(1)(lambda: find_lost_titles(conn, losses))  # rarely needed
     for loss in losses:
         # The scan that lost it may have met other losses along with it, or none.
-        for ground.lost_titles in ({}, crowd):
+        for titles in (dict, crowd):
+            ground.lost_titles = titles()
             survey_losses([loss], ground)
             doubt = explain_loss(loss, ground)
             if doubt and loss.path in accepted and doubt.defence in (BARE, NO_WITNESS):
@@ -4924,10 +4926,11 @@ class Journal(NamedTuple):
         """Look again at links, change what `choose` returns; return why some cannot be judged."""
         refused: Set[str] = set()
         ready, left = changes, len(changes) if limit is None else limit
-        for start in range(0, len(changes), CHANGES_AT_ONCE):
+        size = CHANGES_AT_ONCE if self.run_id or limit is not None else max(1, len(changes))
+        for start in range(0, len(changes), size):
             if not left or (refused and not ready) or time.monotonic() > deadline:
                 break  # in an outage, what hangs would cost its time with each part
-            part = changes[start : start + CHANGES_AT_ONCE]
+            part = changes[start : start + size]
             verdicts = recheck_links(self.conn, self.settings, [change.path for change in part])
             for change in part:
                 status, why = verdicts.get(change.path, (MISSING, ""))
@@ -5640,7 +5643,8 @@ class Client:
         request = (call.method, target, data, headers)
         with contextlib.suppress(queue.Empty, ConnectionError):
             since, connection = self._idle.get_nowait()
-            if call.method == "GET" and time.monotonic() - since < KEPT_ALIVE:
+            is_safe = call.method == "GET" and "term" not in call.query  # the relay searches for it
+            if is_safe and time.monotonic() - since < KEPT_ALIVE:
                 return self._receive(connection, call.path, request, *limits)
             connection.close()
         return self._receive(self._connect(parts), call.path, request, *limits)
@@ -6294,10 +6298,9 @@ class Attempt(NamedTuple):
 def load_history(conn: sqlite3.Connection) -> Dict[str, List[Attempt]]:
     """Return the actions there were for each link, oldest first."""
     history: Dict[str, List[Attempt]] = {}
-    for url, status, path, fired, progress, error in conn.execute(
-        "SELECT coalesce(url, ''), status, related_path, fired_utc, progress, last_error "
-        "FROM actions WHERE related_path IS NOT NULL ORDER BY id"
-    ):
+    select = """SELECT coalesce(url, ''), status, related_path, fired_utc, progress, last_error
+        FROM actions WHERE related_path IS NOT NULL ORDER BY id"""
+    for url, status, path, fired, progress, error in conn.execute(select):
         noted = json.loads(progress or "{}")
         is_open = status == PENDING or (status == SENT and url.startswith("arr:"))
         times = max(1, noted.get("searches", 1)) if status in (SENT, FAILED, REPAIRED) else 0
@@ -6329,11 +6332,9 @@ def is_replaced(conn: sqlite3.Connection, path: str, since: float) -> bool:
     if not is_video(path) or not (work.kind == "movie" or work.episodes or work.date):
         return False  # its name does not say enough
     condition, values = beneath(folder)
-    rows = conn.execute(
-        "SELECT path FROM symlinks WHERE substr(first_seen_utc, 1, 19) > ? AND status = 'ok' "
-        f"AND {condition}",
-        (format_time(since)[:19], *values),
-    )
+    select = f"""SELECT path FROM symlinks WHERE substr(first_seen_utc, 1, 19) > ?
+        AND status = 'ok' AND {condition}"""
+    rows = conn.execute(select, (format_time(since)[:19], *values))
     parts = operator.attrgetter("kind", "title", "year", "season", "episodes", "date")
     newer = [name for name in (from_db(row[0]) for row in rows) if os.path.dirname(name) == folder]
     return any(is_video(name) and parts(parse_work(name)) == parts(work) for name in newer)
@@ -6703,10 +6704,11 @@ def settle_repairs(conn: sqlite3.Connection) -> List[Action]:
     """Call repaired what was sent and is good again, or well replaced, by the last scan; and what
     has failed, where another link has come in the place of one that is gone.
     """
-    settled = []
+    settled, select = [], "SELECT path FROM symlinks WHERE status = 'ok' AND read_error <> ''"
+    unread = {from_db(row[0]) for row in conn.execute(select)}
     for action in load_actions(conn, "status IN ('sent', 'failed')"):
         states = {path: link.status for path, link in find_links(conn, action.paths).items()}
-        if action.status == FAILED and set(states.values()) - {MISSING}:
+        if unread & set(states) or (action.status == FAILED and set(states.values()) - {MISSING}):
             continue
         if action.paths and all(
             states.get(path) == OK or is_replaced(conn, path, action.fired) for path in action.paths
@@ -7136,8 +7138,6 @@ class Repair(Conversation):
             raise Settled(FAILED, f"{count}, and nothing came of it; {self.explain(action)}")
         if not self.errand.applied:
             raise Settled(WOULD_SEND)
-        if not is_begun and self.budget() < 1:
-            raise Settled("")
         if not is_begun:
             self.note([action], step="cleared")
 
@@ -7156,9 +7156,8 @@ class Repair(Conversation):
         try:
             history = self.server.get_history(noted.get("title_id", 0), noted.get("season_number"))
             mine = [r for r in history if r.get(self.item_key) in action.items]
-            said = describe_history(
-                [r for r in mine if r["id"] > noted.get("last_history", math.inf)]
-            )
+            last = noted.get("last_history", math.inf)
+            said = describe_history([record for record in mine if record["id"] > last])
             command = self.server.find(f"/command/{noted.get('command', 0)}") or {}
             if command.get("status") in FINAL_STATES[1:]:
                 said += f"; its last search {command['status']}: {dig(command, 'message') or ''}"
@@ -7227,9 +7226,8 @@ def find_records(repair: Repair, action: Action) -> JsonObject:
         history = server.get_history(title["id"], season)
         wanted = {item["id"] for item in items}
         mine = [record for record in history if record.get(repair.item_key) in wanted]
-        noted.update(
-            grab=find_grab(history, mine), last_history=history[-1]["id"] if history else 0
-        )
+        last = history[-1]["id"] if history else 0
+        noted.update(grab=find_grab(history, mine), last_history=last)
     return noted
 
 
@@ -7310,9 +7308,8 @@ def restore_flags(repair: Repair, action: Action) -> JsonObject:
         turned = [item["id"] for item in items if bool(item.get("monitored")) is not flag]
         changed = [number for number in turned if flags.get(str(number)) is flag]
         if changed:
-            repair.server.change(
-                "PUT", kind.monitor, {f"{kind.item}Ids": changed, "monitored": flag}
-            )
+            body = {f"{kind.item}Ids": changed, "monitored": flag}
+            repair.server.change("PUT", kind.monitor, body)
     return {}
 
 
@@ -7324,7 +7321,11 @@ def remove_link(repair: Repair, action: Action) -> JsonObject:
     for here in repair.places(action.server_path):
         try:
             text = read_link(here)
-            if not text or repair.look(here) != BROKEN:
+            state = repair.look(here) if text else MISSING
+            if state == UNREACHABLE:
+                repair.errand.check_mounts([action])  # it may be more than this link
+                raise HttpError(f"{repair.name}: {here} cannot be judged now", 503, retry=True)
+            if state != BROKEN:
                 continue
             row = (to_db(here), to_db(text), utc_now())
             number = repair.conn.execute(_JOURNAL_REMOVAL, row).lastrowid
@@ -7383,9 +7384,13 @@ def send_search(repair: Repair, body: JsonObject, actions: Sequence[Action]) -> 
     server, noted = repair.server, actions[0].progress
     is_resumed = actions[0].step == "searching"
     if not is_resumed:
+        cost = len(body.get(f"{repair.kind.item}Ids", "1"))
+        is_repeat = all(action.status == SENT for action in actions)
+        if is_repeat and repair.budget() < min(cost, repair.settings.per_day):
+            return  # another day; what is new has found its place in `prepare`
         last = max([0, *(command["id"] for command in server.get_list("/command"))])
         with transaction(repair.conn):  # or a killed run would split the group
-            repair.budget(len(body.get(f"{repair.kind.item}Ids", "1")))
+            repair.budget(cost)
             for action in actions:
                 searches = action.progress.get("searches", 0) + 1
                 begun = {"search": body, "last_command": last, "begun": time.time()}
@@ -7832,8 +7837,10 @@ def list_links(
             and (attempts[-1].is_open or needs_attention(config.repair, link, attempts))
         )
     links = describe_links(conn, config, paths[:limit])
+    spent = {path for path, _, _ in find_unplayable(conn, config)}
     for link in links if status == UNREADABLE else ():
-        link.update(status=UNREADABLE, error=errors[link["path"]], next="verify reads it again")
+        link.update(status=UNREADABLE, error=errors[link["path"]])
+        link.update({} if link["path"] in spent else {"next": "verify reads it again"})
     return links, len(paths)
 
 

@@ -955,6 +955,10 @@ Show.2001.E00.and.S01E01.1080p | Show.2001.S01E01.to.E12.1080p | Show.2001.Episo
 Show.2001.E01-02.1080p | Show.2001.NCOP.1080p | Show.2001.SP1.1080p | Show.2001.1of6.1080p
 Show.2001.S01E01.Trailer.1080p | Show.2001.Ep14.1080p | [Group] Show - 07 [1080p]
 Show.2001.S01E01-S02E01.1080p | Show.2001.S01E20010105.1080p | Show.2001.S01E01.(1of2)
+Show.2001.S01E01\u201302.1080p | Show.2001.S01E01\u2014E02.1080p | Show.2001.S01E01,02.1080p
+Show.2001.S01E01;E02.1080p | Show.2001.S01E01..02.1080p | Show.2001.S01E01.a.02.1080p
+Show.2001.S01E01.och.02.1080p | Show.2001.S01E01.tot.02.1080p | Show.2001.S01E01.plus.02.1080p
+Show.2001.1x01b.1080p | Show.2001.01-02.1080p | Show 2001 [01~02] 1080p
 """
 DENIED_FILMS = """
 Film.2010.Making.Of.1080p | Film.2010.Digital.Extras | Film.2010.x02-Interview | Film.2010.CD1of2
@@ -962,6 +966,7 @@ Film.2010.SAMPLE | Film (2010) (1 of 2) | Film.2010.Bonus.Disc | Film.1984.1080p
 [Group] Film 07 [1080p] | Film 07 | Film.2.2010.1080p | Film.2010.Part.2.1080p | Film (2010) pt1
 Film.S01E01.2010.1080p | Film.2011.1080p | Film.2010.Deleted.Scenes | Film.2010.Gag-Reel
 Film.2010.Trailer.1080p | Film.2010.Featurette | Film (2010) 07 [1080p]
+Film.2010.B-Roll | Film.2010.Screen.Test
 """
 
 

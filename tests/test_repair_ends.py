@@ -17,6 +17,7 @@ from typing import Any, Dict, List
 
 import pytest
 from fake_servers import FakeArr, FakeSonarr, Record
+from fuse_fs import tmpfs
 from test_repair import FAST, TOKEN, World, searched
 from test_repair import world as world_of_repair
 
@@ -122,13 +123,34 @@ def test_a_day_has_so_many_searches(world: World) -> None:
     assert (result["sent"], result["exit_code"]) == (3, 0) and len(radarr.deleted_files) == 3
     assert "per_day" in next(item["error"] for item in result["actions"] if item["error"])
     assert world.do("dispatch", *FAST)["sent"] == 0 and len(radarr.searches) == 3
+    let_a_day_pass(world)
+    world.sections["repair"]["cooldown"] = "9d"
+    assert world.do("dispatch", *FAST)["sent"] == 2
+
+
+def let_a_day_pass(world: World) -> None:
     world.pass_hours(25)
     notes = world.refresherr.query("SELECT name, value FROM notes WHERE name LIKE 'searches:%'")
     for name, value in notes:
         entries = [[at - 90000, count] for at, count in json.loads(value)]
         world.alter("UPDATE notes SET value = ? WHERE name = ?", json.dumps(entries), name)
-    world.sections["repair"]["cooldown"] = "9d"
-    assert world.do("dispatch", *FAST)["sent"] == 2
+
+
+def test_repeated_searches_count_for_the_day_as_well(world: World) -> None:
+    world.sections["repair"]["per_day"] = "3"
+    radarr = world.radarr()
+    for number in range(5):
+        world.movie(radarr, f"Film {number}")
+    world.bystanders(9)
+    radarr.finds_nothing = True
+    world.scan_and_queue()
+    sent = []
+    for _ in range(7):
+        world.do("dispatch", *FAST)
+        sent.append(len(radarr.searches))
+        let_a_day_pass(world)
+    assert max(new - old for old, new in zip([0, *sent], sent)) == 3
+    assert sent[-1] == 15 and world.statuses() == {"failed": 5}
 
 
 # 2. Servers that are away or refuse the key
@@ -230,6 +252,17 @@ def test_a_relay_that_hangs_over_one_term(world: World) -> None:
     assert len(relay.finds) == 6
 
 
+@pytest.mark.parametrize("how", ["close", "reset"])
+def test_a_relay_that_hangs_up_has_heard_it(world: World, how: str) -> None:
+    """Over a connection that was kept, too: the same try never asks twice."""
+    relay = world.add_relay(f"{world.media}/doc => radarr_doc")
+    for title in ("One (2001)", "Two (2002)", "Three (2003)"):
+        world.link(world.media / "doc" / title / "file.mkv", broken=True)
+    world.scan_and_queue()
+    relay.sick(how, where=lambda request: "Two" in str(request.query))
+    assert (world.do("dispatch", *FAST)["sent"], len(relay.finds)) == (2, 3)
+
+
 # 3. Failures that heal
 
 
@@ -314,6 +347,40 @@ def test_nothing_but_the_search_decides_after_the_delete(world: World, trouble: 
     assert not json.loads(owed).get("owed")
     if trouble in ("flag", "items"):
         assert result["exit_code"] == 3  # it is told
+
+
+def test_a_link_that_cannot_be_judged_is_not_called_cleared(
+    world: World, tmpfs_mount: tmpfs
+) -> None:
+    """The mount of the targets goes with the DELETE, and the server leaves the link behind."""
+    mount = Path(tmpfs_mount.mount_point)
+    radarr = world.radarr()
+    world.cloud = mount / "torrents"
+    world.cloud.mkdir()
+    movie = world.movie(radarr, "Film")
+    link = radarr.link_of(radarr.movies[movie]["movieFileId"])
+    saved, original = os.readlink(link), radarr.remove_file
+    world.scan_and_queue()
+
+    def keep_link(record: Record, folder: Any = None) -> None:
+        original(record, folder)
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(saved)
+        subprocess.run(["mount", "--move", str(mount), str(aside)], check=True)
+
+    aside = world.folder / "aside"
+    aside.mkdir()
+    subprocess.run(["mount", "--make-private", str(mount)], check=False)
+    radarr.remove_file = keep_link  # type: ignore[method-assign]
+    assert world.do("dispatch", *FAST)["exit_code"] == 4
+    assert radarr.searches == [] and link.is_symlink()
+    subprocess.run(["mount", "--move", str(aside), str(mount)], check=True)
+    radarr.script(method="POST", status=503)
+    assert world.do("dispatch", *FAST)["retry"] == 1
+    assert not os.path.lexists(link)  # before the search, or an import would find it in its place
+    world.make_due()
+    assert world.do("dispatch", *FAST)["sent"] == 1 and len(radarr.searches) == 1
+    world.healthy.clear()  # the mount goes first
 
 
 # 5. A file whose folder went along with it

@@ -319,6 +319,8 @@ def test_what_fails_for_a_day_is_repaired_if_asked_for(
     result = refresherr("queue", "--json")
     assert (result.code, result.json["queued"]) == (4, [])  # it is the mount
     cloud.fs.fail_reads({bad.name: errno.EIO})
+    (link,) = refresherr("broken", "--status", "unreadable", "--json").json["links"]
+    assert link["next"] == "queue has radarr_hd replace the file"
     assert queued() == [str(bad)]
     others = sorted(set(cloud.root.glob("*/*.mkv")) - {bad})
 
@@ -332,3 +334,5 @@ def test_what_fails_for_a_day_is_repaired_if_asked_for(
     assert not os.path.lexists(str(bad))
     assert sorted(cloud.root.glob("*/*.mkv")) == others
     assert [command["name"] for command in server.commands.values()] == ["MoviesSearch"]
+    again = refresherr("dispatch", "--apply", "--no-wait", "--json").json  # before any scan
+    assert (again["repaired"], again["actions"]) == (0, [])
