@@ -6451,13 +6451,13 @@ def retry_actions(conn: sqlite3.Connection, ids: Sequence[int]) -> List[int]:
     One that had begun goes on from where its file record was found.  Returns the ids.
     """
     changed = []
-    twin = "SELECT 1 FROM actions WHERE status = 'pending' AND url = ?"
+    same = "SELECT 1 FROM actions WHERE status = 'pending' AND url = ?"
     select = """SELECT id, status, url, progress FROM actions
         WHERE status IN ('failed', 'cancelled') ORDER BY id"""
     with transaction(conn):
         for number, status, url, noted in conn.execute(select).fetchall():
             is_chosen = number in ids if ids else status == FAILED
-            if is_chosen and not conn.execute(twin, (url,)).fetchone():
+            if is_chosen and not conn.execute(same, (url,)).fetchone():
                 progress = {**json.loads(noted or "{}"), "searches": 0, "sending": False}
                 progress.update({"step": "found"} if progress.get("step") else {})
                 anew = {"attempts": 0, "next_attempt_utc": None, "last_error": None}
@@ -6889,11 +6889,11 @@ class Conversation:
 
     fatal = -1  # the status after which nothing more is begun there
 
-    def __init__(self, errand: Dispatcher, name: str, probe: Callable[[], Any]) -> None:
-        self.errand, self.conn, self.name = errand, errand.conn, name
+    def __init__(self, dispatcher: Dispatcher, name: str, probe: Callable[[], Any]) -> None:
+        self.dispatcher, self.conn, self.name = dispatcher, dispatcher.conn, name
         self.probe = probe  # raises HttpError where it is away, or not what it should be
-        self.settings = errand.config.repair
-        self.note = functools.partial(note_progress, errand.conn)
+        self.settings = dispatcher.config.repair
+        self.note = functools.partial(note_progress, dispatcher.conn)
         self.used_up = f"waits: [repair] per_day = {self.settings.per_day} is used up"
         self.stopped: Optional[HttpError] = None
 
@@ -6913,14 +6913,14 @@ class Conversation:
             return True
         except Settled as settled:
             for action in actions:
-                self.errand.settle(action, *settled.args)
+                self.dispatcher.settle(action, *settled.args)
         except HttpError as exc:
             self.blame(exc)
             if exc.status == self.fatal:
                 self.stopped = self.stopped or exc
             for action in actions if exc.status != self.fatal else ():
                 if not action.outcome:
-                    self.errand.fail(action, exc)
+                    self.dispatcher.fail(action, exc)
         return False
 
     def budget(self, count: int = 0) -> float:
@@ -6938,9 +6938,9 @@ class Conversation:
 class Relay(Conversation):
     """The conversation with the relay; its token is added here and nowhere else."""
 
-    def __init__(self, errand: Dispatcher) -> None:
-        super().__init__(errand, "relay", self.knock)
-        relay = errand.config.relay
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        super().__init__(dispatcher, "relay", self.knock)
+        relay = dispatcher.config.relay
         self.address = strip_secrets(relay_find_url(relay)) if relay.base else ""
         base, _, _ = relay_find_url(relay).rpartition("/find")
         self.client = Client("relay", base, self.settings.timeout, {}, relay.token)
@@ -6959,7 +6959,7 @@ class Relay(Conversation):
         ours = places.pop(self.address, [])
         for place in sorted(places):
             advice = "set base in [relay], or cancel its actions"
-            self.errand.complain(f"no relay is configured at {place}; {advice}")
+            self.dispatcher.complain(f"no relay is configured at {place}; {advice}")
         for action in ours:
             if action.progress.get("sending"):  # a run was killed then: the cooldown decides
                 end_action(self.conn, action, SENT)
@@ -6967,20 +6967,23 @@ class Relay(Conversation):
             self.probe()
         due = [action for action in ours if action.is_due and not action.outcome]
         for group in group_by(due, operator.attrgetter("season")).values():
-            if not self.errand.has_room(len(group)):
+            if not self.dispatcher.has_room(len(group)):
                 break
             for action in group:
                 self.attempt(self.send, action)
 
     def send(self, action: Action) -> None:
         """Send one action."""
-        self.errand.is_broken(action)
+        self.dispatcher.is_broken(action)
         if self.budget() < 1:
             raise Settled(PENDING, self.used_up)
-        self.errand.left -= 1
-        if not self.errand.applied:
+        self.dispatcher.left -= 1
+        if not self.dispatcher.applied:
             raise Settled(WOULD_SEND)
-        query = {**parse_qs(action.url.partition("?")[2]), "token": self.errand.config.relay.token}
+        query = {
+            **parse_qs(action.url.partition("?")[2]),
+            "token": self.dispatcher.config.relay.token,
+        }
         self.note([action], sending=True)
         try:
             _, answer = self.client.send(Call("GET", "/find", query))
@@ -7002,10 +7005,10 @@ class Repair(Conversation):
 
     fatal = 409  # a root folder is missing: no moment to delete anything
 
-    def __init__(self, errand: Dispatcher, instance: Instance) -> None:
-        repair = errand.config.repair
+    def __init__(self, dispatcher: Dispatcher, instance: Instance) -> None:
+        repair = dispatcher.config.repair
         self.server = Server(instance, repair.timeout, repair.list_timeout)
-        super().__init__(errand, instance.name, self.server.connect)
+        super().__init__(dispatcher, instance.name, self.server.connect)
         self.kind = self.server.kind
         self.item_key = f"{self.kind.item}Id"  # in the server's history
         self.skip_tags = {tag.lower() for tag in instance.settings.skip_tags}
@@ -7029,18 +7032,18 @@ class Repair(Conversation):
         self.due = {action.server_path for action in due}
         ready: List[Action] = []
         for group in group_by(due, lambda a: a.season if self.is_sonarr else a.url).values():
-            if self.stopped or not self.errand.has_room(len(group)):
+            if self.stopped or not self.dispatcher.has_room(len(group)):
                 break
             ready += self.prepare(group)
         for action in (*actions, *failed):
-            if action.status != PENDING and time.monotonic() < self.errand.deadline:
+            if action.status != PENDING and time.monotonic() < self.dispatcher.deadline:
                 ready += [action] if self.attempt(self.follow_up, action) else []
         self.note(failed, asked=time.time())
         keys = {action.id: action.progress["title_id"] for action in ready}
         keys.update({a.id: str(a.progress["search"]) for a in ready if a.step == "searching"})
         for group in group_by(ready, lambda action: keys[action.id]).values():
             self.attempt(functools.partial(self.take, REPAIR_STEPS[-1:]), *group)
-        if self.errand.wait:
+        if self.dispatcher.wait:
             self.attempt(self.follow, *(action for action in ready if action.commands))
         if self.stopped:
             raise self.stopped
@@ -7059,20 +7062,20 @@ class Repair(Conversation):
         if fresh and not why and left < min(cost, self.settings.per_day or cost):
             why = self.used_up
         for action in fresh if why else ():
-            self.errand.settle(action, PENDING, why)
+            self.dispatcher.settle(action, PENDING, why)
         found = [action for action in found if not action.outcome]
         self.reserved += cost if found else 0
-        self.errand.left -= len(found)
-        if self.errand.applied:
+        self.dispatcher.left -= len(found)
+        if self.dispatcher.applied:
             advance = functools.partial(self.take, REPAIR_STEPS[1:-1])
             return [action for action in found if self.attempt(advance, action)]
         for action in found:
-            self.errand.settle(action, WOULD_SEND)
+            self.dispatcher.settle(action, WOULD_SEND)
         return []
 
     def begin(self, action: Action) -> None:
         if action.step:
-            self.errand.check_mounts([action])
+            self.dispatcher.check_mounts([action])
         self.take(REPAIR_STEPS[:1], action)
 
     def take(self, steps: Sequence[Step], *actions: Action) -> None:
@@ -7098,11 +7101,11 @@ class Repair(Conversation):
 
     def report(self, action: Action, exc: HttpError) -> None:
         log.warning("%s: %s; tried again later", action.path, exc)
-        self.errand.problems.append(f"{exc}; tried again later")
+        self.dispatcher.problems.append(f"{exc}; tried again later")
 
     def look(self, path: str) -> str:
         """Return the state of one link, file or directory at this very moment, hang-safe."""
-        return self.errand.look([path]).get(path, (MISSING, ""))[0]
+        return self.dispatcher.look([path]).get(path, (MISSING, ""))[0]
 
     def places(self, server_path: Any) -> List[str]:
         """Return where a path of the server may be here."""
@@ -7110,7 +7113,7 @@ class Repair(Conversation):
 
     def follow_up(self, action: Action) -> None:
         """Ask what has come of a search; Settled, unless it is to be sent again."""
-        for step in REPAIR_STEPS if self.errand.applied else ():
+        for step in REPAIR_STEPS if self.dispatcher.applied else ():
             if step.name in action.progress.get("owed", ()):
                 self.note([action], **self.do(step, action))
         if action.status not in (SENT, FAILED):
@@ -7132,11 +7135,11 @@ class Repair(Conversation):
         is_begun = action.step == "searching"  # by a run that was killed
         if not is_begun and time.time() - action.fired < self.settings.cooldown:
             raise Settled("")  # it may come yet
-        self.errand.check_mounts([action])
+        self.dispatcher.check_mounts([action])
         if not is_begun and searches >= self.settings.max_attempts:
             count = f"{searches} search{'es' if searches > 1 else ''}"
             raise Settled(FAILED, f"{count}, and nothing came of it; {self.explain(action)}")
-        if not self.errand.applied:
+        if not self.dispatcher.applied:
             raise Settled(WOULD_SEND)
         if not is_begun:
             self.note([action], step="cleared")
@@ -7167,7 +7170,7 @@ class Repair(Conversation):
 
     def follow(self, *actions: Action) -> None:
         """Follow commands to their end, for a while; that they end well repairs nothing yet."""
-        deadline = min(time.monotonic() + POLL_LIMIT, self.errand.deadline)
+        deadline = min(time.monotonic() + POLL_LIMIT, self.dispatcher.deadline)
         for action in actions:
             sent, delay = action.commands[0], 0.5  # others may have the same
             while sent["status"] not in FINAL_STATES and time.monotonic() < deadline:
@@ -7236,7 +7239,7 @@ def check_gone(repair: Repair, action: Action, is_known: bool) -> None:
     the text of a link may name a healthy file and lead elsewhere (`..` behind a symlink, a slash).
     """
     folder, goal = os.path.dirname(action.path), ""
-    is_ours = repair.errand.is_broken(action) or not is_known or "removed" in action.progress
+    is_ours = repair.dispatcher.is_broken(action) or not is_known or "removed" in action.progress
     if not is_ours and repair.look(folder) != OK:
         # The library is away for us; the server may see it, and a healthy link in it.
         raise Settled(UNREACHABLE, f"{folder} is not there")
@@ -7323,7 +7326,7 @@ def remove_link(repair: Repair, action: Action) -> JsonObject:
             text = read_link(here)
             state = repair.look(here) if text else MISSING
             if state == UNREACHABLE:
-                repair.errand.check_mounts([action])  # it may be more than this link
+                repair.dispatcher.check_mounts([action])  # it may be more than this link
                 raise HttpError(f"{repair.name}: {here} cannot be judged now", 503, retry=True)
             if state != BROKEN:
                 continue
@@ -7344,7 +7347,7 @@ def remove_link(repair: Repair, action: Action) -> JsonObject:
 
 def search(repair: Repair, *actions: Action) -> JsonObject:
     """Search for what the files of one series, or one movie, held."""
-    repair.errand.check_mounts(actions)  # one may have gone meanwhile
+    repair.dispatcher.check_mounts(actions)  # one may have gone meanwhile
     server, kind, number = repair.server, repair.kind, actions[0].progress["title_id"]
     title, items = {}, []  # type: JsonObject, List[JsonObject]
     missing = {item for action in actions for item in action.items}
@@ -7356,7 +7359,7 @@ def search(repair: Repair, *actions: Action) -> JsonObject:
     for action in actions:
         action.progress["missing"] = sorted(missing & action.items)
         if not action.progress["missing"]:  # it has come back already
-            repair.errand.settle(action, SENT)
+            repair.dispatcher.settle(action, SENT)
     rest = [action for action in actions if action.progress["missing"]]
     if rest and rest[0].step == "searching":
         send_search(repair, rest[0].progress["search"], rest)
