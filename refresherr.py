@@ -4637,9 +4637,8 @@ def recheck_broken(
         rows = conn.execute(select, (*values, 20 + 2 * len(doubtful))) if doubtful else ()
         good.update(from_db(row[0]) for row in rows)
     tries, blamed = read_links(conn, config.scan, good, PIECE) if doubtful else ({}, {})
-    for path in doubtful:
-        mount, error, _ = tries[path]
-        if error:
+    for path, (mount, error, _) in tries.items():
+        if error and path in doubtful:
             why = blamed.get(mount) or (error if INCONCLUSIVE.match(error) else "")
             verdicts[path] = (UNREACHABLE, why) if why else (BROKEN, f"unreadable: {error}")
     return verdicts
