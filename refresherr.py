@@ -4491,6 +4491,9 @@ PAGE = 4096  # bytes; less than that the kernel does not ask of a mount
 PIECE = 1 << 17  # bytes read in one go: a file that comes slowly does not hang
 UNREADABLE = "unreadable"  # an event, and what `broken --status` calls it; no state of a link
 UNPLAYABLE_PASSES = 3  # that failed over a day at least, before `[verify] repair` lets one go
+# Errors that tell of this process or of a delay, and of no file, let none go.
+_DENIED = errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT
+INCONCLUSIVE = re.compile("|".join([".* did not answer within ", *map(os.strerror, _DENIED)]))
 Try = Tuple[str, str, int]  # the mount, '' without a file on it; what went wrong, or ''; bytes read
 
 
@@ -4507,7 +4510,8 @@ def read_some(looker: Looker, path: str, max_bytes: int) -> Try:
     """Read a little of the file behind a link; answers in a worker process."""
     place = looker.locate(path)
     if place.sealed:
-        return place.mount, looker.sealed[place.sealed][1], 0
+        state, why = looker.sealed[place.sealed]  # what is absent is to blame, not what is above it
+        return place.mount if state == UNRESPONSIVE else place.sealed, why, 0
     if place.hops == looker.locate(os.path.dirname(path)).hops:
         return "", "", 0  # it is no link any more
     try:
@@ -4601,7 +4605,9 @@ def record_try(conn: sqlite3.Connection, row: Sequence[Any], error: str) -> List
     """Record the try of a row, and return it if its file could not be read."""
     path, target, known, since, failures = from_db(row[0]), from_db(row[1]), *row[2:]
     since, failures = (since, failures + 1) if known and since else (utc_now(), 1)
-    if time.time() - (parse_time(since) or 0.0) < DAY:
+    if INCONCLUSIVE.match(error):
+        failures = 0
+    elif time.time() - (parse_time(since) or 0.0) < DAY:
         failures = min(failures, UNPLAYABLE_PASSES - 1)
     update = """UPDATE symlinks SET read_error = ?, unreadable_since_utc = ?, read_failures = ?
         WHERE path = ?"""
@@ -4627,17 +4633,21 @@ def recheck_broken(
 ) -> Dict[str, Tuple[str, str]]:
     """Look at links again as `recheck_links` does, and read those again that count as broken."""
     verdicts = recheck_links(conn, config.scan, paths)
-    doubtful = [p for p, _, _ in find_unplayable(conn, config) if verdicts.get(p) == (OK, "")]
-    if doubtful:
-        # Those that could be read of late tell whether it is the mount.
-        select = """SELECT path FROM symlinks WHERE status = 'ok' AND read_utc <> ''
-            AND read_error IS NULL ORDER BY read_utc DESC LIMIT ?"""
-        good = [from_db(row[0]) for row in conn.execute(select, (20 + 2 * len(doubtful),))]
-        tries, blamed = read_links(conn, config.scan, [*doubtful, *good], PIECE)
-        for path, (mount, error, _) in ((path, tries[path]) for path in doubtful):
-            if error:
-                why = blamed.get(mount)
-                verdicts[path] = (UNREACHABLE, why) if why else (BROKEN, f"unreadable: {error}")
+    doubtful = {path: goal for path, goal, _ in find_unplayable(conn, config)
+        if verdicts.get(path) == (OK, "") and read_link(path) == goal}  # fmt: skip
+    # Those that could be read of late, of each mount and of all, tell whether it is the mount.
+    mounts, good = read_mounts() if doubtful else {}, set(doubtful)
+    points = {find_ancestor(goal, mounts) or "/" for goal in doubtful.values()}
+    for within, values in [beneath_any(()), *(beneath(p, "last_target") for p in points)]:
+        select = f"""SELECT path FROM symlinks WHERE status = 'ok' AND read_utc <> ''
+            AND read_error IS NULL AND {within} ORDER BY read_utc DESC LIMIT ?"""
+        rows = conn.execute(select, (*values, 20 + 2 * len(doubtful))) if doubtful else ()
+        good.update(from_db(row[0]) for row in rows)
+    tries, blamed = read_links(conn, config.scan, good, PIECE) if doubtful else ({}, {})
+    for path, (mount, error, _) in tries.items():
+        if error and path in doubtful:
+            why = blamed.get(mount) or (error if INCONCLUSIVE.match(error) else "")
+            verdicts[path] = (UNREACHABLE, why) if why else (BROKEN, f"unreadable: {error}")
     return verdicts
 
 

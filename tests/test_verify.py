@@ -336,3 +336,103 @@ def test_what_fails_for_a_day_is_repaired_if_asked_for(
     assert [command["name"] for command in server.commands.values()] == ["MoviesSearch"]
     again = refresherr("dispatch", "--apply", "--no-wait", "--json").json  # before any scan
     assert (again["repaired"], again["actions"]) == (0, [])
+
+
+def unreadable_for_days(refresherr: Refresherr) -> None:
+    """Have three passes over more than a day, and read of all."""
+    for _ in range(3):
+        verify(refresherr)
+        let_days_pass(refresherr)
+        age(refresherr)
+    verify(refresherr)
+
+
+@pytest.mark.parametrize("trouble", ["denied", "slow", "denied at last", "slow at last"])
+def test_what_tells_of_no_file_lets_none_go(
+    refresherr: Refresherr,
+    cloud: Cloud,
+    server: FakeRadarr,
+    write_config: Callable[[str], Path],
+    trouble: str,
+) -> None:
+    configure(write_config, cloud, server, "yes")
+    refresherr.scan()
+    refresherr("ingest")
+    bad = cloud.root / "Film 2 (2020)" / "Film 2 (2020).mkv"
+
+    def begin() -> None:
+        cloud.fs.heal()
+        if trouble.startswith("denied"):
+            cloud.fs.fail_reads({bad.name: errno.EACCES})
+        else:
+            cloud.fs.hang_reads([bad.name])
+
+    if trouble.endswith("last"):
+        cloud.fs.fail_reads({bad.name: errno.EIO})
+    else:
+        begin()
+    unreadable_for_days(refresherr)
+    assert refresherr("broken", "--status", "unreadable", "--json").json["count"] == 1
+    begin()
+    assert refresherr("queue", "--json").json["queued"] == []
+    cloud.fs.heal()
+    cloud.fs.fail_reads({bad.name: errno.EIO})
+    queued = refresherr("queue", "--json").json["queued"]
+    assert len(queued) == trouble.endswith("last")
+    begin()
+    refresherr("dispatch", "--apply", "--no-wait", "--json")
+    assert bad.is_symlink() and not server.commands
+
+
+def test_the_files_of_its_own_mount_are_asked(
+    refresherr: Refresherr, cloud: Cloud, server: FakeRadarr, write_config: Callable[[str], Path]
+) -> None:
+    """What was read last may all lie elsewhere, and cannot tell of this mount."""
+    configure(write_config, cloud, server, "yes")
+    for number in range(30):
+        local = cloud.mount.parent / f"Other {number}.mkv"
+        local.write_bytes(b"video")
+        (cloud.root / f"Other {number}.mkv").symlink_to(local)
+    refresherr.scan()
+    refresherr("ingest")
+    bad = cloud.root / "Film 2 (2020)" / "Film 2 (2020).mkv"
+    cloud.fs.fail_reads({bad.name: errno.EIO})
+    unreadable_for_days(refresherr)
+    with contextlib.closing(sqlite3.connect(str(refresherr.db_path))) as conn, conn:
+        later = program.format_time(time.time() + 60)
+        conn.execute("UPDATE symlinks SET read_utc = ? WHERE path LIKE '%Other%'", (later,))
+    result = refresherr("queue", "--json")
+    queued = [action["related_path"] for action in result.json["queued"]]
+    assert (result.code, queued) == (0, [str(bad)])
+
+
+def test_an_absent_mount_is_to_blame_not_the_disk_above_it() -> None:
+    class Away:
+        sealed = {"/mnt/cloud": ("absent", "/mnt/cloud is not mounted")}
+
+        def locate(self, path: str) -> program.Location:
+            return program.Location(path, "/", None, 1, sealed="/mnt/cloud")
+
+    away: Any = Away()
+    tries = [program.read_some(away, f"/media/{n}.mkv", MIB) for n in range(2)]
+    good = [("/", "", 5)] * 9
+    assert list(program.blame_mounts([*tries, *good], away.sealed)) == ["/mnt/cloud"]
+
+
+def test_a_link_that_leads_elsewhere_since_has_not_failed(
+    refresherr: Refresherr, cloud: Cloud, server: FakeRadarr, write_config: Callable[[str], Path]
+) -> None:
+    configure(write_config, cloud, server, "yes")
+    refresherr.scan()
+    refresherr("ingest")
+    bad = cloud.root / "Film 2 (2020)" / "Film 2 (2020).mkv"
+    cloud.fs.fail_reads({bad.name: errno.EIO})
+    unreadable_for_days(refresherr)
+    assert len(refresherr("queue", "--json").json["queued"]) == 1
+    with open(cloud.source / "Film 2 (2020) again.mkv", "wb") as file:
+        file.truncate(2 * MIB)
+    bad.unlink()
+    bad.symlink_to(cloud.mount / "Film 2 (2020) again.mkv")
+    cloud.fs.fail_reads({"Film 2 (2020) again.mkv": errno.EIO})  # for the first time
+    refresherr("dispatch", "--apply", "--no-wait", "--json")
+    assert bad.is_symlink() and not server.commands
