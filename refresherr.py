@@ -2071,6 +2071,16 @@ def is_empty(directory: str) -> bool:
         return next(entries, None) is None
 
 
+def read_link(path: str) -> str:
+    """Return what a link points to; '' if there is no link."""
+    try:
+        return os.readlink(path)
+    except OSError as exc:
+        if exc.errno in (*GONE_ERRNOS, errno.EINVAL):
+            return ""
+        raise
+
+
 class Slots:
     """Memory shared between the processes: what each thread of a worker waits for."""
 
@@ -4867,16 +4877,6 @@ class LinkChange:
     def temporary(self) -> str:
         """Where the new link is made: a short name, however long the link's own is."""
         return os.path.join(os.path.dirname(self.path), f".refresherr-{self.number}.tmp")
-
-
-def read_link(path: str) -> str:
-    """Return what a link points to; '' if there is no link."""
-    try:
-        return os.readlink(path)
-    except OSError as exc:
-        if exc.errno in (*GONE_ERRNOS, errno.EINVAL):
-            return ""
-        raise
 
 
 def swap_link(change: LinkChange, old: str, new: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Set, Tuple
 import pytest
 from conftest import PROGRAM
 
-MAX_LINES = 11260  # the limit of issue 9 is 7,750: simplify before raising this
+MAX_LINES = 10040  # issue 9 asked for 7,750: simplify before raising this
 PROCESS_STATE = {"os.environ", "os.environb", "os.getenv", "os.putenv", "sys.argv"}
 ALLOWED_OUTSIDE = {"default_db_path"}  # its default is part of the schema document's API
 _BANNER = re.compile(r"^# -{3,}\n# (\S.*)\n# -{3,}$", re.MULTILINE)
