@@ -9124,10 +9124,11 @@ def run_once(context: Context) -> JsonObject:
     timeout, name = min(TELL_TIMEOUT, config.repair.timeout), str(uuid.uuid4())
     if config.run.time_limit:
         context = dataclasses.replace(context, deadline=started + config.run.time_limit)
+    handlers = [handler for handler in log.handlers if isinstance(handler, TerminalHandler)]
+    for handler in handlers:
+        handler.said.clear()
     with context.recorded("run") as (conn, summary):
-        handlers = [handler for handler in log.handlers if isinstance(handler, TerminalHandler)]
         for handler in handlers:
-            handler.said.clear()
             handler.told = set(load_note(conn, "said") or ()) if context.args.quiet else set()
         beats = tell(config.notify, start_calls(name), timeout) if applied else []
         result: JsonObject = {"exit_code": EXIT_FAILED, "text": "it came to no end"}
