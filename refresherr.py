@@ -928,7 +928,7 @@ _CURES = {  # what a reason says: what to do about it
     "Stale": "mount it again",
     "Input/output error": "its backend fails: look at the log of what serves it, such as rclone",
     "answer": "what serves it hangs or is slow: restart it",
-    "not exist|is empty|is mounted there|not mounted|absent|No such file|no longer": "mount it; in a "
+    "not exist|empty|is mounted there|not mounted|absent|No such file|no longer": "mount it; in a "
         "container, map the directory above it with rslave and restart the container",
 }  # fmt: skip
 
