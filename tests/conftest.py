@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import io
 import json
 import os
 import py_compile
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -40,7 +42,9 @@ class Result(NamedTuple):
 @functools.lru_cache(maxsize=None)
 def compiled_program() -> Path:
     """Compile the program once: for who runs it many times, that is most of what a run costs."""
-    file = Path(tempfile.mkdtemp(prefix="refresherr-tests-")) / "refresherr.pyc"
+    folder = tempfile.mkdtemp(prefix="refresherr-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    file = Path(folder) / "refresherr.pyc"
     py_compile.compile(str(PROGRAM), cfile=str(file), doraise=True)
     return file
 
