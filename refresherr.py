@@ -1965,7 +1965,7 @@ AUTO_WORKERS = 24  # a libfuse daemon has some ten threads; what waits for them 
 LOCAL, THREADED = (0, 1), 2  # two workers for local disks, and one with many threads
 AT_ONCE = 100  # requests in one message to a worker for local disks, and links between two beats
 IN_FLIGHT = 3  # such messages that it has not answered yet
-CACHE_SIZE = 20000  # directories that a worker remembers
+CACHE_SIZE = 4000  # directories that a worker remembers
 YOUNG_NS = 2 * 10**9  # a directory changed so lately may change again within the same time stamp
 WORTH_LISTING = 3  # so many names in a directory: one listing costs less than asking for each
 EVERYTHING = 1 << 40  # names that are wanted of a directory, where all are
@@ -3198,6 +3198,7 @@ def guard_doubt(directory: str) -> Doubt:
 # found is recorded at once; what cannot be found waits for the verdict.
 
 BATCH = 8000  # rows in one transaction
+TOLD = 20  # directories; after so many the progress is told
 ROWS_AT_ONCE = 100  # in one statement
 LOOKS = 4  # at what was gone, as long as mounts come and go
 FULL_READING = 64  # scans in which every directory is read in full once
@@ -3525,8 +3526,8 @@ class Walk:
             answers = self.watch.pool.run(self.next_request)
             for number, (request, answer) in enumerate(answers, 1):
                 self.take(self.asked.pop(request[1]), Visit(*answer))
-                progress(f"{sum(root['examined'] for root in self.roots):,} links examined")
-                if number % AT_ONCE == 0:
+                if number % TOLD == 1:
+                    progress(f"{sum(root['examined'] for root in self.roots):,} links examined")
                     self.writer.flush(BATCH)
             self.take_odd()
         finally:
@@ -4195,7 +4196,9 @@ def count_good(
             places.more_titles[real] += links
         else:
             places.titles.setdefault(real, set()).add(title_folder(folder + "/"))
-        places.samples.setdefault(real, []).append((folder, head))
+        samples = places.samples.setdefault(real, [])
+        if len(samples) < SAMPLES:
+            samples.append((folder, head))
 
     covered = 0
     for rowid, name, packed in conn.execute("SELECT rowid, path, targets FROM directories"):
