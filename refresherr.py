@@ -1325,10 +1325,10 @@ UPDATE actions SET last_error = redact(last_error) WHERE last_error <> ''
 # notes: single facts that outlive a run, by name.
 # What the guard of version 3 held remains held: each of its directories becomes a lot, with rather
 #   too many titles than too few, which would be let go.
-_V4_CHANGES = """
+_V4_LATE = """ALTER TABLE symlinks ADD COLUMN unreadable_since_utc TEXT;
+ALTER TABLE symlinks ADD COLUMN read_failures INTEGER"""  # early databases of version 4 lack them
+_V4_CHANGES = f"""{_V4_LATE};
 ALTER TABLE symlinks ADD COLUMN read_utc TEXT;
-ALTER TABLE symlinks ADD COLUMN unreadable_since_utc TEXT;
-ALTER TABLE symlinks ADD COLUMN read_failures INTEGER;
 ALTER TABLE symlinks ADD COLUMN read_error TEXT;
 ALTER TABLE series ADD COLUMN year INTEGER;
 ALTER TABLE series ADD COLUMN tags TEXT;
@@ -1563,6 +1563,9 @@ def initialize_schema(conn: Optional[sqlite3.Connection] = None) -> None:
     """Create or upgrade the tables in one transaction, after a check and a backup of any data."""
     with _own(conn) as conn, explained_errors(database_path(conn)):
         if schema_version(conn) == SCHEMA_VERSION:
+            columns = conn.execute("PRAGMA table_info(symlinks)")
+            if "read_failures" not in {row[1] for row in columns}:
+                _apply(conn, _V4_LATE)
             return
         conn.create_function("strip_secrets", 1, strip_secrets)
         conn.create_function("redact", 1, redact)
@@ -1666,7 +1669,6 @@ class KnownLink(NamedTuple):
     rowid: int
     target: Union[str, bytes, None]
     status: Optional[str]
-    last_seen: str
     broken_since: Optional[str]
     error: str
 
@@ -1713,7 +1715,7 @@ def find_links(conn: sqlite3.Connection, paths: Sequence[str]) -> Dict[str, Know
     for start in range(0, len(paths), _LOOKUP):
         keys = [to_db(path) for path in paths[start : start + _LOOKUP]]
         marks = ",".join("?" * len(keys))
-        query = f"""SELECT path, rowid, last_target, status, coalesce(last_seen_utc, ''),
+        query = f"""SELECT path, rowid, last_target, status,
             broken_since_utc, coalesce(error, '') FROM symlinks WHERE path IN ({marks})"""
         for path, *known in conn.execute(query, keys):
             found[from_db(path)] = KnownLink(*known)
@@ -2122,7 +2124,8 @@ class Looker:
         self.sealed = dict(pool.sealed)
         self.newly_sealed: Dict[str, Tuple[str, str]] = {}  # not yet told
         self.good: Counter[str] = Counter()  # targets found, by mount point; nor these
-        self.cost: Counter[str] = Counter()  # seconds of look-ups that failed, by mount point
+        # Seconds of look-ups that failed, by mount point.
+        self.cost: Dict[str, float] = defaultdict(float)
         self.streaks: Counter[str] = Counter()  # of slow answers, by mount point
         kinds = self.mounts.items()
         self.slow = {p for p, k in kinds if is_network_type(k) or k in ("autofs", "fuse")}
@@ -2166,7 +2169,7 @@ class Looker:
             self.streaks[mount] = self.streaks[mount] + 1 if took > SLOW_SECONDS else 0
         if error is None or (error.errno in GONE_ERRNOS and took < SLOW_DENIAL):
             return
-        self.cost[mount] += took  # type: ignore[assignment]
+        self.cost[mount] += took
         if self.cost[mount] > self.limit and mount not in self.sealed:
             why = f"{mount}: look-ups that failed ({error.strerror}) took more than "
             self.newly_sealed[mount] = UNRESPONSIVE, why + format_duration(self.limit)
@@ -3035,9 +3038,8 @@ def explain_loss(loss: Loss, ground: Ground) -> Optional[Doubt]:
         return None
     if loss.levels:
         return Doubt(NO_WITNESS, perhaps, missing)
-    return Doubt(
-        NO_WITNESS, f"nothing beneath {place} can be found, of all that links lead to", place
-    )
+    why = f"nothing beneath {place} can be found, of all that links lead to"
+    return Doubt(NO_WITNESS, why, place)
 
 
 def count_titles(losses: Iterable[Loss]) -> int:
@@ -3202,7 +3204,6 @@ TOLD = 20  # directories; after so many the progress is told
 ROWS_AT_ONCE = 100  # in one statement
 LOOKS = 4  # at what was gone, as long as mounts come and go
 FULL_READING = 64  # scans in which every directory is read in full once
-SAMPLE = 100  # directories that `doctor` looks at
 NEVER_JUDGED = "never judged: "  # `symlinks.error` begins so where no scan has seen the link good
 _TALLIED = ("examined", OK, BROKEN, UNREACHABLE)
 
@@ -3323,10 +3324,9 @@ class Watch:
     def make_ground(self, mounts: Iterable[str]) -> Ground:
         """Return what the mounts say about losses on some of them."""
         unions = self.examine_unions(mounts)
-        sentinels = [mount.point for mount in self.mounts if mount.fs_type == SENTINEL]
-        return Ground(
-            unwell=self.unwell(), unions=unions, failing=self.failing(), sentinels=sentinels
-        )
+        ground = Ground(unwell=self.unwell(), unions=unions, failing=self.failing())
+        ground.sentinels = [mount.point for mount in self.mounts if mount.fs_type == SENTINEL]
+        return ground
 
     def examine_unions(self, points: Iterable[str]) -> Dict[str, str]:
         """Return {union: problem} of those that have lost a branch; remember the branches."""
@@ -3800,8 +3800,9 @@ class Judgement:
         rows = """SELECT path, title, goal, missing, mount_point, lot_id, s.status FROM doubts
             LEFT JOIN symlinks s USING (path) WHERE lot_id IS NOT NULL"""
         for *texts, lot, status in self.conn.execute(rows):
-            loss = Loss(*map(from_db, texts))._replace(doubt=GUARD, lot=lot)  # type: ignore
-            if loss.path not in met:
+            path, title, goal, missing, mount = map(from_db, texts)
+            loss = Loss(path, title, goal, missing, mount, doubt=GUARD, lot=lot)
+            if path not in met:
                 (self.elsewhere if status == UNREACHABLE else self.removed).append(loss)
         if self.losses:
             wanted = {d for x in (*self.losses, *self.elsewhere) for d in directories_above(x)}
@@ -3826,9 +3827,8 @@ class Judgement:
                 )  # fmt: skip
                 count(self.seen, within=walked)
             # Where no roots are configured, all that was ever scanned is the library.
-            ground.unseen = find_unseen(
-                self.losses, ground, roots if self.walk.job.all_roots else None
-            )
+            known = roots if self.walk.job.all_roots else None
+            ground.unseen = find_unseen(self.losses, ground, known)
         return ground
 
     def judge(
@@ -4112,11 +4112,9 @@ class PresentLinks:
         for real in self.walk.real.values():
             # Its links vanish with what the library itself lives on.
             points |= {p for p in types if is_under(p, real) or is_under(real, p)}
-        rows = [
-            (to_db(point), types[point], self.judgement.good[point], self.now, self.now)
-            for point in points - {"/"}
-            if types[point] != "autofs" and point not in self.unwell
-        ]
+        points = {p for p in points - {"/", *self.unwell} if types[p] != "autofs"}
+        good = self.judgement.good
+        rows = [(to_db(p), types[p], good[p], self.now, self.now) for p in points]
         insert = """INSERT INTO mounts VALUES (?, ?, ?, ?, ?) ON CONFLICT(mount_point) DO UPDATE
             SET last_seen_utc = excluded.last_seen_utc,
             good_targets = coalesce(nullif(excluded.good_targets, 0), good_targets)"""
@@ -4292,10 +4290,8 @@ def recheck_links(
         losses, looks, unwell = [], watch.look(paths), watch.unwell()
         for path, look in looks.items():
             if look.finding == GONE:
-                known = find_link(conn, path)
-                losses.append(
-                    watch.make_loss(look, title_folder(path), known)._replace(was_good=True)
-                )
+                loss = watch.make_loss(look, title_folder(path), find_link(conn, path))
+                losses.append(loss._replace(was_good=True))
             elif look.finding != NO_LINK:
                 is_good = look.finding == FOUND
                 verdicts[path] = (OK, "") if is_good else (UNREACHABLE, look.blocked or look.detail)
@@ -5033,7 +5029,12 @@ class Journal(NamedTuple):
         for change in changes:
             left = read_link(change.temporary)
             if left and left in (change.new, change.old):  # made, or put back
-                os.unlink(change.temporary)
+                try:
+                    os.unlink(change.temporary)
+                except OSError as exc:
+                    what = f"cannot remove {change.temporary}, which a killed run has left"
+                    advice = "make its directory writable"
+                    raise RefresherrError(f"{what}: {exc.strerror}; {advice}") from exc
             stands = read_link(change.path)
             change.stands = stands == change.new
             if not change.stands:
@@ -5405,9 +5406,12 @@ def retarget_links(journal: Journal, old: str, new: str, limit: Optional[int]) -
     journal.settle()
     conn, settings = journal.conn, journal.settings
     blocked: Set[str] = set()
-    state, reason, _ = look_at_places(conn, settings, [new])[0][new]
-    if state != "scanned":
-        raise RefusedError(f"{new}: {reason}")
+    places, mounts = look_at_places(conn, settings, [new])
+    state, reason, real = places[new]
+    unwell = {mount.point: mount.reason for mount in mounts if mount.state != HEALTHY}
+    point = find_ancestor(real, unwell)
+    if state != "scanned" or point:
+        raise RefusedError(f"{new}: {unwell[point] if point else reason}")
     sizes: Dict[str, int] = {}  # as the servers know them; a page is less than a video, not a link
     for table in ("movie_files", "episode_files"):
         select = f"SELECT symlink_path, size_bytes FROM {table} WHERE size_bytes > {PAGE}"
@@ -5928,9 +5932,10 @@ class Server:
 
     def with_id(self, element: Any, path: str) -> JsonObject:
         """Return some JSON, which must be an object with an id."""
-        number = element.get("id") if isinstance(element, dict) else None
+        found: JsonObject = element if isinstance(element, dict) else {}
+        number = found.get("id")
         if type(number) is int and abs(number) < 1 << 63:
-            return element  # type: ignore[no-any-return]
+            return found
         text = f"{self.name}: the JSON of {path} is not what it should be, objects with ids"
         raise HttpError(text, retry=True)
 
@@ -6717,9 +6722,10 @@ def settle_repairs(conn: sqlite3.Connection) -> List[Action]:
     """Call repaired what was sent and is good again, or well replaced, by the last scan; and what
     has failed, where another link has come in the place of one that is gone.
     """
-    settled, select = [], "SELECT path FROM symlinks WHERE status = 'ok' AND read_error <> ''"
-    unread = {from_db(row[0]) for row in conn.execute(select)}
-    for action in load_actions(conn, "status IN ('sent', 'failed')"):
+    settled, actions = [], load_actions(conn, "status IN ('sent', 'failed')")
+    select = "SELECT path FROM symlinks WHERE status = 'ok' AND read_error <> ''"
+    unread = {from_db(row[0]) for row in conn.execute(select)} if actions else set()
+    for action in actions:
         states = {path: link.status for path, link in find_links(conn, action.paths).items()}
         if unread & set(states) or (action.status == FAILED and set(states.values()) - {MISSING}):
             continue
@@ -6993,10 +6999,8 @@ class Relay(Conversation):
         self.dispatcher.left -= 1
         if not self.dispatcher.applied:
             raise Settled(WOULD_SEND)
-        query = {
-            **parse_qs(action.url.partition("?")[2]),
-            "token": self.dispatcher.config.relay.token,
-        }
+        token = self.dispatcher.config.relay.token
+        query = {**parse_qs(action.url.partition("?")[2]), "token": token}
         self.note([action], sending=True)
         try:
             _, answer = self.client.send(Call("GET", "/find", query))
@@ -7300,6 +7304,7 @@ def delete_records(repair: Repair, action: Action) -> JsonObject:
     """Delete the records, and on the server's disk the link.  It may be done although no answer
     says so; and a dangling link cannot be moved to a recycle bin: then the answer is 500.
     """
+    repair.dispatcher.is_broken(action)  # its season was read meanwhile, and it may be back
     for number in action.progress["files"]:
         path = f"{repair.kind.file}/{number}"
         try:
@@ -9146,9 +9151,8 @@ def run_once(context: Context) -> JsonObject:
         finally:
             seconds, code = time.monotonic() - started, result["exit_code"]
             if applied:
-                beats += tell(
-                    config.notify, end_calls(name, code, result["text"], seconds), timeout
-                )
+                calls = end_calls(name, code, result["text"], seconds)
+                beats += tell(config.notify, calls, timeout)
                 note_told(conn, [*beats, *result.get("notified", ())])
             said = {mask_numbers(text) for handler in handlers for text in handler.said}
             with contextlib.suppress(sqlite3.Error):
@@ -9913,7 +9917,8 @@ def load_context(
         error, config = str(exc), load_config(None, {}, flags)
     if args.log_file:
         for handler in log.handlers:
-            handler.file = open_log_file(args.log_file)  # type: ignore[attr-defined]
+            if isinstance(handler, TerminalHandler):
+                handler.file = open_log_file(args.log_file)
     level = getattr(logging, config.refresherr.log_level.upper())
     log.setLevel(logging.DEBUG if args.verbose else logging.WARNING if args.quiet else level)
     for warning in config.warnings if args.command != "doctor" else ():

@@ -44,6 +44,14 @@ def link(path: Path, target: Path, is_folder: bool = False) -> Path:
     return path
 
 
+def link_shows(tmp_path: Path, mount: Path, count: int) -> Path:
+    """Make a library of shows of one episode, each in a folder of its own on the mount."""
+    media = tmp_path / "media"
+    for number in range(count):
+        link(media / f"Show {number}/e.mkv", mount / f"shows/Show {number}/e.mkv")
+    return media
+
+
 def statuses(refresherr: Refresherr) -> Dict[str, str]:
     with closing(sqlite3.connect(str(refresherr.db_path))) as conn:
         return dict(conn.execute("SELECT path, status FROM symlinks"))
@@ -77,9 +85,7 @@ def test_many_works_side_by_side_into_one_directory_are_many_titles(
 def test_what_was_accepted_is_not_believed_of_another_target(
     mount: Path, tmp_path: Path, refresherr: Refresherr
 ) -> None:
-    media = tmp_path / "media"
-    for number in range(40):
-        link(media / f"Show {number}/e.mkv", mount / f"shows/Show {number}/e.mkv")
+    media = link_shows(tmp_path, mount, 40)
     refresherr("scan", media)
     for number in range(20):
         shutil.rmtree(str(mount / f"shows/Show {number}"))
@@ -96,9 +102,7 @@ def test_what_was_accepted_is_not_believed_of_another_target(
 def test_library_folders_that_are_gone_speak_for_no_place(
     mount: Path, tmp_path: Path, refresherr: Refresherr
 ) -> None:
-    media = tmp_path / "media"
-    for number in range(4):
-        link(media / f"Show {number}/e.mkv", mount / f"shows/Show {number}/e.mkv")
+    media = link_shows(tmp_path, mount, 4)
     for number in range(100):
         link(media / f"Film {number}/f.mkv", mount / f"movies/Film {number}/f.mkv")
     refresherr("scan", media)

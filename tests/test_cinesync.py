@@ -1177,6 +1177,25 @@ def test_retarget(stage: Stage) -> None:
     assert stage.texts() == before
 
 
+def test_retarget_to_a_mount_that_is_empty_is_refused(stage: Stage) -> None:
+    """One that is remembered: its files may only be away."""
+    reason = tmpfs_available()
+    if reason:
+        pytest.skip(f"no tmpfs here: {reason}")
+    fill_season(stage, 1)
+    new = stage.folder / "new"
+    new.mkdir()
+    with tmpfs(new):
+        (new / "a.mkv").write_bytes(b"video")
+        (stage.library.media / "a.mkv").symlink_to(new / "a.mkv")
+        stage.scan()
+        (new / "a.mkv").unlink()
+        before = stage.texts()
+        result = stage.run("retarget", stage.library.mount, new, "--apply")
+        assert (result["exit_code"], stage.texts()) == (4, before)
+        assert str(new) in result["message"] and "empty" in result["message"]
+
+
 def test_retarget_leaves_alone_what_works_again(stage: Stage) -> None:
     (path,) = fill_season(stage, 1)
     moved = stage.folder / "new" / os.path.relpath(os.readlink(path), stage.library.mount)

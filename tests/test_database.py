@@ -1181,3 +1181,21 @@ def test_db_nuke(refresherr: Refresherr, library: Library) -> None:
     with opened(refresherr.db_path) as conn:
         assert versions_of(conn) == [1, 2, 3, 4]
     assert mode_of(refresherr.db_path) == 0o600
+
+
+def test_an_early_database_of_version_4_gets_what_it_lacks(tmp_path: Path) -> None:
+    late = ("unreadable_since_utc", "read_failures")
+    path = str(tmp_path / "symlinks.db")
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as conn:
+        for version, script in program.MIGRATIONS.items():
+            for statement in filter(None, script.split(";\n")):
+                is_known = "now()" in statement or any(name in statement for name in late)
+                with contextlib.suppress(sqlite3.OperationalError):  # functions of ours, doubles
+                    conn.execute("SELECT 1" if is_known else statement)
+            conn.execute("INSERT INTO schema_version (version) VALUES (?)", (version,))
+        conn.execute("INSERT INTO symlinks (path, status) VALUES ('/a', 'ok')")
+        columns = {row[1] for row in conn.execute("PRAGMA table_info(symlinks)")}
+        assert "read_error" in columns and columns.isdisjoint(late)
+    with contextlib.closing(program.open_database(path)) as conn:
+        query = f"SELECT path, {', '.join(late)} FROM symlinks"
+        assert [tuple(row) for row in conn.execute(query)] == [("/a", None, None)]

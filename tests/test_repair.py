@@ -27,6 +27,7 @@ from fake_servers import (
     FakeServer,
     FakeSonarr,
     Record,
+    Request,
 )
 from fuse_fs import tmpfs
 
@@ -374,6 +375,30 @@ def test_what_is_no_longer_broken_is_left_alone(world: World) -> None:
     assert (result["sent"], result["cancelled"], result["exit_code"]) == (1, 4, 0)
     assert [radarr.path_of(file) for file in radarr.deleted_files] == [str(links["Broken"])]
     assert links["Regular"].read_bytes() == b"put here by hand"
+
+
+def test_a_link_that_comes_back_while_the_others_are_looked_up(world: World) -> None:
+    """Between its look and its DELETE lie all the requests for the rest of the season."""
+    sonarr = world.sonarr()
+    series = sonarr.add_series("Show")
+    world.season(sonarr, series, 1, 6, broken=[1, 2, 3])
+    world.bystanders(9)
+    world.scan_and_queue()
+    links = sorted(world.broken)
+    asked: List[str] = []
+
+    def heal_the_first(request: Request) -> bool:
+        asked.append(request.path)
+        if len(asked) == 3:  # all of them were looked at
+            world.heal(links[0])
+        return False
+
+    sonarr.script(method="GET", path_regex="/history", where=heal_the_first)
+    result = world.do("dispatch", *FAST)
+    assert len(asked) >= 3 and os.path.exists(links[0])
+    assert (result["sent"], result["cancelled"]) == (2, 1)
+    deleted = {sonarr.path_of(file) for file in sonarr.deleted_files}
+    assert deleted == {str(link) for link in links[1:]}
 
 
 def test_links_that_recover_after_a_failed_deletion(world: World) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
-from fake_servers import FakeArr, FakeSonarr, Record
+from fake_servers import FakeArr, FakeRadarr, FakeSonarr, Record
 from fuse_fs import tmpfs
 from test_repair import FAST, TOKEN, World, searched
 from test_repair import world as world_of_repair
@@ -112,12 +112,18 @@ def test_what_was_missing_before_does_not_hinder_a_season_search(world: World) -
     assert names_of(sonarr) == ["SeasonSearch"]
 
 
-def test_a_day_has_so_many_searches(world: World) -> None:
+def five_lost_films(world: World) -> FakeRadarr:
+    """Have five films lost, of which a day has searches for three."""
     world.sections["repair"]["per_day"] = "3"
     radarr = world.radarr()
     for number in range(5):
         world.movie(radarr, f"Film {number}")
     world.bystanders(9)
+    return radarr
+
+
+def test_a_day_has_so_many_searches(world: World) -> None:
+    radarr = five_lost_films(world)
     world.scan_and_queue()
     result = world.do("dispatch", *FAST)
     assert (result["sent"], result["exit_code"]) == (3, 0) and len(radarr.deleted_files) == 3
@@ -137,11 +143,7 @@ def let_a_day_pass(world: World) -> None:
 
 
 def test_repeated_searches_count_for_the_day_as_well(world: World) -> None:
-    world.sections["repair"]["per_day"] = "3"
-    radarr = world.radarr()
-    for number in range(5):
-        world.movie(radarr, f"Film {number}")
-    world.bystanders(9)
+    radarr = five_lost_films(world)
     radarr.finds_nothing = True
     world.scan_and_queue()
     sent = []
