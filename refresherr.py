@@ -1387,16 +1387,19 @@ def from_db(value: Union[str, bytes, None]) -> str:
 
 
 def _advise_access(path: str) -> str:
-    """Return how this user gets at the files of the database."""
+    """Return how this user gets at the files of the database; those of the WAL come and go."""
     folder = os.path.dirname(os.path.abspath(path))
     for name in (folder, path, f"{path}-wal", f"{path}-shm", f"{path}.lock"):
         wanted = os.R_OK | os.W_OK | (os.X_OK if name == folder else 0)
-        if os.path.exists(name) and not os.access(name, wanted):
+        with contextlib.suppress(OSError):
+            if os.access(name, wanted):
+                continue
+            status = os.stat(name)  # it is there
             if os.statvfs(name).f_flag & os.ST_RDONLY:
                 return "its file system is read-only; name another place with --data-dir DIR"
-            if os.stat(name).st_uid == os.geteuid():
+            if status.st_uid == os.geteuid():
                 return f"run: chmod u+rwX {shell_quote(name)}"
-            if name != folder or os.stat(name).st_mode & 0o077 == 0:
+            if name != folder or status.st_mode & 0o077 == 0:
                 what = f"-R {shell_quote(folder)}" if name == folder else f"{shell_quote(path)}*"
                 cure = f"run this as that one, or: sudo chown $(id -un) {what}"
                 return f"{name} belongs to another user; {cure}"
@@ -1407,7 +1410,7 @@ def _advise_access(path: str) -> str:
 def explained_errors(path: str) -> Iterator[None]:
     """Turn an error of SQLite into one line that says what is wrong and what to do."""
     advice = {
-        "unable to open|readonly": _advise_access(path),
+        "unable to open|readonly": "",
         "disk is full": "free some space there and run the command again; nothing is lost",
         "disk I/O": "check the disk; `db check` tells whether the database is whole",
         "locked": "another program keeps it busy; try again later",
@@ -1419,7 +1422,7 @@ def explained_errors(path: str) -> Iterator[None]:
     except sqlite3.Error as exc:
         text = str(exc)
         what = next((advice[key] for key in advice if re.search(key, text)), "run `db check`")
-        raise DatabaseError(f"database {path}: {text}; {what}") from exc
+        raise DatabaseError(f"database {path}: {text}; {what or _advise_access(path)}") from exc
 
 
 def get_connection(db_path: Optional[str] = None) -> sqlite3.Connection:
@@ -2735,8 +2738,7 @@ class WorkerPool:
                         else:
                             yield request, answer
             except EOFError:
-                why = "a worker process ended unexpectedly; run it again"
-                raise RefresherrError(why) from None
+                raise RefresherrError("a worker ended unexpectedly; run it again") from None
 
     def seal(
         self, point: str, state: str, reason: str, teller: Optional[WorkerProcess] = None
@@ -3579,9 +3581,8 @@ class Walk:
             vanished = len(self.vanished)
             self.compare(folder, prefix, visit)
             # It is read again, until what has vanished from it is recorded.
-            mark = visit.mark if len(self.vanished) == vanished else ""
-            row = folder.path, mark or None, visit.links, visit.packed
-            self.writer.write(_WRITE_DIRECTORY, *row)
+            mark = visit.mark if visit.mark and len(self.vanished) == vanished else None
+            self.writer.write(_WRITE_DIRECTORY, folder.path, mark, visit.links, visit.packed)
         self.roots[folder.root]["examined"] += visit.links
         self.roots[folder.root][OK] += visit.links - len(visit.odd)
         for name in reversed(visit.folders):

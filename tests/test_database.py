@@ -857,6 +857,29 @@ def test_threads_may_share_nothing_but_the_module(api_db: Path) -> None:
     assert not list(api_db.parent.glob("*.bak"))
 
 
+def test_the_files_of_the_wal_may_go_while_the_database_is_opened(api_db: Path) -> None:
+    """Another process closes its last connection, and they are gone between two looks at them."""
+    program.open_database(str(api_db)).close()
+    ended = threading.Event()
+
+    def come_and_go() -> None:
+        while not ended.is_set():
+            for name in ("-wal", "-shm"):
+                Path(f"{api_db}{name}").touch()
+                os.unlink(f"{api_db}{name}")
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(3000):
+            with program.explained_errors(str(api_db)):
+                pass
+            program._advise_access(str(api_db))
+    finally:
+        ended.set()
+        thread.join()
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_many_may_upgrade_a_database_at_once(api_db: Path, version: int) -> None:
     api_db.parent.mkdir(parents=True, exist_ok=True)
